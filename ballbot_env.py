@@ -1,0 +1,786 @@
+"""Ballbot-v0: a robot that balances on a ball and drives over uneven ground, on stock MuJoCo.
+
+`gym.make("Ballbot-v0")` gives one environment, `gym.make_vec("Ballbot-v0", num_envs=10)` many of them on
+`mujoco.batch`. Both run the same code: environment i of the vector is, bit for bit, the single
+environment reset with seed + i.
+"""
+
+import difflib
+import functools
+import math
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import mujoco.batch
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+TIMESTEP = 0.002  # s, one physics step per action
+MAX_TORQUE = 10.0  # N·m at |action| = 1
+BALL_RADIUS = 0.09  # m
+BASE_REST = 0.2205  # m, base origin above the ground when the robot rests upright on its ball
+BASE_START = 0.24  # m, base origin above the ground at the start
+BALL_START = 0.12  # m, ball centre above the ground at the start
+TERRAIN_EXTENT = 20.0  # m, half the side of the square terrain
+TERRAIN_NODES = 1169  # per side: cells of 40 m / 1168 = 10/292 m
+EDGE = 1.0  # m, episodes are truncated this close to the terrain's edge
+START_EXTENT = 10.0  # m, starts are drawn from the square |x|, |y| <= START_EXTENT
+MAX_DEPTH = 1.0  # m
+PROPRIOCEPTION = ("orientation", "angular_vel", "vel", "motor_state", "actions")
+
+
+@functools.lru_cache(maxsize=2)
+def perlin_terrain(seed, nodes=TERRAIN_NODES):
+    """Heights of a square terrain in units of its amplitude: float32 (nodes, nodes), from 0 to 1.
+
+    Gradient noise (Perlin, "Improving Noise", SIGGRAPH 2002) of 4 octaves, persistence 0.2, lacunarity 2
+    and a base wavelength of 25 cells, scaled to [0, 1] and cubed. The cube gives flat valleys between
+    hills: at amplitude 0.1 m the slopes have median 0.05, 90th percentile 0.12 and 99th 0.19, close to
+    those of the simplex-noise terrain of arXiv 2505.18417 (0.05, 0.13, 0.20). Rows run along y, columns along x.
+    """
+    rng = np.random.default_rng(seed)
+    noise = np.zeros((nodes, nodes))
+    for octave in range(4):
+        x = np.arange(nodes) * (2.0**octave / 25)
+        cell = x.astype(int)
+        frac = x - cell
+        fade = frac**3 * (frac * (frac * 6 - 15) + 10)
+        angle = rng.uniform(0, 2 * np.pi, (cell[-1] + 2, cell[-1] + 2))
+        for dy in (0, 1):
+            weight_y = fade if dy else 1 - fade
+            for dx in (0, 1):
+                weight_x = fade if dx else 1 - fade
+                corner = angle[np.ix_(cell + dy, cell + dx)]
+                dot = np.cos(corner) * (frac - dx) + np.sin(corner) * (frac - dy)[:, None]
+                noise += 0.2**octave * weight_y[:, None] * weight_x * dot
+    noise = (noise - noise.min()) / (noise.max() - noise.min())
+    heights = (noise**3).astype(np.float32)
+    heights.flags.writeable = False  # cached: every environment of this seed shares it
+    return heights
+
+
+def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4):
+    """The MjModel of assets/ballbot.xml standing on the given terrain.
+
+    `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. Raises FileNotFoundError without the asset.
+    """
+    path = ASSETS / "ballbot.xml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: ballbot_env.py needs the assets/ folder beside it")
+    spec = mujoco.MjSpec.from_file(str(path))
+    for i in range(3):
+        spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
+    if terrain == "perlin":
+        heights = perlin_terrain(terrain_seed)
+        extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude, 0.1]
+        spec.add_hfield(name="terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES, size=extent, userdata=heights.ravel())
+        ground = spec.geom("ground")
+        ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
+        ground.hfieldname = "terrain"
+        # The ball touches several cells at once: with that many contacts sparse is a fifth faster, to the same result.
+        spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
+    return spec.compile()
+
+
+class DepthRenderer:
+    """Planar depth of both cameras for any number of robots, with torch, without OpenGL.
+
+    Each pixel's ray is followed to where it meets the height field by the fixed-point iteration
+    t <- (h(x, y) - o_z) / d_z, with bilinear heights h; directions have unit component along the optical
+    axis, so t is the planar depth in m. A 16 times smaller image is solved first and its heights start the
+    full one. The robot's own parts move by less than a millimetre in the base frame: they
+    are one constant depth map per camera, and the nearer of the two counts.
+    """
+
+    coarse_steps, fine_steps = 4, 2
+
+    def __init__(self, model, size, heights=None):
+        """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
+        self.size = size
+        self.heights = None if heights is None else torch.from_numpy(heights)[None, None]
+        data = mujoco.MjData(model)
+        self._settle(model, data)
+        base = model.body("base").id
+        rotation, position = data.xmat[base].reshape(3, 3), data.xpos[base]
+        cameras = [model.camera(f"depth_{i}").id for i in (0, 1)]
+        # Columns of `axes`: right, up and forward of each camera, in the base frame.
+        axes = np.stack([rotation.T @ data.cam_xmat[c].reshape(3, 3) for c in cameras])
+        axes[:, :, 2] *= -1  # MuJoCo's cameras look along -z
+        self._axes = axes  # (2, 3, 3)
+        self._offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (2, 3)
+        pixel = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1  # fovy 90: tan 45° = 1
+        self._u, self._v = pixel, -pixel
+        self.self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras))  # (2, size, size)
+
+    @staticmethod
+    def _settle(model, data):
+        """Robot upright at rest on its ball, high above the ground, where nothing else is in view."""
+        mujoco.mj_resetData(model, data)
+        base, ball = (model.joint(name).qposadr[0] for name in ("base", "ball"))
+        data.qpos[base + 2] = 100.0
+        data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_REST - BALL_RADIUS]
+        mujoco.mj_forward(model, data)
+
+    def _ray_self_depth(self, model, data, cameras):
+        u, v = (grid.ravel() for grid in np.meshgrid(self._u.numpy(), self._v.numpy()))
+        visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)
+        maps = []
+        for camera in cameras:
+            matrix = data.cam_xmat[camera].reshape(3, 3)
+            rays = np.stack([u, v, -np.ones_like(u)], 1) @ matrix.T
+            length = np.linalg.norm(rays, axis=1)
+            distance, geom = np.empty(len(rays)), np.empty(len(rays), np.int32)
+            mujoco.mj_multiRay(
+                model, data, data.cam_xpos[camera], (rays / length[:, None]).ravel(), visible, True, -1, geom, distance,
+                None, len(rays), MAX_DEPTH * 2,
+            )  # fmt: skip
+            depth = np.where(geom >= 0, distance / length, MAX_DEPTH)
+            maps.append(depth.reshape(self.size, self.size))
+        return np.minimum(maps, MAX_DEPTH).astype(np.float32)
+
+    def _lookup(self, grid):
+        """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
+        _, n, h, w = grid.shape
+        points = grid.reshape(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
+        heights = self.heights.expand(n, 1, -1, -1)
+        return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
+
+    def _march(self, origin, slope_x, slope_y, inverse_z, t, steps):
+        """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
+        grid = torch.empty(2, *t.shape)
+        for _ in range(steps):
+            torch.mul(slope_x, t, out=grid[0]).add_(origin[0])
+            torch.mul(slope_y, t, out=grid[1]).add_(origin[1])
+            height = self._lookup(grid)
+            t = (height - origin[2]).mul_(inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
+        return height, t
+
+    @torch.no_grad()
+    def render(self, position, quaternion):
+        """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
+        n, size = len(position), self.size
+        rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
+        # Sums of products by hand: a matrix product's rounding may depend on the batch size.
+        axes = sum(rotation[..., :, k, None] * self._axes[None, :, None, k, :] for k in range(3))  # (n, 2, 3, 3)
+        origin = position[:, None] + sum(rotation[..., k] * self._offsets[:, None, k] for k in range(3))
+        axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32))
+        scale = np.array([1 / TERRAIN_EXTENT, 1 / TERRAIN_EXTENT, 1])
+        origin = torch.from_numpy((origin * scale).reshape(2 * n, 3).astype(np.float32).T.copy())
+        origin = origin.view(3, 2 * n, 1, 1)
+
+        right, up, forward = axes[:, :, 0, None], axes[:, :, 1, None], axes[:, :, 2, None]
+        across = right * self._u  # (2n, 3, size)
+        down = forward + up * self._v
+        slope_x = (down[:, 0, :, None] + across[:, 0, None]).mul_(1 / TERRAIN_EXTENT)
+        slope_y = (down[:, 1, :, None] + across[:, 1, None]).mul_(1 / TERRAIN_EXTENT)
+        # Rays that rise never meet the ground: as nearly horizontal ones they meet it beyond MAX_DEPTH.
+        inverse_z = (down[:, 2, :, None] + across[:, 2, None]).clamp_(max=-1e-3).reciprocal_()
+        if self.heights is None:
+            depth = inverse_z.mul_(-origin[2]).clamp_(min=0)
+        else:
+            start = torch.full((2 * n, 1, 1), 0.3)
+            k = 4 if size % 4 == 0 else 1
+            coarse = [x[:, k // 2 :: k, k // 2 :: k].contiguous() for x in (slope_x, slope_y, inverse_z)]
+            height, _ = self._march(origin, *coarse, start.expand_as(coarse[0]), self.coarse_steps)
+            height = height[:, :, None, :, None].expand(-1, -1, k, -1, k).reshape(2 * n, size, size)
+            start = height.sub_(origin[2]).mul_(inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
+            _, depth = self._march(origin, slope_x, slope_y, inverse_z, start, self.fine_steps)
+        depth = depth.view(n, 2, size, size)
+        return torch.minimum(depth, self.self_depth, out=depth)
+
+
+def rotation_matrix(quaternion):
+    """Rotation matrices (n, 3, 3) of unit quaternions (n, 4), w first."""
+    w, x, y, z = np.ascontiguousarray(quaternion.T)
+    return np.stack(
+        [
+            np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1),
+            np.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1),
+            np.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1),
+        ],
+        -2,
+    )
+
+
+class BallbotVectorEnv(gym.vector.VectorEnv):
+    """Many ballbots at once, `gym.make_vec("Ballbot-v0", num_envs=10)`: the task of `BallbotEnv`, stepped on threads.
+
+    Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them; here every array has a
+    leading axis of `num_envs`, and actions are float (num_envs, 3).
+
+    - Autoreset is `SAME_STEP`: when an episode ends, the step returns the next episode's first observation, and
+      `info["final_obs"]`, `info["final_info"]` hold the last of the ended one, as `SyncVectorEnv` lays them out.
+    - `info["episode"]` holds return `r`, length `l` (steps) and time `t` (s) of the episodes that ended, as
+      `gymnasium.wrappers.vector.RecordEpisodeStatistics` writes them; that wrapper is not needed.
+    - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
+      nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
+    - Where `relative_image_timestamp` is 0 the step brought new frames. `new_frames` is True when it did for any.
+    - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
+    - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
+      terminated and counts it in `info["physics_errors"]`; the others go on.
+
+    Results are bit-identical at any `num_threads`.
+    """
+
+    metadata = {
+        "render_modes": ["rgb_array"],
+        "render_fps": round(1 / TIMESTEP),
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs=1,
+        terrain="perlin",
+        terrain_seed=0,
+        terrain_amplitude=0.1,
+        cameras=True,
+        camera_size=64,
+        camera_rate=90.0,
+        wheel_damping=0.4,
+        max_episode_steps=4000,
+        max_tilt=20.0,
+        goal=(0.0, 1.0),
+        forward_reward_weight=0.01,
+        ctrl_cost_weight=0.0001,
+        healthy_reward=0.02,
+        num_threads=0,
+        render_mode=None,
+    ):
+        check_arguments(locals())
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
+        self._cos_max_tilt = math.cos(math.radians(max_tilt))
+        self._goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
+        self._weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
+        self._frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
+
+        low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
+        self.single_action_space = spaces.Box(low, high)
+        boxes = {"orientation": np.float32(math.pi), "angular_vel": 2, "vel": 2, "motor_state": 2, "actions": 1}
+        boxes = {key: spaces.Box(low * bound, high * bound) for key, bound in boxes.items()}
+        if cameras:
+            shape = (1, camera_size, camera_size)
+            boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
+            age = (self._frame_interval - 1) * TIMESTEP
+            boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
+        self.single_observation_space = spaces.Dict(boxes)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self.model = make_model(terrain, terrain_seed, terrain_amplitude, wheel_damping)
+        self._heights = None  # m, (nodes, nodes); None on flat ground
+        if terrain == "perlin":
+            self._heights = perlin_terrain(terrain_seed) * np.float32(terrain_amplitude)
+        self._batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
+        base, ball = self.model.joint("base"), self.model.joint("ball")
+        wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
+        qpos, qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
+        self._qpos, self._qvel = qpos, qvel
+        self._position = qpos[:, base.qposadr[0] : base.qposadr[0] + 3]
+        self._quaternion = qpos[:, base.qposadr[0] + 3 : base.qposadr[0] + 7]
+        self._ball_position = qpos[:, ball.qposadr[0] : ball.qposadr[0] + 3]
+        self._velocity = qvel[:, base.dofadr[0] : base.dofadr[0] + 3]
+        self._angular_velocity = qvel[:, base.dofadr[0] + 3 : base.dofadr[0] + 6]
+        step = wheels[1] - wheels[0]
+        self._wheel_velocity = qvel[:, wheels[0] : wheels[2] + 1 : step]
+        self._motors = self._batch.bind("ctrl")[:, :3]
+        self._warnings = self._batch.warning[:, :, 1]
+        self._start_state = self._batch.state[0].copy()
+
+        self._rngs = [None] * num_envs
+        self._actions = np.zeros((num_envs, 3), np.float32)
+        self._clock = 0  # steps since the last seeded reset: the cameras run freely on it
+        self._steps = np.zeros(num_envs, int)
+        self._returns = np.zeros(num_envs)
+        self._started = np.zeros(num_envs)  # s
+        self.physics_errors = np.zeros(num_envs, int)
+        self.render_seconds = 0.0  # spent on depth frames
+        self._needs_reset = True
+        self.new_frames = False
+        self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
+        if cameras:
+            self._renderer = DepthRenderer(self.model, camera_size, self._heights)
+            self.frames = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH)
+            self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
+            views = self.frames.numpy().view()
+            views.flags.writeable = False
+            self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
+        self._viewer = None
+
+    # Gymnasium's interface
+
+    def reset(self, *, seed=None, options=None):
+        """Start all episodes anew. Returns `(observation, info)`. `seed`: int, list of int, or None to go on."""
+        if options:
+            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
+        seeds = [seed] * self.num_envs if seed is None else seed
+        if isinstance(seeds, (int, np.integer)):
+            seeds = [int(seeds) + i for i in range(self.num_envs)]
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one int")
+        rngs = [
+            rng if s is None and rng is not None else gym.utils.seeding.np_random(s)[0]
+            for rng, s in zip(self._rngs, seeds)
+        ]
+        return self._reset_all(rngs, restart_clock=seed is not None)
+
+    def step(self, actions):
+        """Advance all by one step of 2 ms. Returns `(obs, rewards, terminations, truncations, infos)`."""
+        obs, rewards, terminations, truncations, infos = self._advance(actions)
+        done = terminations | truncations
+        if done.any():
+            ids = np.flatnonzero(done)
+            elapsed = np.round(time.perf_counter() - self._started, 6)
+            episode = {
+                "r": np.where(done, self._returns, 0.0),
+                "l": np.where(done, self._steps, 0),
+                "t": np.where(done, elapsed, 0.0),
+            }
+            final_obs = np.full(self.num_envs, None, object)
+            for i in ids:
+                final_obs[i] = {key: np.array(value[i]) for key, value in obs.items()}
+            final_info = {"position": np.where(done[:, None], infos["position"], 0.0), "_position": done.copy()}
+            errors = np.where(done, infos["physics_errors"], 0)
+            final_info |= {"physics_errors": errors, "_physics_errors": done.copy()}
+            self._reset(ids)
+            obs, infos = self._observe(), self._infos()
+            infos |= {"episode": episode, "_episode": done.copy()}
+            infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
+            infos |= {"final_info": final_info, "_final_info": done.copy()}
+        return obs, rewards, terminations, truncations, infos
+
+    def render(self):
+        """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs a render mode: gym.make_vec("Ballbot-v0", render_mode="rgb_array")')
+            return None
+        return tuple(self._picture(i) for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs):
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+
+    # What both environments share
+
+    def _reset_all(self, rngs, restart_clock):
+        self._rngs = rngs
+        if restart_clock:
+            self._clock = 0
+        self._needs_reset = False
+        self.new_frames = False
+        self._reset(np.arange(self.num_envs))
+        return self._observe(), self._infos()
+
+    def _reset(self, ids):
+        """New start poses for the environments `ids`, and their first frames."""
+        self._batch.state[ids] = self._start_state
+        self._batch.warning[ids] = 0
+        for i in ids:
+            x, y = self._rngs[i].uniform(-START_EXTENT, START_EXTENT, 2)
+            ground = self._highest(x, y)
+            self._position[i] = x, y, ground + BASE_START
+            self._ball_position[i] = x, y, ground + BALL_START
+        self._actions[ids] = 0
+        self._steps[ids] = 0
+        self._returns[ids] = 0
+        self._started[ids] = time.perf_counter()
+        self._take_frames(ids)
+
+    def _highest(self, x, y):
+        """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
+        if self._heights is None:
+            return 0.0
+        cell = 2 * TERRAIN_EXTENT / (TERRAIN_NODES - 1)
+        reach = BALL_RADIUS + cell
+        row, col = (slice(int((c + TERRAIN_EXTENT - reach) / cell) + 1, int((c + TERRAIN_EXTENT + reach) / cell) + 1)
+                    for c in (y, x))  # fmt: skip
+        return float(self._heights[row, col].max())
+
+    def _take_frames(self, ids):
+        if self.frames is None:
+            return
+        started = time.perf_counter()
+        if len(ids) == self.num_envs:
+            self.frames.copy_(self._renderer.render(self._position, self._quaternion))
+        else:
+            self.frames[torch.from_numpy(ids)] = self._renderer.render(self._position[ids], self._quaternion[ids])
+        self._frame_time[ids] = self._clock
+        self.new_frames = True
+        self.render_seconds += time.perf_counter() - started
+
+    def _advance(self, actions):
+        """One step without autoreset."""
+        if self._needs_reset:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        actions = np.asarray(actions, np.float32)
+        if actions.shape != (self.num_envs, 3):
+            raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
+        self._actions = np.clip(actions, -1, 1)
+        self._motors[:] = -MAX_TORQUE * self._actions
+        broken = None
+        try:
+            self._batch.step()
+        except mujoco.batch.SimulationError as error:
+            broken = np.zeros(self.num_envs, bool)
+            broken[error.ids] = True
+        if self._warnings.any() or not (np.isfinite(self._qpos).all() and np.isfinite(self._qvel).all()):
+            broken = np.zeros(self.num_envs, bool) if broken is None else broken
+            broken |= self._warnings.any(1)
+            for values in (self._qpos, self._qvel):
+                broken |= ~np.isfinite(values).all(1)
+        if broken is not None:
+            broken = np.flatnonzero(broken)
+            self._batch.state[broken] = self._start_state  # finite, whatever the physics left behind
+            self._actions[broken] = np.nan_to_num(self._actions[broken])
+        self._clock += 1
+        self._steps += 1
+        self.new_frames = False
+        if self.frames is not None and self._clock % self._frame_interval == 0:
+            self._take_frames(np.arange(self.num_envs))
+
+        forward, ctrl, healthy = self._weights
+        x, y = self._quaternion[:, 1], self._quaternion[:, 2]
+        terminations = 1 - 2 * (x * x + y * y) < self._cos_max_tilt  # cosine of the tilt
+        if broken is not None:
+            terminations[broken] = True
+            self.physics_errors[broken] += 1
+        distance = np.abs(self._position[:, :2]).max(1)
+        truncations = (self._steps >= self.max_episode_steps) | (distance > TERRAIN_EXTENT - EDGE)
+        truncations &= ~terminations
+        speed = (
+            np.clip(self._velocity[:, 0], -2, 2) * self._goal[0] + np.clip(self._velocity[:, 1], -2, 2) * self._goal[1]
+        )
+        effort = self._actions[:, 0] ** 2 + self._actions[:, 1] ** 2 + self._actions[:, 2] ** 2
+        rewards = forward * speed - ctrl * effort.astype(float) + healthy * ~terminations
+        self._returns += rewards
+        return self._observe(), rewards, terminations, truncations, self._infos()
+
+    def _observe(self):
+        q = self._quaternion
+        w, x, y, z = q[:, 0].copy(), q[:, 1], q[:, 2], q[:, 3]
+        sine = np.sqrt(x * x + y * y + z * z)
+        angle = 2 * np.arctan2(sine, np.abs(w)) * np.copysign(1, w)
+        scale = np.where(sine > 1e-9, angle / np.maximum(sine, 1e-9), 2 * np.copysign(1, w))
+        values = np.empty((self.num_envs, 15), np.float32)
+        np.multiply(q[:, 1:], scale[:, None], out=values[:, 0:3], casting="same_kind")
+        np.clip(self._angular_velocity, -2, 2, out=values[:, 3:6], casting="same_kind")
+        np.clip(self._velocity, -2, 2, out=values[:, 6:9], casting="same_kind")
+        np.clip(self._wheel_velocity / 10, -2, 2, out=values[:, 9:12], casting="same_kind")
+        values[:, 12:15] = self._actions
+        obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
+        if self.frames is not None:
+            age = (self._clock - self._frame_time) * TIMESTEP
+            obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
+        return obs
+
+    def _infos(self):
+        infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
+        return infos | {"_position": self._all(), "_physics_errors": self._all()}
+
+    def _all(self):
+        return np.ones(self.num_envs, bool)
+
+    def _picture(self, i):
+        if self._viewer is None:
+            try:
+                self._viewer = mujoco.Renderer(self.model, 480, 640)
+            except Exception as error:  # whatever the platform's OpenGL raises
+                raise RuntimeError(
+                    'render_mode="rgb_array" needs OpenGL, training does not: without a display install a renderer '
+                    "(Debian: apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or MUJOCO_GL=egl on a GPU"
+                ) from error
+        self._viewer.update_scene(self._mjdata(i), camera="track")
+        return self._viewer.render()
+
+    def _mjdata(self, i, data=None):
+        data = self._batch.get_data(i, data)
+        mujoco.mj_forward(self.model, data)
+        return data
+
+
+class BallbotEnv(gym.Env):
+    """
+    ## Description
+    A ballbot: a tower of 3.85 kg that balances on a ball of 9 cm radius, which three omniwheels drive. The goal is to
+    roll along +y (or another `goal`) over uneven ground for 8 s without falling. Left alone the robot falls in about a
+    second. Actions are taken at 500 Hz, one physics step of 2 ms each.
+
+    The task is that of Salehi, ["Reinforcement Learning for Ballbot Navigation in Uneven
+    Terrain"](https://arxiv.org/abs/2505.18417), on stock MuJoCo instead of a patched one. What differs from the paper:
+
+    - The wheels' damping is 0.4 N·m·s/rad instead of 0.8. With 0.8 the motors cannot drive faster than 0.46 m/s, and no
+      episode of 4000 steps can return more than 98.5. With 0.4 the top speed is 0.93 m/s and the bound is 117.
+      `wheel_damping=0.8` is the paper's setting; compare returns only at the same damping.
+    - There is one terrain, 40 m square, fixed by `terrain_seed`, and each episode starts at a random place of it. The
+      paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise
+      whose slopes match those of the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
+    - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
+      anisotropic friction. Velocities under random torques agree within 10 %.
+    - Depth images are computed without OpenGL (see Cameras).
+
+    `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
+
+    ## Action Space
+    The action space is a `Box(-1, 1, (3,), float32)`: one command per motor. The torque on wheel i is -10 N·m times
+    `action[i]`, about the wheel's axle (note the sign). Actions outside [-1, 1] are clipped.
+
+    | Num | Action                     | Min | Max | Name (in the XML file)  | Joint | Type (Unit)            |
+    | --- | -------------------------- | --- | --- | ----------------------- | ----- | ---------------------- |
+    | 0   | command to wheel 0's motor | -1  | 1   | motor_0 (joint wheel_0) | hinge | torque (-10 N·m per 1) |
+    | 1   | command to wheel 1's motor | -1  | 1   | motor_1 (joint wheel_1) | hinge | torque (-10 N·m per 1) |
+    | 2   | command to wheel 2's motor | -1  | 1   | motor_2 (joint wheel_2) | hinge | torque (-10 N·m per 1) |
+
+    In the base's frame (x to the right, y forward, z up) wheel 0 is at (-0.018, -0.08, -0.054) m and its axle is
+    (-0.153, -0.690, -0.707); wheels 1 and 2 are the same turned by 120° and 240° about z.
+
+    ## Observation Space
+    The observation space is a `Dict` of `Box`es, all float32. "Base" is the body that carries tower, wheels and cameras
+    (free joint `base` in the XML file).
+
+    | Key                        | Index | Meaning                                            | Min | Max  | Unit     |
+    | -------------------------- | ----- | -------------------------------------------------- | --- | ---- | -------- |
+    | `orientation`              | 0     | rotation vector of the base, axis times angle: x   | -π  | π    | rad      |
+    |                            | 1     | the same: y                                        | -π  | π    | rad      |
+    |                            | 2     | the same: z                                        | -π  | π    | rad      |
+    | `angular_vel`              | 0     | angular velocity of the base, in its own frame: x  | -2  | 2    | rad/s    |
+    |                            | 1     | the same: y                                        | -2  | 2    | rad/s    |
+    |                            | 2     | the same: z                                        | -2  | 2    | rad/s    |
+    | `vel`                      | 0     | velocity of the base's origin, in the world: x     | -2  | 2    | m/s      |
+    |                            | 1     | the same: y                                        | -2  | 2    | m/s      |
+    |                            | 2     | the same: z                                        | -2  | 2    | m/s      |
+    | `motor_state`              | 0     | speed of wheel 0 about its axle, divided by 10     | -2  | 2    | 10 rad/s |
+    |                            | 1     | the same: wheel 1                                  | -2  | 2    | 10 rad/s |
+    |                            | 2     | the same: wheel 2                                  | -2  | 2    | 10 rad/s |
+    | `actions`                  | 0     | last action, clipped; 0 after a reset: motor 0     | -1  | 1    |          |
+    |                            | 1     | the same: motor 1                                  | -1  | 1    |          |
+    |                            | 2     | the same: motor 2                                  | -1  | 1    |          |
+    | `depth_0`                  | all   | planar depth of the right camera: (1, row, column) | 0   | 1    | m        |
+    | `depth_1`                  | all   | planar depth of the left camera: (1, row, column)  | 0   | 1    | m        |
+    | `relative_image_timestamp` | 0     | time since the two frames were taken               | 0   | 0.01 | s        |
+
+    Values beyond Min and Max are clipped. With `cameras=False` the last three keys are absent. Position and goal are
+    not observed. The images' shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The maximum of
+    `relative_image_timestamp` follows from `camera_rate`; 0.01 s is that of the default.
+
+    ### Cameras
+    - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
+      the ground beside the ball. Camera 1 is its mirror image: x and the direction's x have the other sign. `fovy` is
+      90°; the images are square, so that they are 90° wide too.
+    - Row 0 is the top of the image (towards +y of the base), column 0 its left (towards -x), for both cameras.
+    - A pixel is the planar depth of what is seen through its centre: the distance along the camera's optical axis, not
+      along the pixel's ray. It is clipped to [0, 1] m; where nothing is hit it is 1.
+    - Of the robot itself only the ball is in view. It is always drawn where it is while the base rests on it.
+    - A new frame is taken every 6 steps (83.3 Hz, the nearest below the nominal 90 Hz), and held in between. Both
+      cameras' frames are taken together, after the physics step, so that `relative_image_timestamp` is then 0.
+    - The cameras' clock runs freely across episodes: `reset(seed=...)` restarts it, `reset()` does not. Each reset
+      takes a first frame, whatever the clock says, and the next may then follow after fewer than 6 steps.
+
+    ## Rewards
+    The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost + healthy_reward*:
+
+    - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
+      observed, that is after clipping, times the unit vector along `goal` (default +y).
+    - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
+    - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
+
+    Standing still for 4000 steps returns 80.
+
+    ## Starting State
+    The robot stands upright, not moving, facing +y. Its x and y are drawn uniformly from [-10, 10] m, around the middle
+    of the terrain; nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the
+    highest point of the terrain under the ball, so that the robot first drops by about 3 cm.
+
+    `reset(seed=...)` fixes all starts from then on. It does not change the terrain: that is `terrain_seed`.
+
+    ## Episode End
+    ### Termination
+    The episode terminates when
+
+    1. the base tilts by more than `max_tilt` (default 20°) from the vertical, or
+    2. the physics fails: MuJoCo warns or raises an error, or the state is no longer finite (an action with NaN does
+       this). The observation is then finite, that of the robot at the origin in its initial pose, and
+       `info["physics_errors"]` has gone up by 1.
+
+    ### Truncation
+    The episode is truncated when
+
+    1. it has lasted `max_episode_steps` (4000 steps, 8 s, unless given: see Arguments), or
+    2. the base's origin is less than 1 m from the terrain's edge, that is |x| or |y| > 19 m (on flat ground too).
+
+    A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`, which may do so at its limit:
+    test for termination first.
+
+    ## Info
+    `reset()` and `step()` return in `info`:
+
+    | Key              | Type               | Meaning                                          | Unit |
+    | ---------------- | ------------------ | ------------------------------------------------ | ---- |
+    | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
+    | `physics_errors` | int                | physics failures since this environment was made |      |
+
+    ## Arguments
+    All can be given to `gym.make` and `gym.make_vec`:
+
+    ```python
+    import gymnasium as gym
+    import ballbot_env  # registers Ballbot-v0
+
+    env = gym.make("Ballbot-v0", terrain="flat", wheel_damping=0.8)
+    ```
+
+    | Parameter               | Type          | Default    | Unit      | Description                                |
+    | ----------------------- | ------------- | ---------- | --------- | ------------------------------------------ |
+    | `terrain`               | **str**       | `"perlin"` |           | `"perlin"` (hills) or `"flat"`             |
+    | `terrain_seed`          | **int**       | `0`        |           | Which Perlin terrain                       |
+    | `terrain_amplitude`     | **float**     | `0.1`      | m         | Height of the terrain, lowest to highest   |
+    | `cameras`               | **bool**      | `True`     |           | Whether depth images are observed          |
+    | `camera_size`           | **int**       | `64`       | pixels    | Side of the depth images, at least 8       |
+    | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
+    | `wheel_damping`         | **float**     | `0.4`      | N·m·s/rad | Damping of the wheels' hinges (paper: 0.8) |
+    | `max_episode_steps`     | **int, None** | see below  | steps     | Length at which an episode is truncated    |
+    | `max_tilt`              | **float**     | `20.0`     | degrees   | Tilt above which an episode terminates     |
+    | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, of any length      |
+    | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
+    | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
+    | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
+    | `num_threads`           | **int**       | see below  |           | Threads for the physics; 0: one per CPU    |
+    | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
+
+    - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
+    - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts the steps, 4000
+      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`, with 4000 likewise. The
+      class `BallbotEnv` made directly has no limit unless it is given one (default `None`).
+    - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
+      the same, bit for bit, at any number of threads.
+    - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
+      which nothing else here does. `gym.make_vec` has `"rgb_array"` only.
+
+    ## Version History
+    * v0: initial version
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
+
+    def __init__(self, terrain="perlin", *, max_episode_steps=None, num_threads=1, render_mode=None, **kwargs):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f'render_mode is {render_mode!r}: use None, "human" or "rgb_array"')
+        self._envs = BallbotVectorEnv(
+            1, terrain, max_episode_steps=max_episode_steps, num_threads=num_threads, **kwargs
+        )
+        self.render_mode = render_mode
+        self.model = self._envs.model
+        self.observation_space = self._envs.single_observation_space
+        self.action_space = self._envs.single_action_space
+        self._viewer = self._data = None
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode. Returns `(observation, info)`."""
+        super().reset(seed=seed)
+        if options:
+            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
+        obs, info = self._envs._reset_all([self.np_random], restart_clock=seed is not None)
+        if self.render_mode == "human":
+            self.render()
+        return self._single(obs), self._single_info(info)
+
+    def step(self, action):
+        """Advance by 2 ms. `action`: (3,). Returns `(obs, reward, terminated, truncated, info)`."""
+        action = np.asarray(action, np.float32)
+        if action.shape != (3,):
+            raise ValueError(f"action has shape {action.shape}, expected (3,)")
+        obs, rewards, terminations, truncations, infos = self._envs._advance(action[None])
+        if self.render_mode == "human" and self._envs._clock % 8 == 0:
+            self.render()
+        return (
+            self._single(obs),
+            float(rewards[0]),
+            bool(terminations[0]),
+            bool(truncations[0]),
+            self._single_info(infos),
+        )
+
+    def render(self):
+        """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs a render mode: gym.make("Ballbot-v0", render_mode="rgb_array")')
+            return None
+        if self.render_mode == "rgb_array":
+            return self._envs._picture(0)
+        self._data = self._envs._mjdata(0, self._data)
+        if self._viewer is None:
+            import mujoco.viewer
+
+            try:
+                self._viewer = mujoco.viewer.launch_passive(self.model, self._data)
+            except Exception as error:  # whatever the platform's OpenGL raises
+                raise RuntimeError('render_mode="human" needs a display: use "rgb_array" without one') from error
+        self._viewer.sync()
+        return None
+
+    def close(self):
+        self._envs.close()
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+
+    @staticmethod
+    def _single(obs):
+        return {key: value[0].copy() for key, value in obs.items()}
+
+    @staticmethod
+    def _single_info(infos):
+        return {"position": infos["position"][0], "physics_errors": int(infos["physics_errors"][0])}
+
+
+def check_arguments(given):
+    """Raise ValueError with one line on the first argument of the environment that cannot be."""
+
+    def need(key, good, what):
+        if not good:
+            raise ValueError(f"{key} is {given[key]!r}: give {what}")
+
+    def number(key, low, what, strict=False):
+        value = given[key]
+        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+        need(key, good and (value > low if strict else value >= low), what)
+
+    def whole(key, low):
+        need(key, isinstance(given[key], (int, np.integer)) and given[key] >= low, f"a whole number from {low} on")
+
+    whole("num_envs", 1)
+    near = difflib.get_close_matches(str(given["terrain"]), ("perlin", "flat"))
+    need("terrain", given["terrain"] in ("perlin", "flat"), f'"{near[0]}"' if near else '"perlin" or "flat"')
+    whole("terrain_seed", 0)
+    number("terrain_amplitude", 0, 'a height above 0 m, or terrain="flat"', strict=True)
+    whole("camera_size", 8)
+    number("camera_rate", 0, "a rate above 0 Hz", strict=True)
+    number("wheel_damping", 0, "a damping of 0 N·m·s/rad or more")
+    if given["max_episode_steps"] is not None:
+        whole("max_episode_steps", 1)
+    number("max_tilt", 0, "an angle between 0 and 90 degrees", strict=True)
+    need("max_tilt", given["max_tilt"] < 90, "an angle between 0 and 90 degrees")
+    goal = np.asarray(given["goal"], dtype=object)
+    good = goal.shape == (2,) and all(isinstance(c, (int, float, np.number)) and math.isfinite(c) for c in goal)
+    need("goal", good and any(goal), "a direction (x, y) other than (0, 0)")
+    for key in ("forward_reward_weight", "ctrl_cost_weight", "healthy_reward"):
+        number(key, -math.inf, "a finite number")
+    whole("num_threads", 0)
+    need("render_mode", given["render_mode"] in (None, "rgb_array"), 'None or "rgb_array"')
+
+
+gym.register(
+    "Ballbot-v0",
+    entry_point="ballbot_env:BallbotEnv",
+    vector_entry_point="ballbot_env:BallbotVectorEnv",
+    max_episode_steps=4000,
+)
