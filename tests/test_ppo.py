@@ -1,0 +1,278 @@
+"""PPO by hand-computed examples, by short real runs, and by what it says to bad input."""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ballbot_env
+import ppo_ballbot as ppo
+
+REPOSITORY = Path(ppo.__file__).resolve().parent
+
+SMALL = ppo.Args(
+    num_threads=1, num_envs=4, num_steps=64, minibatch_size=64, total_timesteps=512, eval_interval=256,
+    eval_episodes=2, final_eval_episodes=3, run_name="run",
+)  # fmt: skip
+
+
+def test_gae_by_hand():
+    # Two environments, three steps, gamma 0.5, lambda 0.5. The first goes on; in the second, step 1 terminates.
+    rewards = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    values = torch.tensor([[4.0, 4.0], [6.0, 6.0], [8.0, 8.0]])
+    next_values = torch.tensor([[6.0, 6.0], [8.0, 0.0], [10.0, 10.0]])
+    dones = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    # deltas of the first: 1+3-4 = 0, 2+4-6 = 0, 3+5-8 = 0; of the second: 0, 2+0-6 = -4, 0
+    advantages = ppo.gae(rewards, values, next_values, dones, 0.5, 0.5)
+    assert advantages.tolist() == [[0, -1], [0, -4], [0, 0]]
+    # With lambda 1 and no episode's end, advantage + value is the discounted return:
+    # 3 + 10/2 = 8, 2 + 8/2 = 6, 1 + 6/2 = 4.
+    values = torch.tensor([[1.0], [1.0], [1.0]])
+    next_values = torch.tensor([[1.0], [1.0], [10.0]])
+    returns = ppo.gae(rewards[:, :1], values, next_values, torch.zeros(3, 1), 0.5, 1.0) + values
+    assert returns.flatten().tolist() == [4, 6, 8]
+
+
+class ScriptedEnvs:
+    """Two environments whose `vel` counts steps; at step 1 the first terminates and the second is truncated."""
+
+    num_envs, new_frames = 2, False
+
+    def __init__(self):
+        self.clock = 0
+
+    def observation(self, vel):
+        obs = {key: np.zeros((2, 3), np.float32) for key in ballbot_env.PROPRIOCEPTION}
+        obs["vel"][:, 0] = vel
+        return obs
+
+    def step(self, actions):
+        self.clock += 1
+        ends = self.clock == 2
+        terminations, truncations = np.array([ends, False]), np.array([False, ends])
+        infos = {}
+        if ends:
+            final = self.observation(100)
+            final_obs = [{key: value[i] for key, value in final.items()} for i in range(2)]
+            infos = {"episode": {"r": np.ones(2), "l": np.full(2, 2)}, "_episode": np.ones(2, bool)}
+            infos["final_obs"] = np.array(final_obs, object)
+        vel = 0 if ends else self.clock
+        return self.observation(vel), np.full(2, 0.5), terminations, truncations, infos
+
+
+def test_truncation_bootstraps_and_termination_does_not():
+    args = replace(SMALL, cameras=False, num_envs=2, num_steps=3)
+    agent = ppo.Agent(args)
+    agent.critic = torch.nn.Linear(15, 1)  # the value is the observed vel: the seventh of the features
+    torch.nn.init.zeros_(agent.critic.bias)
+    agent.critic.weight.data = torch.eye(15)[6:7]
+    envs, episodes = ScriptedEnvs(), []
+    proprio = ppo.proprioception(envs.observation(0), agent)
+    batch, *_ = ppo.rollout(envs, agent, args, proprio, torch.zeros(2, 0), episodes)
+    assert batch["values"].tolist() == [[0, 0], [1, 1], [0, 0]]
+    # Step 1 leads to vel 100 before the reset: worth nothing where terminated, 100 where truncated.
+    assert batch["next_values"].tolist() == pytest.approx(np.array([[1, 1], [0, 100], [3, 3]]), rel=1e-5)
+    assert batch["dones"].tolist() == [[0, 0], [1, 1], [0, 0]]
+    advantages = ppo.gae(*(batch[k] for k in ("rewards", "values", "next_values", "dones")), 0.9, 0.8)
+    # deltas: 0.5+0.9*1-0 = 1.4; 0.5-1 = -0.5 and 0.5+90-1 = 89.5; 0.5+0.9*3-0 = 3.2, which must not leak back
+    expected = [[1.4 + 0.72 * -0.5, 1.4 + 0.72 * 89.5], [-0.5, 89.5], [3.2, 3.2]]
+    assert advantages.numpy() == pytest.approx(np.array(expected), rel=1e-4)
+    assert [(r, length) for r, length, _ in episodes] == [(1, 2), (1, 2)]
+
+
+def test_log_prob_is_the_normal_density():
+    actions, mean, log_std = torch.randn(5, 3), torch.randn(5, 3), torch.randn(3)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
+    assert torch.allclose(ppo.log_prob(actions, mean, log_std), expected, atol=1e-5)
+
+
+def one_update(advantages, logprob_shift=0.0, **changes):
+    """Log probabilities of four samples before and after one update with the given advantages."""
+    torch.manual_seed(0)
+    args = replace(SMALL, cameras=False, minibatch_size=4, update_epochs=1, clip_coef=0.2, ent_coef=0.0, **changes)
+    agent = ppo.Agent(args)
+    x, actions = torch.randn(4, 15), torch.randn(4, 3)
+    before = ppo.log_prob(actions, agent.actor(x), agent.log_std).detach()
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4, weight_decay=0)
+    batch = dict(x=x, actions=actions, logprobs=before + logprob_shift, advantages=torch.tensor(advantages),
+                 values=torch.zeros(4), returns=torch.zeros(4))  # fmt: skip
+    losses = ppo.update(agent, optimizer, args, batch)
+    return ppo.log_prob(actions, agent.actor(x), agent.log_std).detach() - before, losses
+
+
+def test_update_follows_advantages_within_the_clip_range():
+    change, losses = one_update([1.0, 1.0, 1.0, 1.0])
+    assert change.mean() > 0
+    assert losses["policy_loss"] == pytest.approx(-1) and losses["approx_kl"] == pytest.approx(0, abs=1e-6)
+    change, _ = one_update([-1.0, -1.0, -1.0, -1.0])
+    assert change.mean() < 0
+    # A ratio of e^0.5 is beyond 1.2: a positive advantage has no gradient there, a negative one has.
+    change, losses = one_update([1.0, 1.0, 1.0, 1.0], logprob_shift=-0.5)
+    assert change.abs().max() == 0
+    assert losses["policy_loss"] == pytest.approx(-1.2) and losses["clipfrac"] == 1
+    change, losses = one_update([-1.0, -1.0, -1.0, -1.0], logprob_shift=-0.5)
+    assert change.mean() < 0
+    assert losses["policy_loss"] == pytest.approx(np.exp(0.5))
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    agent = ppo.Agent(replace(SMALL, cameras=False))
+    samples = torch.randn(1000, 15) * torch.arange(1, 16) + 3
+    for part in samples.split([10, 490, 500]):
+        agent.update_moments("obs", part)
+    assert torch.allclose(agent.obs_mean, samples.mean(0), atol=1e-4)
+    assert torch.allclose(agent.obs_var, samples.var(0, correction=0), rtol=1e-4)
+
+
+def test_learning_rates():
+    schedule = [ppo.learning_rate_now(SMALL, p) for p in (1, 0.67, 0.66, 0.34, 0.33, 0)]
+    assert schedule == [1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5]
+    assert ppo.learning_rate_now(replace(SMALL, learning_rate=3e-4), 0.5) == 3e-4
+    assert ppo.learning_rate_now(replace(SMALL, learning_rate=3e-4, anneal_lr=True), 0.5) == 1.5e-4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the default task, cameras and all, of two small iterations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("run"))
+        return ppo.train(SMALL).resolve()
+
+
+def test_run_leaves_log_and_checkpoints(run):
+    log = EventAccumulator(str(run)).Reload()
+    tags = set(log.Tags()["scalars"])
+    expected = {
+        "charts/learning_rate", "charts/SPS", "charts/action_std", "losses/policy_loss", "losses/value_loss",
+        "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
+        "SPS/simulate", "SPS/render", "SPS/infer", "SPS/learn", "eval/episodic_return", "eval/episodic_length",
+    }  # fmt: skip
+    assert expected <= tags
+    assert [event.step for event in log.Scalars("losses/value_loss")] == [256, 512]
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert checkpoint["global_step"] == 512 and checkpoint["args"]["minibatch_size"] == 64
+    assert torch.load(run / "best.pt", weights_only=True)["eval"]["episodes"] in (2, 3)
+    assert not list(run.glob("*.part"))
+
+
+def test_checkpoint_is_the_policy(run):
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    args = ppo.Args(**checkpoint["args"])
+    agent = ppo.Agent(args)
+    agent.load_state_dict(checkpoint["model"])
+    result = ppo.evaluate(agent, args, checkpoint["eval"]["episodes"])
+    assert result == pytest.approx(checkpoint["eval"])
+
+
+def test_frozen_encoder_stays_and_free_encoder_learns(run, tmp_path, monkeypatch):
+    shipped = torch.load(REPOSITORY / "assets" / "depth_encoder.pt", weights_only=True)["encoder"]
+    frozen = torch.load(run / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(frozen[f"encoder.{key}"], value) for key, value in shipped.items())
+    monkeypatch.chdir(tmp_path)
+    free = ppo.train(replace(SMALL, freeze_encoder=False, num_envs=2, num_steps=32, minibatch_size=32,
+                             total_timesteps=64))  # fmt: skip
+    torch.manual_seed(SMALL.seed)
+    start = ppo.Agent(SMALL).state_dict()
+    end = torch.load(free / "last.pt", weights_only=True)["model"]
+    assert not any(torch.equal(end[f"encoder.{key}"], start[f"encoder.{key}"]) for key in shipped)
+
+
+def test_held_frames_keep_their_features():
+    envs = ppo.make_envs(SMALL, 3, 0)
+    agent = ppo.Agent(SMALL)
+    obs, _ = envs.reset(seed=0)
+    depth = ppo.depth_features(obs, envs, agent, torch.zeros(3, 40))
+    for step in range(1, 8):
+        obs, *_ = envs.step(np.zeros((3, 3)))
+        renewed = ppo.depth_features(obs, envs, agent, depth)
+        assert (renewed is depth) == (step != 6)
+        depth = renewed
+        seen = torch.from_numpy(np.concatenate([obs["depth_0"], obs["depth_1"]], 1))
+        with torch.no_grad():
+            assert torch.allclose(depth, agent.encode(seen), atol=1e-6)
+
+
+def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = []
+    for name, seed, num_threads in (("a", 1, 1), ("b", 1, 1), ("c", 1, 2), ("d", 2, 1)):
+        run = ppo.train(replace(SMALL, run_name=name, seed=seed, num_threads=num_threads, norm_obs=True, norm_reward=True))
+        model = torch.load(run / "last.pt", weights_only=True)["model"]
+        weights.append(torch.cat([value.flatten().double() for value in model.values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.allclose(weights[0], weights[2], atol=1e-4)
+    assert not torch.allclose(weights[0], weights[3], atol=1e-4)
+
+
+def test_it_learns(tmp_path, monkeypatch):
+    """Some 100,000 steps without cameras on flat ground: clearly longer balance than the untrained policy's."""
+    monkeypatch.chdir(tmp_path)
+    args = ppo.Args(
+        num_threads=2, cameras=False, terrain="flat", num_envs=64, num_steps=160, minibatch_size=1024, update_epochs=5,
+        learning_rate=1e-3, clip_coef=0.2, gamma=0.995, gae_lambda=0.97, norm_adv=True, norm_obs=True, norm_reward=True,
+        ent_coef=0.0, init_log_std=-0.5, total_timesteps=102_400, eval_interval=10_240, eval_episodes=20,
+        final_eval_episodes=20, run_name="run",
+    )  # fmt: skip
+    lengths = EventAccumulator(str(ppo.train(args))).Reload().Scalars("eval/episodic_length")
+    assert lengths[-1].value > 1.3 * lengths[0].value
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"minibatch_size": 100}, "nearest that do are 64 and 128"),
+        ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
+        ({"total_timesteps": 100}, "give at least --num-envs * --num-steps = 256"),
+        ({"terrain": "hills"}, "--terrain is hills: give perlin or flat"),
+        ({"learning_rate": -2.0}, "give -1 for the schedule"),
+        ({"learning_rate": float("nan")}, "give -1 for the schedule"),
+        ({"anneal_lr": True}, "--anneal-lr needs a positive --learning-rate"),
+        ({"gamma": 1.5}, "--gamma is 1.5"),
+        ({"clip_coef": 0.0}, "--clip-coef is 0.0"),
+        ({"ent_coef": float("nan")}, "--ent-coef is nan"),
+        ({"eval_terrain_seed": 0}, "terrain that was not trained on"),
+        ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
+        ({"encoder_path": "ballbot_env.py"}, "damaged or not a depth encoder"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_before_any_work(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        ppo.train(replace(SMALL, **changes))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_run_is_not_overwritten(run, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="runs/run exists"):
+        ppo.train(SMALL)
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_file_copied_alone_runs(tmp_path):
+    """ppo_ballbot.py beside ballbot_env.py and assets/ is enough."""
+    for name in ("ppo_ballbot.py", "ballbot_env.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
+    flags = "--num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
+    command = [sys.executable, "ppo_ballbot.py", *flags.split()]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert "targets, mean over 2 episodes on unseen terrain: return > 100 missed, length > 3000 missed" in output.stdout
+
+
+def test_every_field_has_a_flag_with_help():
+    output = subprocess.run([sys.executable, REPOSITORY / "ppo_ballbot.py", "--help"], capture_output=True, text=True)
+    help_text = " ".join(output.stdout.split())
+    for name in vars(SMALL):
+        flag = "--" + name.replace("_", "-")
+        assert flag in help_text, flag
