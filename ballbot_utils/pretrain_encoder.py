@@ -1,0 +1,374 @@
+"""Pretrain the depth encoder as half of an autoencoder: `python -m ballbot_utils.pretrain_encoder --overwrite`.
+
+Frames are rendered at random poses on Perlin terrains that neither training nor evaluation uses by
+default. The encoder of ppo_ballbot.py learns features from which a decoder, thrown away afterwards,
+rebuilds the frame. Held-out terrains then tell what the features are worth. Needs no display and no GPU.
+"""
+
+import importlib.util
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+
+from ballbot_env import (
+    ASSETS,
+    BALL_RADIUS,
+    BASE_OVER_BALL,
+    EDGE,
+    TERRAIN_EXTENT,
+    DepthRenderer,
+    make_model,
+    perlin_terrain,
+)
+from ppo_ballbot import DepthEncoder
+
+SIZE = 64  # pixels a side: the encoder's last layer fits no other
+TERRAIN_AMPLITUDE = 0.1  # m, the environment's default
+TRAIN_TERRAIN_SEED, VAL_TERRAIN_SEED = 2_000_000, 3_000_000  # the first of each; 0 and 1,000,000 are ppo_ballbot's
+MAX_TILT = np.radians(20.0)  # beyond it an episode ends
+NOISE_FLOOR = 0.002  # m, added to a pixel's standard deviation in the loss
+FEATURE_STD = 0.6  # standard deviation of the features before tanh: about 0.5 after it
+
+
+@dataclass
+class Args:
+    output: Path = ASSETS / "depth_encoder.pt"
+    """file to write"""
+    picture: Path | None = None
+    """PNG of held-out frames beside their reconstructions, if given (needs matplotlib)"""
+    overwrite: bool = False
+    """replace an output that exists"""
+    seed: int = 1
+    """seed of poses, networks and minibatches"""
+    num_threads: int = 0
+    """CPU threads, 0: one per core"""
+    num_frames: int = 65_536
+    """training frames, half from each camera; 16 KB of memory each"""
+    num_val_frames: int = 8_192
+    """held-out frames, from terrains of their own"""
+    num_terrains: int = 8
+    """training terrains, of seeds 2,000,000 on; held-out frames come from 2 terrains, of seeds 3,000,000 on"""
+    epochs: int = 8
+    """passes over the training frames"""
+    batch_size: int = 64
+    """frames per gradient step"""
+    learning_rate: float = 3e-3
+    """Adam's step size at the start; it falls to 0 along a cosine"""
+    feature_coef: float = 0.1
+    """weight of the loss that keeps features centred and within the range of tanh"""
+
+
+def height_at(heights, x, y):
+    """Bilinear terrain heights, m, at x and y, m, arrays of any one shape."""
+    cell = 2 * TERRAIN_EXTENT / (len(heights) - 1)
+    col, row = (x + TERRAIN_EXTENT) / cell, (y + TERRAIN_EXTENT) / cell
+    j, i = col.astype(int), row.astype(int)
+    u, v = col - j, row - i
+    near = heights[i, j] * (1 - u) + heights[i, j + 1] * u
+    far = heights[i + 1, j] * (1 - u) + heights[i + 1, j + 1] * u
+    return near * (1 - v) + far * v
+
+
+def random_poses(rng, heights, n):
+    """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and what probes look for.
+
+    Tilts are up to 20° in any direction, small ones more often (half are below 5°); yaw is near 0, as the robot
+    starts there. One in twenty hovers up to 3 cm higher, as at the start of an episode. `targets` (n, 4) are the
+    tilts about the robot's x and y axes, rad, and the terrain's slopes along them, yaw alone being turned.
+    """
+    x, y = rng.uniform(EDGE - TERRAIN_EXTENT, TERRAIN_EXTENT - EDGE, (2, n))
+    yaw = rng.normal(0, 0.5, n)
+    tilt, direction = MAX_TILT * rng.uniform(0, 1, n) ** 2, rng.uniform(0, 2 * np.pi, n)
+    tilt_x, tilt_y = tilt * np.cos(direction), tilt * np.sin(direction)
+
+    # The ball rests where it first touches: its centre is the highest that a point of its footprint asks for.
+    grid = np.linspace(-1, 1, 13)
+    dx, dy = (g.ravel() for g in np.meshgrid(grid, grid))
+    dx, dy = (BALL_RADIUS * g[dx**2 + dy**2 < 1] for g in (dx, dy))
+    lift = np.sqrt(BALL_RADIUS**2 - dx**2 - dy**2)
+    centre = (height_at(heights, x[:, None] + dx, y[:, None] + dy) + lift).max(1)
+    centre += rng.normal(0, 0.001, n) + np.where(rng.uniform(size=n) < 0.05, rng.uniform(0, 0.03, n), 0)
+
+    half_yaw, half_tilt = yaw / 2, tilt / 2
+    sine = np.sin(half_tilt)
+    axis = direction + yaw / 2  # yaw after tilt turns the quaternion's horizontal part by half of it
+    quaternion = np.stack(
+        [np.cos(half_yaw) * np.cos(half_tilt), sine * np.cos(axis), sine * np.sin(axis),
+         np.sin(half_yaw) * np.cos(half_tilt)], 1)  # fmt: skip
+    up = np.stack([np.sin(tilt) * np.sin(direction + yaw), -np.sin(tilt) * np.cos(direction + yaw), np.cos(tilt)], 1)
+    position = np.stack([x, y, centre], 1) + BASE_OVER_BALL * up
+
+    reach = 0.15  # m, to either side
+    slopes = []
+    for angle in (yaw, yaw + np.pi / 2):
+        dx, dy = reach * np.cos(angle), reach * np.sin(angle)
+        slopes.append((height_at(heights, x + dx, y + dy) - height_at(heights, x - dx, y - dy)) / (2 * reach))
+    return position, quaternion, np.stack([tilt_x, tilt_y, *slopes], 1)
+
+
+def make_frames(rng, terrain_seeds, n):
+    """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, 4)."""
+    model = make_model("flat")
+    frames, targets = torch.empty(n, 2, SIZE, SIZE), []
+    start = time.perf_counter()
+    for seed, share in zip(terrain_seeds, np.array_split(np.arange(n), len(terrain_seeds))):
+        heights = perlin_terrain(seed) * np.float32(TERRAIN_AMPLITUDE)
+        renderer = DepthRenderer(model, SIZE, heights)
+        position, quaternion, target = random_poses(rng, heights, len(share))
+        targets.append(target)
+        for i in range(0, len(share), 64):
+            frames[share[i : i + 64]] = renderer.render(position[i : i + 64], quaternion[i : i + 64])
+        progress("terrain", 2 * (share[-1] + 1), 2 * n, start, f"seed {seed}")
+    return frames, torch.from_numpy(np.concatenate(targets)).float()
+
+
+class Decoder(nn.Module):
+    """Features (n, 20) and the camera's index (n,) to standardised frames (n, 64, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(DepthEncoder.num_features + 2, 256),
+            nn.LeakyReLU(),
+            nn.Linear(256, 256),
+            nn.LeakyReLU(),
+            nn.Linear(256, SIZE * SIZE),
+        )
+
+    def forward(self, features, camera):
+        one_hot = nn.functional.one_hot(camera, 2).to(features.dtype)
+        return self.layers(torch.cat([features, one_hot], 1)).view(-1, SIZE, SIZE)
+
+
+def fit(args, frames, mean, std):
+    """Train encoder and decoder on frames (n, 2, 64, 64). Returns both.
+
+    Most of a frame is the same in all: what matters for control moves it by millimetres. So the loss compares
+    deviations from each camera's mean frame, in units of each pixel's standard deviation. A second
+    term asks that, for each camera, every feature before tanh has mean 0 and standard deviation FEATURE_STD:
+    else the two cameras' mirrored views would use up the range of tanh, and features could be of any size.
+    """
+    encoder, decoder = DepthEncoder(), Decoder()
+    encoder.to(memory_format=torch.channels_last)  # convolutions are twice as fast on CPUs
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=args.learning_rate, fused=True)
+    steps_per_epoch = 2 * len(frames) // args.batch_size
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
+    flat = frames.flatten(0, 1)[:, None]  # (2n, 1, 64, 64), cameras alternate
+    start = time.perf_counter()
+    for epoch in range(args.epochs):
+        order, total = torch.randperm(len(flat)), 0.0
+        for step in range(steps_per_epoch):
+            indices = order[step * args.batch_size : (step + 1) * args.batch_size]
+            camera = indices % 2
+            depth = flat[indices]
+            before_tanh = encoder.layers[:-1](depth)
+            target = (depth[:, 0] - mean[camera]) / std[camera]
+            loss = (decoder(before_tanh.tanh(), camera) - target).square().mean()
+            spread = 0.0
+            for c in (0, 1):
+                features = before_tanh[camera == c]
+                if len(features) > 1:
+                    spread += features.mean(0).square().mean() + (features.std(0) - FEATURE_STD).square().mean()
+            optimizer.zero_grad()
+            (loss + args.feature_coef * spread).backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            if step % 50 == 49 or step == steps_per_epoch - 1:
+                done = (epoch * steps_per_epoch + step + 1) * args.batch_size
+                every = args.epochs * steps_per_epoch * args.batch_size
+                progress("training", done, every, start, f"epoch {epoch + 1}  loss {total / (step + 1):.4f}",
+                         shown=step == steps_per_epoch - 1)  # fmt: skip
+        if not torch.isfinite(total):
+            sys.exit(f"error: the loss of epoch {epoch + 1} is not finite: lower --learning-rate")
+    return encoder.to(memory_format=torch.contiguous_format), decoder
+
+
+@torch.no_grad()
+def encode(encoder, frames):
+    """Features (n, 40) of frames (n, 2, 64, 64), as ppo_ballbot.py lays them out."""
+    return torch.cat([encoder(part.flatten(0, 1)[:, None]).view(len(part), -1) for part in frames.split(64)])
+
+
+@torch.no_grad()
+def reconstruct(encoder, decoder, frames, mean, std):
+    """Frames (n, 2, 64, 64) rebuilt from their features."""
+    features = encode(encoder, frames).view(-1, DepthEncoder.num_features)
+    camera = torch.arange(2).repeat(len(frames))
+    parts = [decoder(*part) for part in zip(features.split(64), camera.split(64))]
+    return torch.cat(parts).view(frames.shape) * std + mean
+
+
+def probe(train_x, train_y, val_x, val_y, noise=0.0):
+    """R² (k,) on held-out data of linear regression from x (n, features) to y (n, k); `noise` is added to x."""
+
+    def prepare(x):
+        x = x.double()
+        return torch.cat([x + noise * torch.randn(x.shape, dtype=x.dtype), torch.ones(len(x), 1).double()], 1)
+
+    weights = torch.linalg.lstsq(prepare(train_x), train_y.double(), driver="gelsd").solution
+    error = (prepare(val_x) @ weights - val_y).square().mean(0)
+    return 1 - error / val_y.double().var(0, correction=0)
+
+
+def probe_all(train_x, train_y, val_x, val_y, noise=0.0):
+    """R² of tilt x, y; slope x, y; tilt to the ground x, y; and slope x, y when the tilt is given as well."""
+
+    def with_relative(y):  # a slope along y is a turn about x, one along x a turn about -y
+        return torch.cat([y, y[:, 0:1] - y[:, 3:4], y[:, 1:2] + y[:, 2:3]], 1)
+
+    alone = probe(train_x, with_relative(train_y), val_x, with_relative(val_y), noise)
+    # The tilt is given scaled up, so that the noise added to it does not count.
+    train_x, val_x = (torch.cat([x, 1e3 * y[:, :2]], 1) for x, y in ((train_x, train_y), (val_x, val_y)))
+    return torch.cat([alone, probe(train_x, train_y[:, 2:], val_x, val_y[:, 2:], noise)]).tolist()
+
+
+def save_picture(path, frames, rebuilt, mean):
+    """PNG: held-out frames, rebuilt ones, both as deviations from the mean frame, and their difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [(i, c) for i in range(4) for c in (0, 1)]
+    figure, axes = plt.subplots(5, len(columns), figsize=(13, 8.6), layout="constrained")
+    titles = ("frame", "reconstruction", "frame\nminus mean", "reconstruction\nminus mean", "difference")
+    for col, (i, c) in enumerate(columns):
+        x, y = frames[i, c], rebuilt[i, c]
+        axes[0, col].set_title(f"pose {i + 1}, camera {c}", fontsize=9)
+        for row, image in enumerate((x, y, x - mean[c], y - mean[c], y - x)):
+            limits = dict(vmin=0, vmax=0.6, cmap="viridis") if row < 2 else dict(vmin=-50, vmax=50, cmap="RdBu_r")
+            shown = axes[row, col].imshow(image * (1 if row < 2 else 1e3), **limits)
+            axes[row, col].set(xticks=[], yticks=[])
+            if col == 0:
+                axes[row, 0].set_ylabel(titles[row])
+            if row in (0, 2) and col == len(columns) - 1:
+                last = 2 if row == 0 else 5
+                figure.colorbar(shown, ax=axes[row:last], label="depth, m" if row == 0 else "mm", shrink=0.8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def progress(what, done, total, start, note, shown=True):
+    """One line of progress, which the next one replaces on a terminal. Elsewhere only `shown` ones appear."""
+    seconds = time.perf_counter() - start
+    left = time.strftime("%M:%S", time.gmtime(seconds / done * (total - done)))
+    line = f"{what}: {done:>9,} of {total:,} frames  {done / seconds:>6,.0f} frames/s  {left} left  {note}"
+    if sys.stdout.isatty():
+        print(line.ljust(100), end="\n" if done == total else "\r", flush=True)
+    elif shown:
+        print(line, flush=True)
+
+
+def check(args):
+    """Exit with one line on the first flag that cannot be, before any work starts."""
+
+    def need(good, message):
+        if not good:
+            sys.exit(f"error: {message}")
+
+    for name in ("num_terrains", "epochs", "batch_size"):
+        value = getattr(args, name)
+        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    for name in ("seed", "num_threads", "feature_coef"):
+        value = getattr(args, name)
+        need(0 <= value < np.inf, f"--{name.replace('_', '-')} is {value}: give 0 or more")
+    need(0 < args.learning_rate < np.inf, f"--learning-rate is {args.learning_rate}: give a positive number")
+    smallest = max(2 * args.num_terrains, args.batch_size, 256)
+    need(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
+         f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
+    need(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
+    for name in ("output", "picture"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        need(path.parent.is_dir(), f"--{name} is {path}, and there is no folder {path.parent}: make it first")
+        need(not path.is_dir(), f"--{name} is {path}, a folder: give the name of a file")
+        need(args.overwrite or not path.exists(), f"{path} exists: give another --{name}, or --overwrite")
+    need(args.picture is None or importlib.util.find_spec("matplotlib"),
+         "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
+
+
+def pretrain(args):
+    """Make, measure and save an encoder by `args`. Returns what was saved."""
+    check(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    start = time.perf_counter()
+    train_seeds = [TRAIN_TERRAIN_SEED + i for i in range(args.num_terrains)]
+    val_seeds = [VAL_TERRAIN_SEED, VAL_TERRAIN_SEED + 1]
+    rng = np.random.default_rng(args.seed)
+    frames, targets = make_frames(rng, train_seeds, args.num_frames // 2)
+    val_frames, val_targets = make_frames(rng, val_seeds, args.num_val_frames // 2)
+    mean = frames.mean(0)
+    std = frames.std(0) + NOISE_FLOOR
+    untrained = DepthEncoder()
+    encoder, decoder = fit(args, frames, mean, std)
+    seconds = time.perf_counter() - start
+
+    sample = torch.randperm(len(frames))[: len(val_frames)]  # as many training frames
+    frames, targets = frames[sample], targets[sample]
+    rebuilt = reconstruct(encoder, decoder, val_frames, mean, std)
+    error, baseline = rebuilt - val_frames, val_frames - mean
+    features = encode(encoder, val_frames)
+    result = {
+        "train_mse": (reconstruct(encoder, decoder, frames, mean, std) - frames).square().mean().item(),
+        "val_mse": error.square().mean().item(),
+        "val_mae_mm": 1e3 * error.abs().mean().item(),
+        "val_loss": (error / std).square().mean().item(),
+        "mean_frame_mse": baseline.square().mean().item(),
+        "mean_frame_mae_mm": 1e3 * baseline.abs().mean().item(),
+        "mean_frame_loss": (baseline / std).square().mean().item(),
+        "feature_mean": features.mean(0).tolist(),
+        "feature_std": features.std(0).tolist(),
+        "saturated": (features.abs() > 0.97).float().mean().item(),
+        "seconds": seconds,
+        "num_threads": torch.get_num_threads(),
+    }
+    for key in ("mse", "mae_mm", "loss"):
+        print(f"held-out {key}: {result[f'val_{key}']:.3g}, of the mean frame: {result[f'mean_frame_{key}']:.3g}")
+    print(f"training mse: {result['train_mse']:.3g}")
+    deviations = torch.tensor(result["feature_std"])
+    print(f"features: standard deviation {deviations.min():.2f} to {deviations.max():.2f}, "
+          f"{100 * result['saturated']:.1f} % beyond ±0.97")  # fmt: skip
+
+    print("R² of linear probes on held-out terrain; with noise of 0.05 added to the features")
+    names = ("tilt x", "tilt y", "slope x", "slope y", "tilt to ground x", "tilt to ground y",
+             "slope x, tilt given", "slope y, tilt given")  # fmt: skip
+    train_x, val_x = encode(encoder, frames), features
+    untrained_x = encode(untrained, frames), encode(untrained, val_frames)
+    rows = {
+        "mean depth of each frame": (frames.mean((2, 3)), val_frames.mean((2, 3)), 0.0),
+        "untrained, 40 features": (*untrained_x, 0.0),
+        "camera 0, 20 features": (train_x[:, :20], val_x[:, :20], 0.0),
+        "both, 40 features": (train_x, val_x, 0.0),
+        "untrained, 40 features, noise": (*untrained_x, 0.05),
+        "camera 0, 20 features, noise": (train_x[:, :20], val_x[:, :20], 0.05),
+        "both, 40 features, noise": (train_x, val_x, 0.05),
+    }
+    print(f"{'':30}" + "  ".join(names))
+    result["probes"] = {}
+    for name, (a, b, noise) in rows.items():
+        scores = result["probes"][name] = dict(zip(names, probe_all(a, targets, b, val_targets, noise)))
+        print(f"{name:30}" + "  ".join(f"{score:{len(n)}.3f}" for n, score in scores.items()))
+
+    if args.picture is not None:
+        save_picture(args.picture, val_frames, rebuilt, mean)
+    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
+    content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
+    part = args.output.with_suffix(".part")
+    torch.save(content, part)
+    os.replace(part, args.output)
+    print(f"{args.output}: made in {seconds:.0f} s")
+    return content
+
+
+if __name__ == "__main__":
+    pretrain(tyro.cli(Args))
