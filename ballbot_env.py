@@ -25,7 +25,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 TIMESTEP = 0.002  # s, one physics step per action
 MAX_TORQUE = 10.0  # N·m at |action| = 1
 BALL_RADIUS = 0.09  # m
-BASE_REST = 0.2205  # m, base origin above the ground when the robot rests upright on its ball
+BASE_OVER_BALL = 0.1313  # m, base origin above the ball's centre when the robot rests upright on it
 BASE_START = 0.24  # m, base origin above the ground at the start
 BALL_START = 0.12  # m, ball centre above the ground at the start
 TERRAIN_EXTENT = 20.0  # m, half the side of the square terrain
@@ -125,7 +125,7 @@ class DepthRenderer:
         mujoco.mj_resetData(model, data)
         base, ball = (model.joint(name).qposadr[0] for name in ("base", "ball"))
         data.qpos[base + 2] = 100.0
-        data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_REST - BALL_RADIUS]
+        data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_OVER_BALL]
         mujoco.mj_forward(model, data)
 
     def _ray_self_depth(self, model, data, cameras):

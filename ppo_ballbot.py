@@ -7,11 +7,12 @@ the hyperparameter guide of openballbot-rl; `--help` lists every flag.
 """
 
 import os
-import random
+import shutil
 import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ballbot_env
 
+CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
@@ -141,7 +143,7 @@ def mlp(inputs, hidden, layers, outputs, last_gain):
     """Linear layers with LeakyReLU between them, orthogonal weights and zero biases."""
     sizes = [inputs] + [hidden] * layers
     modules = []
-    for i, o in zip(sizes[:-1], sizes[1:]):
+    for i, o in pairwise(sizes):
         modules += [layer_init(nn.Linear(i, o)), nn.LeakyReLU()]
     return nn.Sequential(*modules, layer_init(nn.Linear(sizes[-1], outputs), last_gain))
 
@@ -337,7 +339,7 @@ def update(agent, optimizer, args, batch, frames=None):
     """
     parameters = [p for p in agent.parameters() if p.requires_grad]
     batch_size = len(batch["x"])
-    for epoch in range(args.update_epochs):
+    for epoch in range(1, args.update_epochs + 1):
         order = torch.randperm(batch_size, device=batch["x"].device)
         shuffled = {key: value[order] for key, value in batch.items()}
         stats = []
@@ -376,7 +378,7 @@ def update(agent, optimizer, args, batch, frames=None):
         if stats[4] > args.target_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-    return dict(zip(names, stats)) | {"epochs": epoch + 1}
+    return dict(zip(names, stats)) | {"epochs": epoch}
 
 
 @torch.no_grad()
@@ -449,12 +451,13 @@ def check(args):
     for name in ("gamma", "gae_lambda"):
         value = getattr(args, name)
         need(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
+    need(np.isfinite(args.init_log_std), f"--init-log-std is {args.init_log_std}: give a finite number")
     lr = args.learning_rate
     need(lr == -1 or 0 < lr < np.inf, f"--learning-rate is {lr}: give -1 for the schedule, or a positive constant")
     need(lr > 0 or not args.anneal_lr, "--anneal-lr needs a positive --learning-rate: -1 has its own schedule")
     need(args.terrain in ("perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
     need(args.terrain == "flat" or args.terrain_seed != args.eval_terrain_seed,
-         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain that was not trained on")  # fmt: skip
+         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on")  # fmt: skip
     batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
     divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
     below, above = (
@@ -492,8 +495,6 @@ def train(args):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.num_threads or os.cpu_count())
@@ -546,8 +547,8 @@ def train(args):
         explained = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
         losses = update(agent, optimizer, args, batch, frames)
         if not all(map(np.isfinite, losses.values())):
-            sys.exit(f"error: the losses at step {global_step} are not finite ({losses}); {run_dir}/last.pt is the policy "
-                     "before; lower --learning-rate or --max-grad-norm")  # fmt: skip
+            sys.exit(f"error: the losses after step {global_step} are not finite: lower --learning-rate or "
+                     f"--max-grad-norm; {run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
         if args.norm_obs:
             agent.update_moments("obs", raw.flatten(0, 1))
         learning = time.perf_counter() - learn_start
@@ -581,9 +582,12 @@ def train(args):
         parts = [simulating - rendering, rendering, rolling - simulating, learning]
         shares = "/".join(f"{100 * part / sum(parts):.0f}" for part in parts)
         bar = "#" * (20 * iteration // num_iterations)
-        line = (f"[{bar:<20}] {global_step:>10,} steps  {global_step / seconds:>6,.0f} SPS  {left} left  "
-                f"return {mean_return:6.1f}  length {mean_length:5.0f}  simulate/render/infer/learn {shares} %")  # fmt: skip
-        print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        line = (f"[{bar:<20}] {global_step:,} steps, {global_step / seconds:,.0f} SPS, {left} left, return "
+                f"{mean_return:.1f}, length {mean_length:.0f}, simulate/render/infer/learn {shares} %")  # fmt: skip
+        if sys.stdout.isatty():
+            print(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        else:
+            print(line, flush=True)
 
         eval_start = time.perf_counter()
         checkpoint = dict(model=agent.state_dict(), optimizer=optimizer.state_dict(), args=asdict(args),
@@ -601,14 +605,18 @@ def train(args):
     envs.close()
     result = evaluate(agent, args, args.final_eval_episodes)
     report("final policy", result, writer, global_step)
+    best_result = {"episodic_return": -np.inf}
     if best_return > -np.inf:
-        best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
-        agent.load_state_dict(best["model"])
-        best_result = evaluate(agent, args, args.final_eval_episodes)
-        report(f"best policy, of {best['global_step']:,} steps", best_result)
-    if best_return == -np.inf or result["episodic_return"] > best_result["episodic_return"]:
-        save(run_dir / "best.pt", **checkpoint, eval=result)
+        best, best_agent = (
+            torch.load(run_dir / "best.pt", map_location=device, weights_only=True),
+            Agent(args).to(device),
+        )
+        best_agent.load_state_dict(best["model"])
+        best_result = evaluate(best_agent, args, args.final_eval_episodes)
+        report(f"policy of {best['global_step']:,} steps, the best evaluated on the way", best_result)
+    if result["episodic_return"] > best_result["episodic_return"]:
         best_result = result
+        save(run_dir / "best.pt", **checkpoint, eval=result)
     reached = best_result["episodic_return"] > TARGET_RETURN, best_result["episodic_length"] > TARGET_LENGTH
     print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: "
           f"return > {TARGET_RETURN} {'reached' if reached[0] else 'missed'}, "
@@ -619,7 +627,7 @@ def train(args):
 
 def report(title, result, writer=None, global_step=None):
     """Print an evaluation and log it."""
-    print(f"{title}: return {result['episodic_return']:.1f} ± {result['episodic_return_std']:.1f}, length "
+    print(f"{CLEAR_LINE}{title}: return {result['episodic_return']:.1f} ± {result['episodic_return_std']:.1f}, length "
           f"{result['episodic_length']:.0f} ± {result['episodic_length_std']:.0f}, falls {100 * result['falls']:.0f} % "
           f"({result['episodes']} episodes)", flush=True)  # fmt: skip
     if writer is not None:

@@ -203,7 +203,9 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = []
     for name, seed, num_threads in (("a", 1, 1), ("b", 1, 1), ("c", 1, 2), ("d", 2, 1)):
-        run = ppo.train(replace(SMALL, run_name=name, seed=seed, num_threads=num_threads, norm_obs=True, norm_reward=True))
+        run = ppo.train(
+            replace(SMALL, run_name=name, seed=seed, num_threads=num_threads, norm_obs=True, norm_reward=True)
+        )
         model = torch.load(run / "last.pt", weights_only=True)["model"]
         weights.append(torch.cat([value.flatten().double() for value in model.values()]))
     assert torch.equal(weights[0], weights[1])
@@ -237,7 +239,7 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"gamma": 1.5}, "--gamma is 1.5"),
         ({"clip_coef": 0.0}, "--clip-coef is 0.0"),
         ({"ent_coef": float("nan")}, "--ent-coef is nan"),
-        ({"eval_terrain_seed": 0}, "terrain that was not trained on"),
+        ({"eval_terrain_seed": 0}, "terrain not trained on"),
         ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
         ({"encoder_path": "ballbot_env.py"}, "damaged or not a depth encoder"),
     ],
