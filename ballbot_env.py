@@ -33,6 +33,11 @@ TERRAIN_NODES = 1169  # per side: cells of 40 m / 1168 = 10/292 m
 EDGE = 1.0  # m, episodes are truncated this close to the terrain's edge
 START_EXTENT = 10.0  # m, starts are drawn from the square |x|, |y| <= START_EXTENT
 MAX_DEPTH = 1.0  # m
+# MuJoCo's warnings end the episode and are printed; they need no MUJOCO_LOG.TXT in the working directory.
+_log = mujoco.MjLogConfig.get()
+_log.logto_file = False
+_log.set()
+
 PROPRIOCEPTION = ("orientation", "angular_vel", "vel", "motor_state", "actions")
 
 
@@ -270,7 +275,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if cameras:
             shape = (1, camera_size, camera_size)
             boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
-            age = (self._frame_interval - 1) * TIMESTEP
+            age = max(self._frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
             boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
         self.single_observation_space = spaces.Dict(boxes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -658,8 +663,8 @@ class BallbotEnv(gym.Env):
 
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
     - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts the steps, 4000
-      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`, with 4000 likewise. The
-      class `BallbotEnv` made directly has no limit unless it is given one (default `None`).
+      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`: 4000 likewise, `None` for
+      no limit. The class `BallbotEnv` made directly has no limit unless it is given one (default `None`).
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
@@ -755,13 +760,16 @@ def check_arguments(given):
         need(key, good and (value > low if strict else value >= low), what)
 
     def whole(key, low):
-        need(key, isinstance(given[key], (int, np.integer)) and given[key] >= low, f"a whole number from {low} on")
+        value = given[key]
+        good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        need(key, good and value >= low, f"a whole number from {low} on")
 
     whole("num_envs", 1)
     near = difflib.get_close_matches(str(given["terrain"]), ("perlin", "flat"))
     need("terrain", given["terrain"] in ("perlin", "flat"), f'"{near[0]}"' if near else '"perlin" or "flat"')
     whole("terrain_seed", 0)
     number("terrain_amplitude", 0, 'a height above 0 m, or terrain="flat"', strict=True)
+    need("cameras", isinstance(given["cameras"], bool), "True or False")
     whole("camera_size", 8)
     number("camera_rate", 0, "a rate above 0 Hz", strict=True)
     number("wheel_damping", 0, "a damping of 0 N·m·s/rad or more")

@@ -1,0 +1,802 @@
+"""What ballbot_env.py promises, tried from outside where that is possible.
+
+States are written through the vector environment's `_qpos`, `_qvel` and their slices, which are
+live views of the physics.
+"""
+
+import copy
+import inspect
+import math
+import re
+import warnings
+
+import gymnasium as gym
+import mujoco
+import mujoco.batch
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+import ballbot_env
+from ballbot_env import BallbotEnv, BallbotVectorEnv, DepthRenderer, make_model, perlin_terrain
+
+VISIBLE = [1, 1, 1, 0, 0, 0]  # geom groups a camera sees
+# Episodes of up to 100 steps, of which some end by a fall
+SHORT = dict(max_tilt=3.0, max_episode_steps=100)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A folder for the MUJOCO_LOG.TXT that MuJoCo may write when physics fails."""
+    monkeypatch.chdir(tmp_path)
+
+
+def make(num_envs=3, terrain="flat", cameras=False, num_threads=1, **kwargs):
+    return BallbotVectorEnv(num_envs, terrain, cameras=cameras, num_threads=num_threads, **kwargs)
+
+
+def random_actions(steps, num_envs, scale, seed=0):
+    """Actions held for 20 steps each, so that they tip the robot: (steps, num_envs, 3)."""
+    rng = np.random.default_rng(seed)
+    held = rng.uniform(-scale, scale, (steps // 20 + 1, num_envs, 3))
+    return np.repeat(held, 20, axis=0)[:steps].astype(np.float32)
+
+
+def assert_same(a, b, path=""):
+    """Equal bit for bit, down to keys, types and shapes."""
+    if isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), f"{path}: {sorted(a)} and {sorted(b)}"
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+        return
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype and a.shape == b.shape, f"{path}: {a.dtype}{a.shape} and {b.dtype}{b.shape}"
+    if a.dtype == object:
+        for i in np.ndindex(a.shape):
+            if a[i] is None or b[i] is None:
+                assert a[i] is b[i], f"{path}{i}"
+            else:
+                assert_same(a[i], b[i], f"{path}{i}")
+    else:
+        assert a.tobytes() == b.tobytes(), f"{path} differs"
+
+
+def copied(obs):
+    return {key: np.array(value) for key, value in obs.items()}
+
+
+def quaternion(axis, angle):
+    return np.array([math.cos(angle / 2), *(math.sin(angle / 2) * np.asarray(axis, float))])
+
+
+def tilt_of(obs):
+    """Tilt in degrees from the rotation vectors (n, 3), by Rodrigues' formula."""
+    vector = np.atleast_2d(obs["orientation"]).astype(float)
+    angle = np.linalg.norm(vector, axis=1)
+    axis_z = vector[:, 2] / np.maximum(angle, 1e-12)
+    return np.degrees(np.arccos(np.clip(np.cos(angle) + (1 - np.cos(angle)) * axis_z**2, -1, 1)))
+
+
+# Gymnasium's interface
+
+
+@pytest.mark.parametrize("cameras", [False, True])
+def test_gymnasium_checker_has_nothing_to_say(cameras):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make("Ballbot-v0", cameras=cameras)
+        check_env(env.unwrapped, skip_render_check=True)  # for rendering see below: it needs OpenGL
+        env.close()
+
+
+@pytest.mark.parametrize("cameras", [False, True])
+def test_stable_baselines3_checker(cameras):
+    from stable_baselines3.common.env_checker import check_env as check_env_sb3
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_env_sb3(gym.make("Ballbot-v0", cameras=cameras).unwrapped)
+    messages = [str(w.message) for w in caught]
+    # Depth in metres is float by definition. SB3 advises uint8 from 0 to 255 for whatever has an image's shape.
+    advice = [m for m in messages if re.match(r"It seems that your observation (space )?depth_[01] is an image but", m)]
+    assert messages == advice
+    assert len(messages) == (4 if cameras else 0)
+
+
+def test_spaces_of_both_environments_agree():
+    single = gym.make("Ballbot-v0", terrain="flat")
+    vector = gym.make_vec("Ballbot-v0", num_envs=2, terrain="flat", num_threads=1)
+    assert isinstance(vector, BallbotVectorEnv)
+    assert vector.single_observation_space == single.observation_space
+    assert vector.single_action_space == single.action_space == gym.spaces.Box(-1, 1, (3,), np.float32)
+    keys = {"orientation", "angular_vel", "vel", "motor_state", "actions"}
+    assert set(make().single_observation_space) == keys
+    assert set(single.observation_space) == keys | {"depth_0", "depth_1", "relative_image_timestamp"}
+    obs, _ = vector.reset(seed=0)
+    assert vector.observation_space.contains(copied(obs))
+
+
+@pytest.mark.filterwarnings("ignore")  # of GLFW, without a display
+def test_rgb_array_render():
+    env = gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")
+    env.reset(seed=0)
+    try:
+        picture = env.render()
+    except RuntimeError as error:
+        assert "OpenGL" in str(error)
+        pytest.skip("no OpenGL here")
+    assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8 and picture.std() > 10
+    pictures = make(2, render_mode="rgb_array")
+    pictures.reset(seed=0)
+    assert [p.shape for p in pictures.render()] == [(480, 640, 3)] * 2
+
+
+def test_step_needs_reset():
+    with pytest.raises(gym.error.ResetNeeded):
+        make().step(np.zeros((3, 3)))
+    with pytest.raises(gym.error.ResetNeeded):
+        BallbotEnv("flat", cameras=False).step(np.zeros(3))
+
+
+def test_docstring_matches_the_code():
+    doc = inspect.cleandoc(BallbotEnv.__doc__)
+    rows = [[cell.strip().strip("`") for cell in line[1:-1].split("|")] for line in doc.splitlines() if line[:1] == "|"]
+    table = {row[0]: row for row in rows}
+    for name, parameter in inspect.signature(BallbotVectorEnv).parameters.items():
+        if name == "num_envs":
+            continue
+        stated = table[name][2]
+        if stated != "see below":
+            assert stated == (f'"{parameter.default}"' if isinstance(parameter.default, str) else stated)
+            assert eval(stated) == parameter.default, name
+    bounds = {"π": np.float32(np.pi), "-π": np.float32(-np.pi)}
+    for key, space in make(1, cameras=True).single_observation_space.items():
+        low, high = (bounds.get(cell, cell) for cell in table[key][3:5])
+        assert np.all(space.low == np.float32(low)) and np.all(space.high == np.float32(high)), key
+
+
+# One environment and many
+
+
+@pytest.mark.parametrize("terrain, scale", [("perlin", 0.3), ("perlin", 0.0), ("flat", 0.3)])
+def test_each_of_many_is_the_single_one_with_its_seed(terrain, scale):
+    n, seed, steps = 3, 7, 500
+    short = SHORT | (dict(max_tilt=0.7) if scale == 0 else {})
+    many = gym.make_vec("Ballbot-v0", num_envs=n, terrain=terrain, num_threads=1, **short)
+    singles = [BallbotEnv(terrain, **short) for _ in range(n)]
+    obs, info = many.reset(seed=seed)
+    for i, single in enumerate(singles):
+        obs_i, info_i = single.reset(seed=seed + i)
+        assert_same({k: v[i] for k, v in obs.items()}, obs_i)
+        assert_same(info["position"][i], info_i["position"])
+    ended = {"terminated": 0, "truncated": 0}
+    for actions in random_actions(steps, n, scale):
+        obs, rewards, terminations, truncations, infos = many.step(actions)
+        for i, single in enumerate(singles):
+            obs_i, reward, terminated, truncated, info_i = single.step(actions[i])
+            assert (reward, terminated, truncated) == (rewards[i], terminations[i], truncations[i])
+            if terminated or truncated:
+                ended["terminated" if terminated else "truncated"] += 1
+                assert_same(infos["final_obs"][i], obs_i)
+                assert_same(infos["final_info"]["position"][i], info_i["position"])
+                obs_i, info_i = single.reset()
+            assert_same({k: v[i] for k, v in obs.items()}, obs_i)
+            assert_same(infos["position"][i], info_i["position"])
+    assert ended["truncated"] >= 2 and ended["terminated"] >= 2, ended
+
+
+def test_many_do_not_depend_on_how_many():
+    """Vectorised arithmetic may round differently at the end of an array: here it must not."""
+    n, steps = 19, 150
+    actions = random_actions(steps, n, 0.3)
+    many = make(n, "perlin", cameras=True, **SHORT)
+    others = {i: make(k, "perlin", cameras=True, **SHORT) for i, k in ((0, 1), (7, 3), (18, 1))}
+    assert_same(many.reset(seed=0)[0]["vel"][18:], others[18].reset(seed=18)[0]["vel"])
+    for i, few in others.items():
+        few.reset(seed=i)
+    for action in actions:
+        obs = many.step(action)[0]
+        for i, few in others.items():
+            obs_i = few.step(action[i : i + few.num_envs])[0]
+            assert_same({k: v[i : i + few.num_envs] for k, v in obs.items()}, obs_i, f"{i}")
+
+
+def test_many_look_like_gymnasiums_sync_vector_env():
+    n, kwargs = 3, dict(SHORT, max_episode_steps=60, terrain="perlin", camera_size=16, num_threads=1)
+    ours = gym.make_vec("Ballbot-v0", num_envs=n, **kwargs)
+    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    sync = gym.make_vec("Ballbot-v0", num_envs=n, vectorization_mode="sync", vector_kwargs=mode, **kwargs)
+    assert ours.metadata["autoreset_mode"] == sync.metadata["autoreset_mode"]
+    assert ours.observation_space == sync.observation_space and ours.action_space == sync.action_space
+    sync = RecordEpisodeStatistics(sync)
+    for a, b in zip(ours.reset(seed=3), sync.reset(seed=3)):
+        assert_same(a, b)
+    ends = {"terminated": 0, "truncated": 0, "together": 0}
+    for action in random_actions(400, n, 0.6, seed=1):
+        step, expected = ours.step(action), sync.step(action)
+        expected[3][expected[2]] = False  # the one difference: TimeLimit truncates at its limit what falls there, too
+        ended = step[2] | step[3]
+        if ended.any():
+            times, expected_times = step[4]["episode"].pop("t"), expected[4]["episode"].pop("t")
+            assert times.dtype == expected_times.dtype and times.shape == expected_times.shape
+            assert np.all(times[ended] > 0) and np.all(times[~ended] == 0)
+            ends["terminated"] += step[2].sum()
+            ends["truncated"] += step[3].sum()
+            ends["together"] += ended.sum() > 1
+        assert_same(dict(enumerate(step)), dict(enumerate(expected)))
+    assert min(ends.values()) > 0, ends
+    ours.reset()  # statistics start anew with the episode
+    action = np.zeros((n, 3))
+    while True:
+        _, _, _, truncations, infos = ours.step(action)
+        if truncations.any():
+            break
+    assert np.all(infos["episode"]["l"][truncations] == 60)
+
+
+# Seeds
+
+
+def trajectory(num_threads, torch_threads=1):
+    envs = make(5, "perlin", cameras=True, num_threads=num_threads, **SHORT)
+    torch.set_num_threads(torch_threads)
+    rows = [copied(envs.reset(seed=0)[0])]
+    for action in random_actions(120, 5, 0.5):
+        obs, rewards, terminations, truncations, _ = envs.step(action)
+        rows.append(copied(obs) | {"r": rewards, "terminated": terminations, "truncated": truncations})
+    torch.set_num_threads(1)
+    return dict(enumerate(rows))
+
+
+def test_same_trajectory_at_any_number_of_threads():
+    expected = trajectory(1)
+    assert any(row["terminated"].any() for row in list(expected.values())[1:])
+    for threads in ((2, 1), (3, 1), (1, 2)):
+        assert_same(expected, trajectory(*threads), f"threads {threads}")
+
+
+def test_seeds_draw_the_starts():
+    envs = make(4)
+    first, second, third = (envs.reset(seed=seed)[1]["position"] for seed in (0, 0, 100))
+    assert_same(first, second)
+    assert len(np.unique(np.concatenate([first, third])[:, 0])) == 8
+    assert_same(envs.reset(seed=[3, 0, 2, 1])[1]["position"], first[[3, 0, 2, 1]])
+    assert not np.any(envs.reset()[1]["position"][:, 0] == first[:, 0])  # goes on drawing
+    assert make(1).reset()[1]["position"][0, 0] != make(1).reset()[1]["position"][0, 0]
+    starts = np.concatenate([envs.reset()[1]["position"] for _ in range(200)])
+    assert np.abs(starts[:, :2]).max() <= 10 and np.all(np.abs(starts[:, :2].mean(0)) < 1)
+    assert np.all(np.abs(starts[:, :2].std(0) - 20 / 12**0.5) < 0.5)  # a uniform distribution's
+
+
+def test_terrain_seeds():
+    heights = {seed: make(1, "perlin", terrain_seed=seed).model.hfield_data for seed in (0, 1)}
+    assert np.abs(heights[0] - heights[1]).mean() > 0.1
+    assert_same(perlin_terrain.__wrapped__(1).ravel(), heights[1])  # drawn again, past the cache
+    a, b = (make(2, "perlin", terrain_seed=seed).reset(seed=0)[1]["position"] for seed in (0, 1))
+    assert_same(a[:, :2], b[:, :2])  # the same starts, on other ground
+    assert np.all(a[:, 2] != b[:, 2])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_terrain_slopes_are_those_of_the_reference(seed):
+    model = make_model("perlin", seed)
+    half_x, half_y, amplitude, _ = model.hfield_size[0]
+    heights = model.hfield_data.reshape(model.hfield_nrow[0], model.hfield_ncol[0]) * amplitude
+    assert (half_x, half_y, amplitude) == (20, 20, 0.1)
+    assert heights.min() == 0 and heights.max() == pytest.approx(0.1)
+    slope_y, slope_x = np.gradient(heights, 2 * half_x / (len(heights) - 1))
+    slopes = np.percentile(np.hypot(slope_x, slope_y), [50, 90, 99])
+    np.testing.assert_allclose(slopes, [0.05, 0.13, 0.20], rtol=0.15)
+
+
+def test_robots_start_upright_just_above_the_ground():
+    envs = make(50, "perlin")
+    ball_ground = {envs.model.geom("ball").id, envs.model.geom("ground").id}
+
+    def touching(i):
+        return any({*contact.geom} == ball_ground for contact in envs._mjdata(i).contact)
+
+    obs, _ = envs.reset(seed=0)
+    assert np.all(obs["orientation"] == 0) and np.all(envs._qvel == 0)
+    assert not any(touching(i) for i in range(50))
+    for _ in range(60):  # the fall takes 40
+        envs.step(np.zeros((50, 3)))
+    assert sum(touching(i) for i in range(50)) >= 40  # some bounce
+
+
+# Depth
+
+
+def random_poses(model, heights, n, rng):
+    """Robots on the terrain, tilted by up to 17°: qpos (n, nq) and the bases' rotation matrices (n, 3, 3)."""
+    qpos = np.tile(model.qpos0, (n, 1))
+    rotations = np.empty((n, 3, 3))
+    base, ball = model.joint("base").qposadr[0], model.joint("ball").qposadr[0]
+    for i in range(n):
+        x, y = rng.uniform(-18, 18, 2)
+        direction, tilt, yaw = rng.uniform(-np.pi, np.pi), np.radians(rng.uniform(0, 17)), rng.uniform(-np.pi, np.pi)
+        quat, matrix = np.empty(4), np.empty(9)
+        lean = quaternion([math.cos(direction), math.sin(direction), 0], tilt)
+        mujoco.mju_mulQuat(quat, lean, quaternion([0, 0, 1], yaw))
+        mujoco.mju_quat2Mat(matrix, quat)
+        rotations[i] = matrix.reshape(3, 3)
+        ground = 0.0
+        if heights is not None:
+            column, row = (round((c + 20) / 40 * (len(heights) - 1)) for c in (x, y))
+            ground = heights[row - 3 : row + 4, column - 3 : column + 4].max()
+        qpos[i, ball : ball + 3] = x, y, ground + ballbot_env.BALL_RADIUS
+        qpos[i, base : base + 3] = qpos[i, ball : ball + 3] + ballbot_env.BASE_OVER_BALL * rotations[i, :, 2]
+        qpos[i, base + 3 : base + 7] = quat
+    return qpos, rotations
+
+
+def ray_depth(model, qpos, rotations, size):
+    """Planar depth by `Batch.ray`, clipped to [0, 1] m, and what each ray hit: (n, 2, size, size) each."""
+    n = len(qpos)
+    batch = mujoco.batch.Batch(model, n, 1)
+    batch.bind("qpos")[:] = qpos
+    base = model.joint("base").qposadr[0]
+    grid = (np.arange(size) + 0.5) / size * 2 - 1
+    pixels = np.stack(np.broadcast_arrays(grid, -grid[:, None], -1.0), -1).reshape(-1, 3)  # row 0 on top
+    length = np.linalg.norm(pixels, axis=1)  # 1 / cosine to the optical axis
+    depth, geoms = np.empty((n, 2, size, size)), np.empty((n, 2, size, size), int)
+    for c in (0, 1):
+        camera, matrix = model.camera(f"depth_{c}"), np.empty(9)
+        assert camera.fovy[0] == 90
+        mujoco.mju_quat2Mat(matrix, camera.quat)
+        origin = qpos[:, base : base + 3] + rotations @ camera.pos
+        rays = (pixels / length[:, None]) @ (rotations @ matrix.reshape(3, 3)).transpose(0, 2, 1)
+        distance, geom = batch.ray(origin[:, None], rays, VISIBLE)
+        depth[:, c] = np.where(geom >= 0, distance / length, 1).clip(0, 1).reshape(n, size, size)
+        geoms[:, c] = geom.reshape(n, size, size)
+    return depth, geoms
+
+
+def depth_errors(depth, expected, geoms, limit=0.001):
+    """Median error in m, and the share under `limit` m of the pixels that are not on a silhouette's edge."""
+
+    def neighbours(image):
+        padded = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)), "edge")
+        return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
+
+    near, hits = neighbours(expected), neighbours(geoms)
+    edge = np.ptp(near, axis=(-1, -2)) > 0.03
+    edge |= np.any(hits != geoms[..., None, None], axis=(-1, -2))
+    assert edge.mean() < 0.2  # most pixels are compared
+    error = np.abs(depth - expected)
+    return np.median(error), np.mean(error[~edge] < limit)
+
+
+@pytest.mark.parametrize("size", [64, 40, 41])
+@pytest.mark.parametrize("terrain", ["perlin", "flat"])
+def test_depth_is_what_rays_measure(terrain, size):
+    model = make_model(terrain, 1)
+    heights = perlin_terrain(1) * np.float32(0.1) if terrain == "perlin" else None
+    qpos, rotations = random_poses(model, heights, 16, np.random.default_rng(size))
+    expected, geoms = ray_depth(model, qpos, rotations, size)
+    assert {model.geom("ball").id, model.geom("ground").id} <= {*geoms.ravel()}
+    base = model.joint("base").qposadr[0]
+    position, orientation = qpos[:, base : base + 3], qpos[:, base + 3 : base + 7]
+    renderer = DepthRenderer(model, size, heights)
+    depth = renderer.render(position, orientation).numpy()
+    median, good = depth_errors(depth, expected, geoms)
+    assert median < 0.0001 and good >= 0.99  # the issue asks for ten times as much
+
+    # The measure is able to fail at that: 3° more tilt, or an image the wrong way round, shows.
+    wrong = np.empty_like(orientation)
+    for i in range(len(wrong)):
+        mujoco.mju_mulQuat(wrong[i], orientation[i], quaternion([1, 0, 0], math.radians(3)))
+    tilted = renderer.render(position, wrong).numpy()
+    for bad in (tilted, expected[..., ::-1, :], expected[..., ::-1], expected[:, ::-1]):
+        median, good = depth_errors(bad, expected, geoms, limit=0.01)
+        assert median > 0.001 and good < 0.99
+
+
+def test_depth_of_a_moving_robot():
+    """Frames of the environment itself: the ball, whose place under the base is assumed, is where rays find it."""
+    envs = make(8, "perlin", cameras=True)
+    envs.reset(seed=0)
+    actions = random_actions(180, 8, 0.2)
+    for action in actions:
+        obs, *_ = envs.step(action)
+    assert envs.new_frames and np.all(obs["relative_image_timestamp"] == 0)
+    rotations = ballbot_env.rotation_matrix(envs._quaternion)
+    expected, geoms = ray_depth(envs.model, envs._qpos.copy(), rotations, 64)
+    depth = np.concatenate([obs["depth_0"], obs["depth_1"]], 1)
+    median, good = depth_errors(depth, expected, geoms)
+    assert median < 0.0001 and good >= 0.99
+
+
+def test_observations_stay_in_their_space_when_lying_on_the_ground():
+    for terrain in ("flat", "perlin"):
+        envs = make(2, terrain, cameras=True, max_tilt=85.0, camera_size=16)
+        envs.reset(seed=0)
+        falls = 0
+        for _ in range(800):
+            infos = envs.step(np.full((2, 3), [0.3, 0, 0]))[4]
+            for final in infos.get("final_obs", ()):
+                if final is not None:
+                    falls += 1
+                    assert envs.single_observation_space.contains(final)
+        assert falls >= 2
+
+
+@pytest.mark.parametrize("rate, interval", [(90, 6), (500, 1), (250, 2), (30, 17), (1000, 1)])
+def test_new_frames_come_at_the_cameras_rate(rate, interval):
+    envs = make(2, cameras=True, camera_rate=rate, camera_size=16)
+    obs, _ = envs.reset(seed=0)
+    assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames
+    before, held = copied(obs), obs
+    for step in range(1, 3 * interval + 8):
+        obs, *_ = envs.step(np.zeros((2, 3)))
+        age = np.full((2, 1), step % interval * 0.002, np.float32)
+        np.testing.assert_array_almost_equal_nulp(obs["relative_image_timestamp"], age, 1)
+        assert envs.new_frames == (step % interval == 0)
+        assert obs["relative_image_timestamp"] in envs.observation_space["relative_image_timestamp"]
+        for key in ("depth_0", "depth_1"):
+            assert np.shares_memory(obs[key], held[key])  # a held frame is not copied
+            assert not obs[key].flags.writeable
+            changed = [not np.array_equal(a, b) for a, b in zip(obs[key], before[key])]
+            assert changed == [step % interval == 0] * 2
+        before, held = copied(obs), obs
+
+
+def test_the_cameras_clock_runs_on_through_resets():
+    envs = make(1, cameras=True, max_episode_steps=8, camera_size=16)
+    envs.reset(seed=0)
+
+    def ages(steps):
+        return [round(envs.step(np.zeros((1, 3)))[0]["relative_image_timestamp"].item() * 500) for _ in range(steps)]
+
+    # Frames are due at 6, 12, 18, ...; the resets at 8, 16, 24 take one each.
+    assert ages(26) == [1, 2, 3, 4, 5, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+    obs, _ = envs.reset()  # at 26
+    assert obs["relative_image_timestamp"] == 0 and ages(5) == [1, 2, 3, 0, 1]
+    envs.reset(seed=1)
+    assert ages(7) == [1, 2, 3, 4, 5, 0, 1]
+
+
+# Dynamics, reward, ends of episodes
+
+
+def test_a_step_is_one_step_of_mujoco():
+    envs = make(2)
+    envs.reset(seed=0)
+    model = envs.model
+    base, wheels = model.joint("base"), [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
+    data = mujoco.MjData(model)
+    data.qpos[:] = envs._qpos[1]
+    actions = random_actions(200, 2, 1.5)
+    assert np.abs(actions).max() > 1
+    for action in actions:
+        obs, _, terminations, _, infos = envs.step(action)
+        for i in range(3):
+            data.actuator(f"motor_{i}").ctrl = -10 * np.clip(action[1, i], -1, 1)
+        mujoco.mj_step(model, data)
+        if terminations[1]:
+            obs = {key: infos["final_obs"][1][key][None].repeat(2, 0) for key in obs}
+        address, dof = base.qposadr[0], base.dofadr[0]
+        rotation = np.empty(3)
+        mujoco.mju_quat2Vel(rotation, data.qpos[address + 3 : address + 7], 1)
+        expected = {
+            "orientation": rotation,
+            "vel": np.clip(data.qvel[dof : dof + 3], -2, 2),
+            "angular_vel": np.clip(data.qvel[dof + 3 : dof + 6], -2, 2),
+            "motor_state": np.clip(data.qvel[wheels] / 10, -2, 2),
+            "actions": np.clip(action[1], -1, 1),
+        }
+        for key, value in expected.items():
+            np.testing.assert_allclose(obs[key][1], value, rtol=1e-5, atol=1e-6, err_msg=key)
+        if terminations[1]:
+            break
+    assert np.abs(data.qvel[wheels]).max() > 1
+
+
+def test_orientation_is_the_shortest_rotation():
+    envs = make(4)
+    envs.reset(seed=0)
+    for i, angle in enumerate((3.0, 3.2, -3.0, 7.0)):  # beyond π the quaternion's w is negative
+        envs._quaternion[i] = quaternion([0, 0, 1], angle)
+    orientation = envs.step(np.zeros((4, 3)))[0]["orientation"]
+    expected = np.zeros((4, 3))
+    expected[:, 2] = 3.0, 3.2 - 2 * np.pi, -3.0, 7.0 - 2 * np.pi
+    np.testing.assert_allclose(orientation, expected, atol=1e-3)
+
+
+def test_observations_can_be_kept():
+    """All but the frames, which are views, outlive the next step."""
+    envs = make(2, cameras=True, camera_size=16, max_episode_steps=10)
+    kept = [envs.reset(seed=0)]
+    kept += [envs.step(action) for action in random_actions(12, 2, 1.0)]
+    kept = [(*returned[:-1], dict(returned[-1])) for returned in kept]
+    for returned in kept:
+        for key in ("depth_0", "depth_1"):
+            returned[0].pop(key)
+    then = [copy.deepcopy(returned) for returned in kept]
+    for action in random_actions(12, 2, 1.0, seed=1):
+        envs.step(action)
+    assert_same(*(dict(enumerate(dict(enumerate(r)) for r in returned)) for returned in (kept, then)))
+
+
+REWARDS = [{}, {"goal": (1, 0)}, {"goal": (-3, 4), "forward_reward_weight": 0.5, "ctrl_cost_weight": 0.1},
+           {"healthy_reward": 1.0, "forward_reward_weight": 0.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", REWARDS)
+def test_reward(kwargs):
+    envs = make(3, max_tilt=5.0, **kwargs)
+    envs.reset(seed=0)
+    goal = np.array(kwargs.get("goal", (0, 1)), float)
+    goal /= np.linalg.norm(goal)
+    forward, healthy = kwargs.get("forward_reward_weight", 0.01), kwargs.get("healthy_reward", 0.02)
+    ctrl = kwargs.get("ctrl_cost_weight", 0.0001)
+    falls, fast = 0, 0
+    for step, action in enumerate(random_actions(300, 3, 1.2)):
+        if step == 100:
+            envs._velocity[0] = 3, 4, 0  # beyond what is observed
+        obs, rewards, terminations, _, infos = envs.step(action)
+        obs = copied(obs)
+        for i in np.flatnonzero(terminations):
+            for key in obs:
+                obs[key][i] = infos["final_obs"][i][key]
+        falls += terminations.sum()
+        fast += np.all(obs["vel"][0, :2] == 2)
+        effort = np.sum(np.clip(action, -1, 1).astype(float) ** 2, 1)
+        expected = forward * obs["vel"][:, :2] @ goal - ctrl * effort + healthy * ~terminations
+        np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-6 * max(forward, ctrl, 0.01))
+    assert falls > 0 and fast > 0
+
+
+def test_goal_changes_the_reward_alone():
+    a, b = make(2, max_tilt=5.0), make(2, max_tilt=5.0, goal=(1, 0))
+    a.reset(seed=0), b.reset(seed=0)
+    for action in random_actions(50, 2, 0.5):
+        obs, rewards, *_ = a.step(action)
+        obs_b, rewards_b, *_ = b.step(action)
+        assert_same(obs, obs_b)
+    assert np.all(np.abs(rewards - rewards_b) > 1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"max_tilt": 5.0}])
+def test_episodes_terminate_at_max_tilt_and_not_before(kwargs):
+    limit = kwargs.get("max_tilt", 20.0)
+    envs = make(3, "perlin", **kwargs)
+    obs, _ = envs.reset(seed=0)
+    seen = 0
+    for action in random_actions(700, 3, 0.2):
+        obs, _, terminations, truncations, infos = envs.step(action)
+        assert np.all(tilt_of(obs) <= limit + 1e-3) and not truncations.any()
+        for i in np.flatnonzero(terminations):
+            seen += 1
+            assert limit - 1e-3 < tilt_of(infos["final_obs"][i])[0] < limit + 1
+    assert seen >= 2
+
+    # The tilt counts, whatever its direction, and the heading does not
+    envs = make(8, **kwargs)
+    for excess, expected in ((-0.2, False), (0.2, True)):
+        envs.reset(seed=0)
+        for i in range(8):
+            angle = i * np.pi / 4
+            lean = quaternion([math.cos(angle), math.sin(angle), 0], math.radians(limit + excess))
+            mujoco.mju_mulQuat(envs._quaternion[i], lean, quaternion([0, 0, 1], i))
+        assert np.all(envs.step(np.zeros((8, 3)))[2] == expected)
+
+
+def test_episodes_are_truncated_near_the_edge():
+    for beyond in (False, True):
+        envs = make(4)
+        envs.reset(seed=0)
+        sides = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * (19.001 if beyond else 18.999)
+        envs._position[:, :2] = envs._ball_position[:, :2] = sides
+        _, rewards, terminations, truncations, infos = envs.step(np.zeros((4, 3)))
+        assert not terminations.any() and np.all(truncations == beyond)
+        assert np.all(rewards > 0.01)  # alive
+        if beyond:
+            np.testing.assert_allclose(infos["final_info"]["position"][:, :2], sides, atol=1e-3)
+            assert np.all(np.abs(infos["position"][:, :2]) <= 10)
+    envs._position[0, 0] = envs._ball_position[0, 0] = 19.5
+    envs._quaternion[0] = quaternion([1, 0, 0], 0.5)
+    _, _, terminations, truncations, _ = envs.step(np.zeros((4, 3)))
+    assert terminations[0] and not truncations[0]  # a fall is a fall, there too
+
+
+@pytest.mark.parametrize("limit", [100, None, 10000])
+def test_episodes_are_truncated_at_max_episode_steps(limit):
+    kwargs = dict(terrain="flat", cameras=False) | ({} if limit is None else {"max_episode_steps": limit})
+    single, many = gym.make("Ballbot-v0", **kwargs), gym.make_vec("Ballbot-v0", num_envs=2, num_threads=1, **kwargs)
+    single.reset(seed=0), many.reset(seed=0)
+    last = limit or 4000
+    for begin in (0, 3990):  # the 4000 of the registration must not act beside another limit
+        if begin > last:
+            break
+        if begin:
+            single._elapsed_steps = begin
+            single.unwrapped._envs._steps[:] = many._steps[:] = begin
+        for step in range(begin + 1, begin + 101):
+            _, _, terminated, truncated, _ = single.step(np.zeros(3))
+            _, _, terminations, truncations, _ = many.step(np.zeros((2, 3)))
+            assert not terminated and not terminations.any()
+            assert truncated == (step == last) and np.all(truncations == (step == last))
+            if step == last:
+                break
+
+
+def test_the_class_alone_has_no_limit():
+    env = BallbotEnv("flat", cameras=False)
+    env.reset(seed=0)
+    env._envs._steps[:] = 3999
+    for _ in range(3):
+        assert not env.step(np.zeros(3))[3]
+
+
+@pytest.mark.parametrize("damping, speed", [(0.4, 25.0), (0.8, 12.5)])
+def test_wheel_damping_sets_the_top_speed(damping, speed):
+    env = gym.make("Ballbot-v0", terrain="flat", cameras=False, wheel_damping=damping)
+    env.reset(seed=0)
+    envs = env.unwrapped._envs
+    envs._position[0, 2] = 50.0  # in the air nothing else brakes the wheels
+    for _ in range(300):
+        env.step(np.full(3, -1.0))
+    np.testing.assert_allclose(envs._wheel_velocity[0], speed, rtol=0.02)
+
+
+def test_arguments_change_the_model():
+    assert make(1, "perlin", terrain_amplitude=0.02).model.hfield_size[0, 2] == 0.02
+    assert make(1, cameras=True, camera_size=20).observation_space["depth_1"].shape == (1, 1, 20, 20)
+
+
+# Physics that fails
+
+
+def fail_in_simulation(envs, monkeypatch):
+    """As MuJoCo does when it raises in simulation 1: that one is not stepped, the others are."""
+    step = envs._batch.step
+
+    def failing(*args, **kwargs):
+        monkeypatch.setattr(envs._batch, "step", step)
+        step(np.array([0, 2]))
+        raise mujoco.batch.SimulationError(np.array([1]), "made to fail", 3)
+
+    monkeypatch.setattr(envs._batch, "step", failing)
+
+
+@pytest.mark.parametrize("failure", ["nan qpos", "nan qvel", "inf qvel", "huge qvel", "nan action", "error"])
+def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
+    undisturbed, envs = (make(3, "perlin", cameras=True, camera_size=16) for _ in range(2))
+    undisturbed.reset(seed=0), envs.reset(seed=0)
+    others = [0, 2]
+    for step, action in enumerate(random_actions(80, 3, 0.2)):
+        expected = undisturbed.step(action)
+        if step == 29:  # a new frame is due
+            match failure.split():
+                case ["nan", "qpos"]:
+                    envs._qpos[1, 3] = np.nan
+                case ["nan", "qvel"]:
+                    envs._qvel[1] = np.nan
+                case ["inf", "qvel"]:
+                    envs._qvel[1, 7] = np.inf
+                case ["huge", "qvel"]:
+                    envs._qvel[1, 0] = 1e12
+                case ["nan", "action"]:
+                    action = action.copy()
+                    action[1, 2] = np.nan
+                case ["error"]:
+                    fail_in_simulation(envs, monkeypatch)
+        obs, rewards, terminations, truncations, infos = envs.step(action)
+        assert terminations.tolist() == [False, step == 29, False] and not truncations.any()
+        assert infos["physics_errors"].tolist() == [0, int(step >= 29), 0]
+        assert np.all(np.isfinite(rewards)) and all(np.all(np.isfinite(value)) for value in obs.values())
+        assert envs.observation_space.contains(copied(obs))
+        if step == 29:
+            assert envs.single_observation_space.contains(infos["final_obs"][1])
+            assert infos["final_info"]["physics_errors"].tolist() == [0, 1, 0]
+            assert infos["final_info"]["position"][1].tolist() == [0, 0, 0.24]  # the initial pose stands in
+            assert infos["episode"]["l"].tolist() == [0, 30, 0] and np.isfinite(infos["episode"]["r"]).all()
+        for key, value in expected[0].items():
+            assert_same(value[others], obs[key][others], key)
+        assert_same(expected[1][others], rewards[others])
+        assert_same(expected[4]["position"][others], infos["position"][others])
+
+
+def test_physics_does_not_fail_by_itself():
+    envs = make(32, "perlin", max_tilt=80.0)
+    envs.reset(seed=0)
+    actions = random_actions(600, 32, 1.5)
+    actions[:, :8] = np.sign(actions[:, :8])
+    falls = sum(envs.step(action)[2].sum() for action in actions)
+    assert falls > 16 and not envs.physics_errors.any()
+
+
+def test_failing_physics_of_a_single_environment():
+    env = gym.make("Ballbot-v0", terrain="flat", cameras=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env.reset(seed=0)
+        obs, reward, terminated, truncated, info = env.step(np.array([0, np.nan, 0], np.float32))
+        assert terminated and not truncated and info["physics_errors"] == 1
+        assert env.observation_space.contains(obs) and np.isfinite(reward)
+        obs, info = env.reset()
+        assert not env.step(np.zeros(3, np.float32))[2]
+
+
+# What is wrong is said in one line
+
+BAD = [
+    (dict(terrain="perlim"), r"terrain is 'perlim': give \"perlin\""),
+    (dict(terrain="moon"), r"terrain is 'moon': give \"perlin\" or \"flat\""),
+    (dict(terrain_seed=-1), "terrain_seed is -1"),
+    (dict(terrain_seed=0.5), "terrain_seed is 0.5"),
+    (dict(terrain_amplitude=0), "terrain_amplitude is 0"),
+    (dict(camera_size=0), "camera_size is 0"),
+    (dict(camera_rate=-1), "camera_rate is -1"),
+    (dict(camera_rate=0), "camera_rate is 0"),
+    (dict(wheel_damping=-1), "wheel_damping is -1"),
+    (dict(wheel_damping=math.nan), "wheel_damping is nan"),
+    (dict(max_tilt=100), "max_tilt is 100: give an angle between 0 and 90 degrees"),
+    (dict(max_tilt=0), "max_tilt is 0"),
+    (dict(goal=(0, 0)), r"goal is \(0, 0\)"),
+    (dict(goal=(1, 2, 3)), r"goal is \(1, 2, 3\)"),
+    (dict(goal=None), "goal is None"),
+    (dict(healthy_reward="much"), "healthy_reward is 'much'"),
+    (dict(num_threads=-1), "num_threads is -1"),
+    (dict(render_mode="ascii"), "render_mode is 'ascii'"),
+]
+
+
+@pytest.mark.parametrize("kwargs, message", BAD, ids=lambda x: str(x)[:30])
+def test_bad_arguments(kwargs, message):
+    for environment in (BallbotEnv, BallbotVectorEnv):
+        with pytest.raises(ValueError, match=message) as caught:
+            environment(**kwargs)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+BAD_FOR_MANY = [
+    (dict(num_envs=0), "num_envs is 0"),
+    (dict(num_envs=2.0), r"num_envs is 2\.0"),
+    (dict(max_episode_steps=0), "max_episode_steps is 0"),
+]
+
+
+@pytest.mark.parametrize("kwargs, message", BAD_FOR_MANY)
+def test_bad_arguments_of_many(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        BallbotVectorEnv(**kwargs)
+
+
+def test_unknown_argument():
+    for environment in (BallbotEnv, BallbotVectorEnv):
+        with pytest.raises(TypeError, match="'wheel_dampin'"):
+            environment(wheel_dampin=0.8)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2), (3, 3, 1), ()])
+def test_wrong_shape_of_actions(shape):
+    envs = make(3)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"expected \(3, 3\)"):
+        envs.step(np.zeros(shape))
+    if shape != (3,):
+        env = BallbotEnv("flat", cameras=False)
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match=r"expected \(3,\)"):
+            env.step(np.zeros(shape))
+
+
+def test_bad_resets():
+    for env in (make(), BallbotEnv("flat", cameras=False)):
+        with pytest.raises(ValueError, match=r"takes no options, got \['x'\]") as caught:
+            env.reset(seed=0, options={"x": 1})
+        assert len(str(caught.value).splitlines()) == 1
+        env.reset(seed=0, options={})
+    with pytest.raises(ValueError, match="2 seeds for 3 environments"):
+        make().reset(seed=[1, 2])
+
+
+def test_missing_assets(tmp_path, monkeypatch):
+    monkeypatch.setattr(ballbot_env, "ASSETS", tmp_path / "assets")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "assets" / "ballbot.xml"))):
+        make()
