@@ -1,0 +1,260 @@
+"""Learning curves of several runs and seeds: `python -m ballbot_utils.plot runs/a_seed1 runs/a_seed2 runs/b_seed1`.
+
+Runs that differ only in their seed are one group: a line is the median over its seeds at equal steps, the
+band around it their range (from 5 seeds on, their quartiles). Return and length, by steps and by the minutes
+that the median seed took to them, go to a PNG and an SVG. Reads TensorBoard logs, those of runs still being
+written too.
+"""
+
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
+
+EVENT_FILES = "events.out.tfevents.*"
+# One row of panels each: what it shows, training means, deterministic evaluations, target.
+ROWS = (
+    ("episode return", "charts/episodic_return_mean100", "eval/episodic_return", TARGET_RETURN),
+    ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
+)
+IGNORED = ("run_name", "seed", "resume", "config")  # hyperparameters that tell runs of one group apart
+QUARTILES_FROM = 5  # seeds
+MAX_FLAGS = 4  # in a legend entry
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
+MARKERS = "os^Dv<>"
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, runs/<name>"""
+    output: Path = Path("learning_curves.png")
+    """file to write; the SVG and the PNG lie next to each other"""
+    overwrite: bool = False
+    """replace outputs that exist"""
+    labels: tuple[str, ...] = ()
+    """names of the groups in the legend, in the order of their first runs; default: the flags that differ"""
+
+
+def check(args):
+    """Exit with one line on what cannot be, before any work starts. Returns the two files to write."""
+
+    def need(good, message):
+        if not good:
+            sys.exit(f"error: {message}")
+
+    need(args.runs, "no runs given: give folders of runs, runs/<name>")
+    seen = set()
+    for run in args.runs:
+        need(run.exists(), f"{run} does not exist: give folders of runs, runs/<name>")
+        need(run.is_dir(), f"{run} is not a folder: give folders of runs, runs/<name>")
+        need(any(run.glob(EVENT_FILES)), f"{run} has no TensorBoard log, no {EVENT_FILES}: give folders of runs")
+        need(run.resolve() not in seen, f"{run} is given twice")
+        seen.add(run.resolve())
+    need(args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg")
+    need(args.output.parent.is_dir(), f"--output is {args.output}: there is no folder {args.output.parent}")
+    files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
+    for file in files:
+        need(args.overwrite or not file.exists(), f"{file} exists: give --overwrite to replace it, or another --output")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        need(False, "plotting needs matplotlib: pip install -r requirements-dev.txt")
+    return files
+
+
+def read(run):
+    """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, minutes, values)}, arrays.
+
+    There is one event file for each time that the run was started or resumed. Minutes count from the first
+    start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
+    ones before; of several values at one step (the last evaluation) the latest counts.
+    """
+    hyperparameters, points, paused_at = {}, {tag: {} for row in ROWS for tag in row[1:3]}, 0.0
+    for file in sorted(run.glob(EVENT_FILES)):
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        tags = log.Tags()
+        if "hyperparameters/text_summary" in tags["tensors"]:
+            table = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+            rows = (line.strip("|").partition("|") for line in table.splitlines()[2:])
+            hyperparameters = hyperparameters or {key: value for key, _, value in rows}
+        for tag in points.keys() & tags["scalars"]:
+            start = log.FirstEventTimestamp()
+            new = {e.step: (paused_at + (e.wall_time - start) / 60, e.value) for e in log.Scalars(tag)}
+            points[tag] = {step: point for step, point in points[tag].items() if step < min(new)} | new
+        paused_at = max((minutes for curve in points.values() for minutes, _ in curve.values()), default=0.0)
+    curves = {}
+    for tag, curve in points.items():
+        steps, minutes, values = np.array([(s, *curve[s]) for s in sorted(curve)]).reshape(-1, 3).T
+        minutes = np.maximum.accumulate(minutes)  # a clock may be set back
+        good = np.isfinite(values)
+        curves[tag] = steps[good], minutes[good], values[good]
+    return hyperparameters, curves
+
+
+def group_runs(hyperparameters):
+    """Lists of indices of the runs that differ only in what is IGNORED, in the order of their first runs."""
+    groups = {}
+    for i, params in enumerate(hyperparameters):
+        key = tuple(sorted((name, value) for name, value in params.items() if name not in IGNORED))
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def differing_flags(hyperparameters):
+    """For each group's hyperparameters, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
+    names = [name for name in dict.fromkeys(name for params in hyperparameters for name in params)
+             if name not in IGNORED and len({params.get(name) for params in hyperparameters}) > 1]  # fmt: skip
+
+    def flag(name, value):
+        name = name.replace("_", "-")
+        return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}")
+
+    return [[flag(name, params[name]) for name in names if name in params] for params in hyperparameters]
+
+
+def common_grid(curves, num=500):
+    """Curves of a group's runs, a list of (steps, minutes, values), on even steps where all of them have values.
+
+    Returns steps (num,), the median minutes at which runs got there (num,), and values (runs, num), interpolated;
+    one point where the curves share one step, none where they share none.
+    """
+    first, last = max(steps[0] for steps, _, _ in curves), min(steps[-1] for steps, _, _ in curves)
+    grid = np.unique(np.linspace(first, last, num)) if first <= last else np.empty(0)
+    minutes = np.array([np.interp(grid, steps, minutes) for steps, minutes, _ in curves])
+    return grid, np.median(minutes, 0), np.array([np.interp(grid, steps, values) for steps, _, values in curves])
+
+
+def median_and_band(values):
+    """Median, low and high (n,) of values (seeds, n): the band is the range, from 5 seeds on the quartiles."""
+    band = (25, 75) if len(values) >= QUARTILES_FROM else (0, 100)
+    return np.percentile(values, (50, *band), axis=0)
+
+
+def evaluations(curves):
+    """Evaluations at the steps that all runs have, as `common_grid`: steps (n,), minutes (n,), values (runs, n)."""
+    steps = sorted(set.intersection(*(set(steps) for steps, _, _ in curves)))
+    columns = [np.searchsorted(curve[0], steps) for curve in curves]
+    minutes = np.array([curve[1][i] for curve, i in zip(curves, columns)])
+    values = np.array([curve[2][i] for curve, i in zip(curves, columns)])
+    return np.array(steps), np.median(minutes, 0), values
+
+
+def draw(groups, labels):
+    """The figure. `groups`: for each a list of its runs' curves, as `read` returns them."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
+
+    fig = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = fig.subplots(2, 2, sharex="col", sharey="row")
+    entries, evaluated = [], False
+    for i, (runs, label) in enumerate(zip(groups, labels)):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        dashes = ("-", "--", ":", "-.")[i // len(COLORS) % 4]
+        label += f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+        entries.append(Line2D([], [], color=color, ls=dashes, marker=marker, label=textwrap.fill(label, 130)))
+        for row, (_, training, evaluation, _) in enumerate(ROWS):
+            curve = common_grid([run[training] for run in runs])
+            points = evaluations([run[evaluation] for run in runs])
+            evaluated |= len(points[0]) > 0
+            line, lower, upper = median_and_band(curve[2])
+            median, low, high = median_and_band(points[2])
+            for column, ax in enumerate(axes[row]):
+                ax.plot(curve[column], line, color=color, ls=dashes, lw=1.5, marker="." if len(line) == 1 else "")
+                if len(runs) > 1:
+                    ax.fill_between(curve[column], lower, upper, color=color, alpha=0.18, lw=0)
+                ax.errorbar(
+                    points[column], median, (median - low, high - median) if len(runs) > 1 else None,
+                    color=color, ls="", marker=marker, ms=5, elinewidth=1, zorder=3,
+                )  # fmt: skip
+
+    for (name, _, _, target), (left, right) in zip(ROWS, axes):
+        left.set_ylabel(name)
+        for ax in (left, right):
+            ax.axhline(target, color="0.35", ls=(0, (4, 3)), lw=1, zorder=1)
+            ax.grid(color="0.92")
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+        right.annotate(f"target\n> {target}", (1, target), (4, 0), right.get_yaxis_transform(), "offset points",
+                       va="center", color="0.35", size=8)  # fmt: skip
+        bottom, top = left.get_ylim()  # of both
+        left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, max(top, 1.05 * target))
+    for ax, name in zip(axes[1], ("environment steps", "wall-clock time (minutes)")):
+        ax.set_xlabel(name)
+        ax.set_xlim(left=0)
+    axes[1, 0].xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
+
+    signs = [Line2D([], [], color="0.35", label="training: mean of the last 100 episodes")]
+    if evaluated:
+        signs.append(Line2D([], [], color="0.35", ls="", marker="o", label="evaluation: deterministic"))
+    if any(len(runs) > 1 for runs in groups):
+        note = f" (quartiles from {QUARTILES_FROM} seeds on)" if max(map(len, groups)) >= QUARTILES_FROM else ""
+        signs.append(Patch(color="0.35", alpha=0.25, lw=0, label=f"range over seeds{note}"))
+    widths = [len(entry.get_label()) + 9 for entry in entries]  # in letters, of which some 145 fit side by side
+    columns = len(entries) if sum(widths) <= 145 else max(1, 145 // max(widths))
+    fig.legend(handles=entries, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    fig.legend(handles=signs, loc="outside lower center", ncols=len(signs), frameon=False, fontsize=9)
+    return fig
+
+
+def main(args):
+    files = check(args)
+    runs, hyperparameters, curves = [], [], []
+    for run in args.runs:
+        params, curve = read(run)
+        if not all(len(curve[training][0]) for _, training, _, _ in ROWS):
+            print(f"note: {run} is left out: its log has no finished episodes yet, or is damaged")
+        elif not params:
+            sys.exit(f"error: {run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+        else:
+            runs.append(run)
+            hyperparameters.append(params)
+            curves.append(curve)
+    if not runs:
+        sys.exit("error: nothing to plot: none of the runs has a finished episode in its log")
+
+    groups = group_runs(hyperparameters)
+    flags = differing_flags([hyperparameters[group[0]] for group in groups])
+    if args.labels and len(args.labels) != len(groups):
+        first = ", ".join(runs[group[0]].name for group in groups)
+        sys.exit(f"error: {len(args.labels)} --labels for {len(groups)} groups, whose first runs are {first}")
+    labels = args.labels
+    if not labels and 1 <= max(map(len, flags)) <= MAX_FLAGS:
+        labels = [" ".join(words) for words in flags]
+    elif not labels:  # a single group, or flags too many for a legend: they are printed
+        names = [[runs[i].name for i in group] for group in groups]
+        labels = [", ".join(few) if len(few) <= 3 else f"{few[0]} … {few[-1]}" for few in names]
+
+    for group, words, label in zip(groups, flags, labels):
+        print(label if label == " ".join(words) else f"{label} {' '.join(words)}".strip())
+        print("  " + ", ".join(f"{runs[i]} (seed {hyperparameters[i].get('seed')})" for i in group))
+        for name, training, _, _ in ROWS:
+            steps, minutes, values = common_grid([curves[i][training] for i in group])
+            if len(steps):
+                median, low, high = median_and_band(values)[:, -1]
+                band = f" ({low:.1f} to {high:.1f})" if len(group) > 1 else ""
+                print(f"  {name} at {steps[-1]:,.0f} steps, {minutes[-1]:.1f} minutes: {median:.1f}{band}")
+        ends = [curves[i][ROWS[0][1]][0][-1] for i in group]
+        if min(ends) < 0.95 * max(ends):
+            print(f"  note: drawn to where its shortest run ends, {runs[group[int(np.argmin(ends))]]}: "
+                  f"{min(ends):,.0f} steps, the longest has {max(ends):,.0f}")  # fmt: skip
+
+    import matplotlib
+
+    fig = draw([[curves[i] for i in group] for group in groups], labels)
+    with matplotlib.rc_context({"svg.hashsalt": "ballbot"}):  # the same curves make the same file
+        for file in files:
+            fig.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)
+    print(f"wrote {files[0]} and {files[1]}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
