@@ -102,6 +102,8 @@ class Args:
     """hidden layers of the actor"""
     vf_layers: int = 4
     """hidden layers of the critic"""
+    depth_init_scale: float = 1.0
+    """factor on the initial weights of the depth features; below 1, learning starts from proprioception"""
     init_log_std: float = 0.0
     """initial logarithm of the actions' standard deviation"""
     freeze_encoder: bool = True
@@ -170,6 +172,9 @@ class Agent(nn.Module):
         num_features = self.num_proprio + self.num_depth
         self.actor = mlp(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = mlp(num_features, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
+        with torch.no_grad():
+            for network in (self.actor, self.critic):
+                network[0].weight[:, self.num_proprio :] *= args.depth_init_scale
         self.log_std = nn.Parameter(torch.full((3,), args.init_log_std))
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
@@ -451,7 +456,9 @@ def check(args):
     for name in ("gamma", "gae_lambda"):
         value = getattr(args, name)
         need(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
-    need(np.isfinite(args.init_log_std), f"--init-log-std is {args.init_log_std}: give a finite number")
+    for name in ("init_log_std", "depth_init_scale"):
+        value = getattr(args, name)
+        need(np.isfinite(value), f"--{name.replace('_', '-')} is {value}: give a finite number")
     lr = args.learning_rate
     need(lr == -1 or 0 < lr < np.inf, f"--learning-rate is {lr}: give -1 for the schedule, or a positive constant")
     need(lr > 0 or not args.anneal_lr, "--anneal-lr needs a positive --learning-rate: -1 has its own schedule")

@@ -214,16 +214,17 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
 
 
 def test_it_learns(tmp_path, monkeypatch):
-    """Some 100,000 steps without cameras on flat ground: clearly longer balance than the untrained policy's."""
+    """Some 160,000 steps without cameras: clearly longer balance than at the start."""
     monkeypatch.chdir(tmp_path)
     args = ppo.Args(
-        num_threads=2, cameras=False, terrain="flat", num_envs=64, num_steps=160, minibatch_size=1024, update_epochs=5,
-        learning_rate=1e-3, clip_coef=0.2, gamma=0.995, gae_lambda=0.97, norm_adv=True, norm_obs=True, norm_reward=True,
-        ent_coef=0.0, init_log_std=-0.5, total_timesteps=102_400, eval_interval=10_240, eval_episodes=20,
-        final_eval_episodes=20, run_name="run",
+        num_threads=1, cameras=False, num_envs=32, num_steps=128, minibatch_size=1024, learning_rate=5e-4,
+        clip_coef=0.2, gamma=0.998, gae_lambda=0.99, vf_coef=1.0, ent_coef=0.0, weight_decay=0.0, target_kl=0.02,
+        init_log_std=-0.5, norm_adv=True, norm_obs=True, norm_reward=True, total_timesteps=163_840,
+        final_eval_episodes=4, run_name="run",
     )  # fmt: skip
-    lengths = EventAccumulator(str(ppo.train(args))).Reload().Scalars("eval/episodic_length")
-    assert lengths[-1].value > 1.3 * lengths[0].value
+    log = EventAccumulator(str(ppo.train(args))).Reload()
+    lengths = [event.value for event in log.Scalars("charts/episodic_length_mean100")]
+    assert lengths[-1] > 1.25 * lengths[2], lengths
 
 
 @pytest.mark.parametrize(
