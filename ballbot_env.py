@@ -7,6 +7,7 @@ environment reset with seed + i.
 
 import difflib
 import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -362,6 +363,36 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": final_info, "_final_info": done.copy()}
         return obs, rewards, terminations, truncations, infos
+
+    def get_state(self):
+        """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
+        state = {
+            "physics": torch.tensor(self._batch.state),
+            "warnings": torch.tensor(self._batch.warning),
+            "rngs": json.dumps([rng.bit_generator.state for rng in self._rngs]),
+            "clock": self._clock,
+        }
+        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+            state[name] = torch.tensor(getattr(self, name))
+        if self.frames is not None:
+            state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
+        return state
+
+    def set_state(self, state):
+        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments."""
+        self._batch.state[:] = state["physics"].numpy()
+        self._batch.warning[:] = state["warnings"].numpy()
+        self._rngs = [np.random.default_rng() for _ in range(self.num_envs)]
+        for rng, rng_state in zip(self._rngs, json.loads(state["rngs"])):
+            rng.bit_generator.state = rng_state
+        self._clock = state["clock"]
+        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+            getattr(self, name)[:] = state[name].numpy()
+        self._started[:] = time.perf_counter()
+        if self.frames is not None:
+            self.frames.copy_(state["frames"])
+            self._frame_time[:] = state["frame_time"].numpy()
+        self._needs_reset = False
 
     def render(self):
         """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""

@@ -6,12 +6,16 @@ terrain. It needs ballbot_env.py and assets/ beside it. The defaults are the "ba
 the hyperparameter guide of openballbot-rl; `--help` lists every flag.
 """
 
+import argparse
+import io
+import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +38,12 @@ class Args:
     """the name of this experiment, part of the default run name"""
     run_name: str = ""
     """folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}"""
+    preset: str = ""
+    """start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know"""
+    config: str = ""
+    """start from a run's config.json; flags given beside it win, as they do over --preset"""
+    resume: str = ""
+    """go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. Takes no other flags"""
     seed: int = 1
     """seed of networks, action noise, minibatches and start poses"""
     torch_deterministic: bool = True
@@ -41,7 +51,9 @@ class Args:
     cuda: bool = False
     """run networks on the GPU; the physics stays on the CPU"""
     num_threads: int = 0
-    """CPU threads for physics and networks, 0: one per core. Give 1 to runs that share a machine"""
+    """CPU threads of the physics, 0: one per core; results do not depend on it"""
+    torch_threads: int = 1
+    """CPU threads of networks and renderer; more pay only with --no-freeze-encoder, on an idle machine"""
 
     # The task
     terrain: str = "perlin"
@@ -118,6 +130,46 @@ class Args:
     """episodes of each"""
     final_eval_episodes: int = 100
     """episodes of the one at the end"""
+
+
+# The guide's three configurations, and the best that we know.
+PRESETS = {
+    "aggressive": dict(
+        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=1024, update_epochs=3, hidden_size=64, num_envs=16,
+    ),
+    "conservative": dict(
+        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=4096, update_epochs=10,
+        hidden_size=256, num_envs=8,
+    ),
+    "balanced": {},
+    "tuned": dict(
+        learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0, num_envs=32, num_steps=128,
+        minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_reward=True,
+        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_init_scale=0.1, total_timesteps=5_000_000,
+        eval_interval=250_000,
+    ),
+}  # fmt: skip
+
+
+def parse():
+    """Args from the command line: flags win over --config, which wins over --preset."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="")
+    early.add_argument("--config", default="")
+    start, _ = early.parse_known_args()
+    if start.preset and start.preset not in PRESETS:
+        sys.exit(f"error: --preset is {start.preset}: give {', '.join(PRESETS)}")
+    default = replace(Args(), **PRESETS.get(start.preset, {}))
+    if start.config:
+        try:
+            settings = json.loads(Path(start.config).read_text())
+            default = replace(default, **{key: type(getattr(default, key))(value) for key, value in settings.items()})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            sys.exit(f"error: --config {start.config} is not a run's config.json: {error}")
+    args = tyro.cli(Args, default=default)
+    if args.resume and args != Args(resume=args.resume):
+        sys.exit("error: --resume takes its flags from the run: give no others")
+    return args
 
 
 class DepthEncoder(nn.Module):
@@ -298,7 +350,7 @@ def rollout(envs, agent, args, proprio, depth, finished):
             num_frames += len(frames[-1])
         if "episode" in infos:
             for i in np.flatnonzero(infos["_episode"]):
-                finished.append((infos["episode"]["r"][i], infos["episode"]["l"][i], step))
+                finished.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
                 if terminations[i]:
                     terminated.append((step, i))
                 else:
@@ -428,11 +480,43 @@ def learning_rate_now(args, progress_remaining):
     return 1e-4 if progress_remaining > 0.66 else 5e-5 if progress_remaining > 0.33 else 1e-5
 
 
-def save(path, **content):
-    """Write a checkpoint in one piece: a crash leaves the old file or the new one."""
+def save(path, content):
+    """Write a checkpoint in one piece: a crash or a full disk leaves what was there."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     part = path.with_suffix(".part")
-    torch.save(content, part)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        sys.exit(f"error: cannot write {path} ({error.strerror}): make room, then --resume {path.parent}")
     os.replace(part, path)
+
+
+def load(path):
+    """The content of a checkpoint, or exit with one line. No pickled code is run."""
+    other = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt")
+    offer = f"; {other} is there too: --resume {other}" if other.is_file() else ""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is missing{offer}")
+    except Exception:  # torch.load raises many kinds on damaged files
+        sys.exit(f"error: {path} is damaged or not a checkpoint{offer}")
+    missing = [
+        key for key in ("model", "optimizer", "args", "envs") if not isinstance(content, dict) or key not in content
+    ]
+    if missing:
+        sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
+    fields, given = set(vars(Args())), set(content["args"])
+    if fields != given:
+        sys.exit(
+            f"error: {path} was written by another program or version: its flags differ in {sorted(fields ^ given)}"
+        )
+    return content
 
 
 def check(args):
@@ -442,8 +526,9 @@ def check(args):
         if not good:
             sys.exit(f"error: {message}")
 
-    for name in ("total_timesteps", "num_envs", "num_steps", "update_epochs", "minibatch_size", "hidden_size",
-                 "pi_layers", "vf_layers", "eval_interval", "eval_episodes", "final_eval_episodes"):  # fmt: skip
+    for name in ("total_timesteps", "torch_threads", "num_envs", "num_steps", "update_epochs", "minibatch_size",
+                 "hidden_size", "pi_layers", "vf_layers", "eval_interval", "eval_episodes",
+                 "final_eval_episodes"):  # fmt: skip
         value = getattr(args, name)
         need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
     for name in ("num_threads", "seed", "terrain_seed", "eval_terrain_seed", "ent_coef", "vf_coef", "target_kl",
@@ -494,17 +579,25 @@ def load_encoder(path):
 
 def train(args):
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
-    check(args)
-    args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path("runs") / args.run_name
-    if run_dir.exists():
-        sys.exit(f"error: {run_dir} exists: give another --run-name, or move it away")
+    run = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        path = run_dir if run_dir.suffix == ".pt" else run_dir / "last.pt"
+        run, run_dir = load(path), path.parent
+        vars(args).update(run["args"])
+        check(args)
+    else:
+        check(args)
+        args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path("runs") / args.run_name
+        if run_dir.exists():
+            sys.exit(f"error: {run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if args.cuda else "cpu")
 
     agent = Agent(args)
@@ -517,21 +610,36 @@ def train(args):
 
     envs = make_envs(args, args.num_envs, args.terrain_seed)
 
-    run_dir.mkdir(parents=True)
-    writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
-    print(f"{run_dir}: {num_iterations} iterations of {batch_size} steps; tensorboard --logdir runs")
-
-    global_step, best_return, next_eval = 0, -np.inf, args.eval_interval
     finished = deque(maxlen=100)  # (return, length) of the last episodes
-    obs, _ = envs.reset(seed=args.seed)
     depth = torch.zeros(args.num_envs, agent.num_depth, device=device)
-    proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
     discounted = torch.zeros(args.num_envs, device=device)  # return so far, for --norm-reward
-    start_time, evaluating = time.perf_counter(), 0.0
+    if run is None:
+        run_dir.mkdir(parents=True)
+        settings = {key: value for key, value in asdict(args).items() if key not in ("run_name", "config", "resume")}
+        (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        first_iteration, global_step, best_return, next_eval, seconds = 1, 0, -np.inf, args.eval_interval, 0.0
+        obs, _ = envs.reset(seed=args.seed)
+        proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
+    else:
+        agent.load_state_dict(run["model"])
+        optimizer.load_state_dict(run["optimizer"])
+        envs.set_state(run["envs"])
+        first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
+        best_return, next_eval = run["best_return"], run["next_eval"]
+        finished.extend(run["finished"])
+        proprio, depth, discounted = (run[key].to(device) for key in ("proprio", "depth", "discounted"))
+        torch.set_rng_state(run["rng"])
+        if args.cuda:
+            torch.cuda.set_rng_state(run["cuda_rng"])
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
+    if run is None:
+        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value != ""))
+    print(f"{run_dir}: {num_iterations} iterations of {batch_size} steps; tensorboard --logdir runs")
+    start_time, evaluating = time.perf_counter() - seconds, 0.0
 
-    for iteration in range(1, num_iterations + 1):
+    for iteration in range(first_iteration, num_iterations + 1):
         learning_rate = learning_rate_now(args, 1 - (iteration - 1) / num_iterations)
         optimizer.param_groups[0]["lr"] = learning_rate
 
@@ -597,16 +705,23 @@ def train(args):
             print(line, flush=True)
 
         eval_start = time.perf_counter()
-        checkpoint = dict(model=agent.state_dict(), optimizer=optimizer.state_dict(), args=asdict(args),
-                          global_step=global_step, iteration=iteration)  # fmt: skip
+        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
         if global_step >= next_eval:
             next_eval += args.eval_interval
             result = evaluate(agent, args, args.eval_episodes)
             report(f"evaluation at {global_step:,} steps", result, writer, global_step)
             if result["episodic_return"] > best_return:
                 best_return = result["episodic_return"]
-                save(run_dir / "best.pt", **checkpoint, eval=result)
-        save(run_dir / "last.pt", **checkpoint)
+                save(run_dir / "best.pt", policy | {"eval": result})
+        checkpoint = policy | dict(
+            optimizer=optimizer.state_dict(), iteration=iteration, best_return=best_return, next_eval=next_eval,
+            seconds=seconds, finished=list(finished), proprio=proprio, depth=depth, discounted=discounted,
+            envs=envs.get_state(), rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state() if args.cuda else None,
+        )  # fmt: skip
+        if (run_dir / "last.pt").exists():
+            shutil.copyfile(run_dir / "last.pt", run_dir / "previous.pt")
+        save(run_dir / "last.pt", checkpoint)
         evaluating += time.perf_counter() - eval_start
 
     envs.close()
@@ -614,16 +729,14 @@ def train(args):
     report("final policy", result, writer, global_step)
     best_result = {"episodic_return": -np.inf}
     if best_return > -np.inf:
-        best, best_agent = (
-            torch.load(run_dir / "best.pt", map_location=device, weights_only=True),
-            Agent(args).to(device),
-        )
-        best_agent.load_state_dict(best["model"])
-        best_result = evaluate(best_agent, args, args.final_eval_episodes)
+        best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
+        agent.load_state_dict(best["model"])
+        best_result = evaluate(agent, args, args.final_eval_episodes)
         report(f"policy of {best['global_step']:,} steps, the best evaluated on the way", best_result)
     if result["episodic_return"] > best_result["episodic_return"]:
         best_result = result
-        save(run_dir / "best.pt", **checkpoint, eval=result)
+        last = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
+        save(run_dir / "best.pt", {key: last[key] for key in ("model", "args", "global_step")} | {"eval": result})
     reached = best_result["episodic_return"] > TARGET_RETURN, best_result["episodic_length"] > TARGET_LENGTH
     print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: "
           f"return > {TARGET_RETURN} {'reached' if reached[0] else 'missed'}, "
@@ -643,4 +756,9 @@ def report(title, result, writer=None, global_step=None):
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    arguments = parse()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # end like Ctrl-C
+    try:
+        train(arguments)
+    except KeyboardInterrupt:
+        sys.exit(f"{CLEAR_LINE}stopped; to go on: python {sys.argv[0]} --resume runs/{arguments.run_name}")

@@ -1,0 +1,410 @@
+"""Evaluation held against plain loops over one environment, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from ctypes.util import find_library
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ballbot_env
+import ppo_ballbot as ppo
+from ballbot_utils import evaluate
+
+REPOSITORY = Path(ppo.__file__).resolve().parent
+ARGS = evaluate.Args(checkpoints=(), num_threads=1, episodes=3, horizon=600, seed=7)
+FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "max_episode_steps": 600}
+PERLIN = {"terrain": "perlin", "terrain_seed": 1_000_000, "terrain_amplitude": 0.1, "cameras": True,
+          "wheel_damping": 0.4, "max_episode_steps": 600}  # fmt: skip
+
+
+def make_agent(**train_args):
+    torch.manual_seed(0)
+    args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
+    agent = ppo.Agent(args)
+    agent.actor[-1].weight.data *= 30  # actions that matter
+    return agent, args
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The untrained policy of a run without cameras."""
+    agent, args = make_agent(cameras=False)
+    (tmp_path / "run").mkdir()
+    torch.save({"model": agent.state_dict(), "args": asdict(args), "global_step": 1234}, tmp_path / "run" / "best.pt")
+    return tmp_path / "run" / "best.pt"
+
+
+def error_of(args):
+    with pytest.raises(SystemExit) as raised:
+        evaluate.main(args)
+    message = str(raised.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def equal(a, b):
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_statistics_are_those_of_a_plain_loop():
+    agent, _ = make_agent()
+    found = evaluate.run_episodes(agent, ARGS, PERLIN)
+    rows = []
+    for seed in (7, 8, 9):
+        env = gym.make("Ballbot-v0", **PERLIN)
+        obs, info = env.reset(seed=seed)
+        start, total, effort, length, over = info["position"][1], 0.0, 0.0, 0, False
+        while not over:
+            if obs["relative_image_timestamp"][0] == 0:
+                frames = torch.from_numpy(np.stack([obs["depth_0"], obs["depth_1"]]))
+                with torch.no_grad():
+                    depth = agent.encoder(frames).flatten()
+            keys = ("orientation", "angular_vel", "vel", "motor_state", "actions", "relative_image_timestamp")
+            proprio = torch.from_numpy(np.concatenate([obs[key] for key in keys]))
+            with torch.no_grad():
+                action = agent.actor(torch.cat([proprio, depth])).numpy()
+            obs, reward, fell, truncated, info = env.step(action)
+            over = fell or truncated
+            total, effort, length = total + reward, effort + (action.clip(-1, 1) ** 2).sum(), length + 1
+        distance = info["position"][1] - start
+        rows.append((total, length, distance / (length * 0.002), distance, effort / length, fell))
+        env.close()
+    assert all(row[-1] for row in rows) and len({row[1] for row in rows}) > 1  # they fell, at different times
+    expected = dict(zip(("return", "length", "speed", "distance", "effort", "fell"), np.array(rows).T))
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=1e-3, atol=1e-4, err_msg=key)
+    assert not found["left"].any()
+
+
+def test_same_figures_as_the_training_scripts_own_evaluation():
+    agent, train_args = make_agent(cameras=False)
+    expected = ppo.evaluate(agent, train_args, 3)
+    args = replace(ARGS, seed=1_000_000, horizon=4000)
+    found = evaluate.run_episodes(agent, args, evaluate.conditions(args, train_args, "run"))
+    assert found["return"].mean() == expected["episodic_return"]
+    assert found["length"].mean() == expected["episodic_length"]
+    assert found["fell"].mean() == expected["falls"]
+
+
+def test_more_episodes_than_environments(monkeypatch):
+    agent, _ = make_agent(cameras=False)
+    task = PERLIN | {"cameras": False}
+    at_once = evaluate.run_episodes(agent, replace(ARGS, episodes=5), task)
+    monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
+    in_rounds = evaluate.run_episodes(agent, replace(ARGS, episodes=5), task)
+    for key in at_once:
+        np.testing.assert_allclose(in_rounds[key], at_once[key], rtol=1e-3, atol=1e-4)
+
+
+def test_bootstrap_by_known_numbers():
+    assert evaluate.bootstrap_interval(np.full(10, 3.5)) == (3.5, 3.5)
+    # The mean of 100 throws of a coin: binomial, 2.5 % and 97.5 % quantiles 40 and 60.
+    coin = np.repeat([0, 1], 50)
+    low, high = evaluate.bootstrap_interval(coin)
+    assert abs(low - 0.4) <= 0.01 and abs(high - 0.6) <= 0.01
+    # Two of them: standard deviation 0.05 * sqrt(2), times 1.96.
+    low, high = evaluate.bootstrap_interval(coin + 1, minus=coin)
+    assert abs(low - (1 - 0.139)) <= 0.011 and abs(high - (1 + 0.139)) <= 0.011
+
+
+def test_pushes():
+    agent, _ = make_agent(cameras=False)
+    plain = evaluate.run_episodes(agent, ARGS, FLAT)
+    none = evaluate.run_episodes(agent, replace(ARGS, push=0.0, push_interval=0.1), FLAT)
+    assert equal(plain, none)
+    args = replace(ARGS, push=0.2, push_interval=0.1)
+    pushed = evaluate.run_episodes(agent, args, FLAT)
+    assert (pushed["return"] != plain["return"]).all()
+    assert len(set(pushed["return"])) == 3  # each its own direction
+    assert equal(pushed, evaluate.run_episodes(agent, args, FLAT))
+
+    # The force times its duration is the impulse, and none is left after it.
+    envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT)
+    envs.reset(seed=0)
+    rng, impulse, forced = np.random.default_rng(0), 0, []
+    for step in range(100):
+        evaluate.push(envs, args, step, rng)
+        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        forced += [step] if force.any() else []
+        impulse = impulse + 0.002 * force
+        envs.step(np.zeros((2, 3)))
+    assert forced == list(range(50, 60))
+    np.testing.assert_allclose(np.linalg.norm(impulse[:, :2], axis=1), 0.2)
+    assert not impulse[:, 2:].any()
+
+
+def test_observation_noise():
+    agent, _ = make_agent()
+    task = PERLIN | {"max_episode_steps": 60}
+    args = replace(ARGS, horizon=60)
+    plain = evaluate.run_episodes(agent, args, task)
+    assert equal(plain, evaluate.run_episodes(agent, replace(args, obs_noise=0.0), task))
+    noisy = evaluate.run_episodes(agent, replace(args, obs_noise=0.05), task)
+    assert (noisy["effort"] != plain["effort"]).all()
+
+    envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
+    obs, _ = envs.reset(seed=0)
+    frames, seen = envs.frames.clone(), []
+    agent.actor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    args = replace(args, obs_noise=0.05)
+    _, depth = evaluate.act(agent, envs, obs, torch.zeros(200, 40), args, False, torch.Generator().manual_seed(0))
+    noise = (seen[0][:, :16] - ppo.proprioception(obs, agent)).numpy()
+    assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
+    assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
+    # A frame is drawn upon once, when it is new.
+    frames = envs.frames.clone()
+    obs, *_ = envs.step(np.zeros((200, 3)))
+    _, held = evaluate.act(agent, envs, obs, depth, args, False, torch.Generator().manual_seed(0))
+    assert torch.equal(envs.frames, frames) and torch.equal(held, depth)
+
+
+def test_drawn_actions():
+    agent, _ = make_agent(cameras=False)
+    drawn = evaluate.run_episodes(agent, ARGS, FLAT, stochastic=True)
+    assert equal(drawn, evaluate.run_episodes(agent, ARGS, FLAT, stochastic=True))
+    assert drawn["effort"].mean() > evaluate.run_episodes(agent, ARGS, FLAT)["effort"].mean() + 0.5
+
+
+def test_long_episodes_start_further_back():
+    envs = gym.make_vec("Ballbot-v0", num_envs=50, **PERLIN)
+    envs.reset(seed=0)
+    before, frames = envs._batch.state.copy(), envs.frames.clone()
+    evaluate.move_back(envs, 4000)
+    assert np.array_equal(envs._batch.state, before)
+    evaluate.move_back(envs, 10_000)
+    x, y, z = envs._position.T
+    assert y.min() >= -18 and -4 < y.max() <= -2
+    ground = [envs._highest(*place) for place in zip(x, y)]
+    np.testing.assert_allclose(z - ground, ballbot_env.BASE_START)
+    assert not torch.equal(envs.frames, frames)
+
+
+def test_long_episodes_by_the_edge_are_counted():
+    agent, _ = make_agent(cameras=False)
+    envs = gym.make_vec("Ballbot-v0", num_envs=3, **FLAT)
+    original = envs.reset
+
+    def reset(seed):
+        result = original(seed=seed)
+        envs._position[0, 1] = envs._ball_position[0, 1] = 19.5
+        return result
+
+    envs.reset = reset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.gym, "make_vec", lambda *args, **kwargs: envs)
+        episodes = evaluate.run_episodes(agent, ARGS, FLAT)
+    assert episodes["left"].tolist() == [1, 0, 0] and episodes["fell"].tolist() == [0, 1, 1]
+    assert episodes["length"][0] == 1
+
+
+def test_table_and_json(checkpoint, tmp_path, capsys):
+    other = tmp_path / "other.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["args"] |= {"a_flag_of_the_future": 3}
+    torch.save(content, other)
+    output = tmp_path / "figures.json"
+    args = replace(ARGS, checkpoints=(checkpoint.parent, other), horizon=40, stochastic=True, json=str(output))
+    evaluate.main(args)
+    text = capsys.readouterr().out
+    assert text.splitlines()[0].split() == 2 * ["run"] + 2 * [f"{tmp_path.name}/other.pt"]
+    for line in ("target: return > 100", "target: length > 3000", "gap: training - unseen", "1,234"):
+        assert line in text
+    results = json.loads(output.read_text())
+    assert [r["stochastic"] for r in results] == [False, True, False, True]
+    for r in results:
+        returns, summary = r["per_episode"]["return"], r["summary"]
+        assert len(returns) == summary["episodes"] == 3 and r["task"]["terrain_seed"] == 1_000_000
+        assert summary["return"]["mean"] == pytest.approx(np.mean(returns))
+        assert summary["return"]["low"] <= summary["return"]["mean"] <= summary["return"]["high"]
+        assert summary["targets"] == {"return": False, "length": False}
+        assert r["gap"]["mean"] == pytest.approx(r["gap"]["training"] - np.mean(returns))
+    assert results[0]["summary"] == results[2]["summary"]
+
+    assert "figures.json exists: give --overwrite" in error_of(args)
+    flat = replace(ARGS, checkpoints=(checkpoint,), terrain="flat", horizon=20, json="-")
+    evaluate.main(flat)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[0]["gap"] is None
+    assert "no gap, flat ground is the same everywhere" in captured.err
+
+
+def test_table_fits_the_width():
+    episodes = {key: np.full(4, 120.0) for key in ("return", "length", "speed", "distance", "effort", "fell", "left")}
+    episodes["length"] = np.array([4000, 4000, 4000, 0])
+    episodes["left"] = np.zeros(4)
+    result = {"label": "a", "global_step": 1, "stochastic": False, "task": FLAT, "gap": None,
+              "summary": evaluate.summarise(episodes)}  # fmt: skip
+    wide, narrow = evaluate.table([result] * 4, 500), evaluate.table([result] * 4, 80)
+    assert "target: return > 100" in wide and wide.count("steps trained") == 1
+    assert narrow.count("steps trained") > 1 and max(map(len, narrow.splitlines())) <= 80
+    assert "reached" in wide and "missed, within error" in wide  # the mean length is 3000, which is not more than 3000
+
+
+def test_training_terrain_is_refused(checkpoint, capsys):
+    args = replace(ARGS, checkpoints=(checkpoint,), horizon=10, terrain_seed=0)
+    assert f"{checkpoint} was trained on terrain seed 0" in error_of(args)
+    evaluate.main(replace(args, allow_training_terrain=True))
+    assert "this is its training terrain" in capsys.readouterr().out
+
+
+class Code:
+    """What a malicious checkpoint may hold: unpickling it runs a command."""
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_bad_checkpoints(checkpoint, tmp_path):
+    good = torch.load(checkpoint, weights_only=True)
+
+    def says(path):
+        message = error_of(replace(ARGS, checkpoints=(path,)))
+        assert str(path.parent if path.name == "best.pt" else path) in message
+        return message
+
+    def saved(**content):
+        torch.save(content, tmp_path / "bad.pt")
+        return says(tmp_path / "bad.pt")
+
+    assert "does not exist" in says(tmp_path / "nowhere.pt")
+    (tmp_path / "empty").mkdir()
+    assert "has no best.pt" in says(tmp_path / "empty")
+    (tmp_path / "bad.pt").write_bytes(b"")
+    assert "damaged" in says(tmp_path / "bad.pt")
+    (tmp_path / "bad.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    assert "damaged" in says(tmp_path / "bad.pt")
+    (tmp_path / "bad.pt").write_text("# A text\n")
+    assert "is no checkpoint of ppo_ballbot.py" in says(tmp_path / "bad.pt")
+    code = Code()
+    code.path = str(tmp_path / "ran")
+    assert "code, which is never run" in saved(**good | {"optimizer": code})
+    assert not (tmp_path / "ran").exists()
+    assert "no model or args" in saved(weights=torch.zeros(3))
+    args = {key: value for key, value in good["args"].items() if key != "cameras"}
+    assert "has no cameras in its args" in saved(**good | {"args": args})
+    assert "expected int" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
+    assert "expected perlin or flat" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
+    assert "weights that do not fit its args" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
+    assert "weights that do not fit its args" in saved(**good | {"args": good["args"] | {"cameras": True}})
+    model = good["model"] | {"log_std": torch.full((3,), torch.nan)}
+    assert "weights that are not finite" in saved(**good | {"model": model})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"checkpoints": ()}, "no checkpoints given"),
+    ({"episodes": 0}, "--episodes is 0: give 1 or more"),
+    ({"horizon": -1}, "--horizon is -1"),
+    ({"push": -1.0}, "--push is -1.0: give 0 or more"),
+    ({"push_interval": 0.01}, "--push-interval is 0.01"),
+    ({"obs_noise": float("nan")}, "--obs-noise is nan"),
+    ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
+    ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed means nothing on --terrain flat"),
+    ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
+    ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
+    ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),
+    ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
+    ({"video": Path("film.gif"), "render": True}, "--render and --video: give one"),
+    ({"video": Path("film.gif"), "json": "-"}, "--json is for evaluations"),
+    ({"render": True, "checkpoints": ("a", "b")}, "2 checkpoints: --render and --video show one"),
+])  # fmt: skip
+def test_bad_flags(change, message):
+    assert message in error_of(replace(ARGS, **{"checkpoints": (Path("unseen.pt"),)} | change))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a display")
+def test_without_display_or_opengl(checkpoint, tmp_path, monkeypatch):
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(variable, raising=False)
+    args = replace(ARGS, checkpoints=(checkpoint,))
+    assert "--render needs a display" in error_of(replace(args, render=True))
+    pytest.importorskip("PIL")
+    film = replace(args, video=tmp_path / "film.gif")
+    monkeypatch.setattr(evaluate, "find_library", lambda name: name if name == "OSMesa" else None)
+    assert "put MUJOCO_GL=osmesa before the command" in error_of(film)
+    monkeypatch.setattr(evaluate, "find_library", lambda name: None)
+    assert "install libosmesa6" in error_of(film)
+
+
+class Window:
+    """A viewer's window that its user closes after `steps` steps."""
+
+    synced = closed = False
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def sync(self):
+        self.synced = True
+
+    def is_running(self):
+        self.steps -= 1
+        return self.steps > 0
+
+    def close(self):
+        self.closed = True
+
+
+def test_render_follows_the_clock_until_its_window_is_closed(checkpoint, monkeypatch, capsys):
+    viewer = pytest.importorskip("mujoco.viewer")
+    window = Window(steps=80)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(viewer, "launch_passive", lambda model, data: window)
+    started = time.perf_counter()
+    evaluate.main(replace(ARGS, checkpoints=(checkpoint,), terrain="flat", horizon=50, render=True))
+    assert 80 * 0.002 <= time.perf_counter() - started < 2
+    assert window.synced and window.closed and window.steps == 0
+    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
+
+
+def opengl():
+    """A value for MUJOCO_GL that works without a display, or None."""
+    if sys.platform == "linux":
+        for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")):
+            test = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16).close()"
+            environment = os.environ | {"MUJOCO_GL": name}
+            if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
+                return name
+    return None
+
+
+def test_video(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("imageio_ffmpeg")
+    backend = opengl()
+    if backend is None:
+        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
+    agent, train_args = make_agent()
+    torch.save({"model": agent.state_dict(), "args": asdict(train_args), "global_step": 0}, tmp_path / "policy.pt")
+    command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
+               "import ballbot_utils.evaluate as e\n"
+               "args = e.Args((Path(sys.argv[1]),), num_threads=1, horizon=100, video=Path(sys.argv[2]))\n"
+               "e.main(args); e.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
+    gif = tmp_path / "film.gif"
+    done = subprocess.run([sys.executable, "-c", command, tmp_path / "policy.pt", gif], cwd=REPOSITORY, text=True,
+                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    film = image.open(gif)
+    assert film.size == (480, 360)
+    seconds = 0
+    for i in range(film.n_frames):
+        film.seek(i)
+        seconds += film.info["duration"] / 1000
+    assert seconds == pytest.approx(0.2 + 1, abs=0.06)  # real time, and the last picture stays for a second
+    film.seek(0)
+    picture = np.asarray(film.convert("RGB")).astype(int)
+    assert picture[150:250, 180:300].std() > 30  # the robot
+    red, green, blue = picture[10:100, 10:100].reshape(-1, 3).T
+    assert ((red > 200) & (green > 180) & (blue < 120)).mean() > 0.05  # the ball, near, in the left depth image
+    reader = imageio.get_reader(gif.with_suffix(".mp4"))
+    assert reader.get_meta_data()["size"] == (960, 720) and reader.get_meta_data()["fps"] == 30
+    assert reader.count_frames() == 7 + 29
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4", "policy.pt"]

@@ -1,0 +1,198 @@
+"""Runs that are killed and resumed end with the weights of those that were not; damage is refused in one line."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_ballbot as ppo
+
+SCRIPT = Path(ppo.__file__).resolve()
+KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
+FLAGS = (
+    "--run-name run --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
+    "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-reward --norm-adv --learning-rate 3e-4 --anneal-lr "
+    f"--total-timesteps {256 * max(20, 6 * KILLS)}"
+).split()
+
+
+def command(*flags):
+    return [sys.executable, str(SCRIPT), *flags]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run(command(*FLAGS), cwd=folder, check=True, capture_output=True)
+    return folder / "runs" / "run"
+
+
+def assert_same_end(run, other):
+    """Bit for bit the same policies, optimizer, environments and generators, and the same curves."""
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (run, other))
+        a.pop("seconds", None), b.pop("seconds", None)  # wall time
+        assert_equal(a, b)
+    curves = [EventAccumulator(str(folder)).Reload().Scalars("losses/value_loss") for folder in (run, other)]
+    assert [(e.step, e.value) for e in curves[0]] == [(e.step, e.value) for e in curves[1]]
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key != "resume":
+                assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
+    rng = random.Random(0)
+    run, flags, kills = tmp_path / "runs" / "run", FLAGS, 0
+    while True:
+        process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        before = (run / "last.pt").stat().st_mtime_ns if run.exists() else 0
+        if kills < KILLS:
+            # Wait for an iteration, so that every life gets somewhere, then a random time into the next ones.
+            while process.poll() is None and (not (run / "last.pt").exists()
+                                              or (run / "last.pt").stat().st_mtime_ns == before):  # fmt: skip
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.5))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        output = process.communicate()[0].decode()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+        flags = ["--resume", "runs/run"]
+    assert kills == KILLS, f"the run was over after {kills} kills: make it longer"
+    assert_same_end(run, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_says_how_to_go_on(number, tmp_path):
+    process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 1
+    assert error.strip().splitlines()[-1].endswith("--resume runs/run")
+    assert "Traceback" not in error
+
+
+def test_environment_state_is_all_of_it():
+    args = replace(ppo.Args(), num_threads=1)
+    envs, again = (ppo.make_envs(args, 3, 0) for _ in range(2))
+    envs.reset(seed=0)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (700, 3, 3))
+    for action in actions[:200]:
+        envs.step(action)
+    again.set_state(envs.get_state())
+    ends = 0
+    for action in actions[200:]:
+        a, b = envs.step(action), again.step(action)
+        for key in a[0]:
+            assert np.array_equal(a[0][key], b[0][key])
+        for x, y in zip(a[1:4], b[1:4]):
+            assert np.array_equal(x, y)
+        if "episode" in a[4]:
+            ends += 1
+            assert np.array_equal(a[4]["episode"]["r"], b[4]["episode"]["r"])
+            assert np.array_equal(a[4]["episode"]["l"], b[4]["episode"]["l"])
+    assert ends
+
+
+def refuse(message, *flags, cwd):
+    output = subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True)
+    assert output.returncode == 1
+    assert re.search(message, output.stderr), output.stderr
+    assert len(output.stderr.strip().splitlines()) == 1
+
+
+def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    good = (uninterrupted / "last.pt").read_bytes()
+    (run / "previous.pt").write_bytes(good)
+    offer = "previous.pt is there too: --resume .*previous.pt"
+    refuse(f"last.pt is missing; .*{offer}", "--resume", str(run), cwd=tmp_path)
+    (run / "last.pt").write_bytes(good[: len(good) // 2])
+    refuse(f"last.pt is damaged or not a checkpoint; .*{offer}", "--resume", str(run), cwd=tmp_path)
+    torch.save({"weights": torch.zeros(3)}, run / "last.pt")
+    refuse(f"last.pt is not a checkpoint to resume from, .*{offer}", "--resume", str(run), cwd=tmp_path)
+    refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
+    refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful()}, "last.pt")
+    with pytest.raises(SystemExit, match="damaged or not a checkpoint"):
+        ppo.load(Path("last.pt"))
+    assert not Path("harm").exists()
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    ppo.save(path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"No space left on device.*make room, then --resume"):
+        ppo.save(path, {"a": 2})
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch, tmp_path):
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *flags])
+        return ppo.parse()
+
+    assert parse() == parse("--preset", "balanced", "--preset=") == ppo.Args()
+    aggressive = parse("--preset", "aggressive", "--num-envs", "12")
+    assert (aggressive.num_envs, aggressive.num_steps, aggressive.clip_coef) == (12, 1024, 0.2)
+    config = str(uninterrupted / "config.json")
+    given = parse("--preset", "tuned", "--config", config, "--gamma", "0.97")
+    assert (given.gamma, given.num_envs, given.norm_obs) == (0.97, 4, True)
+    for flags, message in ((["--preset", "bold"], "give aggressive, conservative, balanced, tuned"),
+                           (["--config", str(SCRIPT)], "is not a run's config.json")):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            parse(*flags)
+    for preset in ppo.PRESETS:
+        ppo.check(parse("--preset", preset))
+
+
+def test_config_reproduces_the_run(uninterrupted, tmp_path):
+    flags = ["--config", str(uninterrupted / "config.json"), "--run-name", "run"]
+    subprocess.run(command(*flags), cwd=tmp_path, check=True, capture_output=True)
+    again, first = (torch.load(run / "last.pt", weights_only=True)["model"]
+                    for run in (tmp_path / "runs" / "run", uninterrupted))  # fmt: skip
+    assert_equal(again, first)
