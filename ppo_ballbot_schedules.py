@@ -1,0 +1,812 @@
+"""PPO for the ballbot with scheduled hyperparameters: `python ppo_ballbot_schedules.py --lr-schedule cosine`.
+
+This is ppo_ballbot.py in which learning rate, entropy coefficient and clip coefficient change as training
+goes on; `diff ppo_ballbot.py ppo_ballbot_schedules.py` shows all of it.
+
+Proximal Policy Optimization (Schulman et al., arXiv 1707.06347) with generalized advantage estimation
+(Schulman et al., arXiv 1506.02438) on Ballbot-v0: proprioception and two depth cameras over uneven
+terrain. It needs ballbot_env.py and assets/ beside it. The defaults are the "balanced" configuration of
+the hyperparameter guide of openballbot-rl; `--help` lists every flag.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+import ballbot_env
+
+CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
+TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment, part of the default run name"""
+    run_name: str = ""
+    """folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}"""
+    preset: str = ""
+    """start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know"""
+    config: str = ""
+    """start from a run's config.json; flags given beside it win, as they do over --preset"""
+    resume: str = ""
+    """go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. Takes no other flags"""
+    seed: int = 1
+    """seed of networks, action noise, minibatches and start poses"""
+    torch_deterministic: bool = True
+    """use only deterministic algorithms on the GPU (the CPU's are)"""
+    cuda: bool = False
+    """run networks on the GPU; the physics stays on the CPU"""
+    num_threads: int = 0
+    """CPU threads of the physics, 0: one per core; results do not depend on it"""
+    torch_threads: int = 1
+    """CPU threads of networks and renderer; more pay only with --no-freeze-encoder, on an idle machine"""
+
+    # The task
+    terrain: str = "perlin"
+    """ground: perlin or flat"""
+    terrain_seed: int = 0
+    """the training terrain"""
+    eval_terrain_seed: int = 1_000_000
+    """the terrain of evaluations, never trained on"""
+    cameras: bool = True
+    """observe through the two depth cameras"""
+    wheel_damping: float = 0.4
+    """damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5"""
+    total_timesteps: int = 10_000_000
+    """environment steps to train for, all environments together"""
+    num_envs: int = 10
+    """environments stepped together"""
+
+    # PPO
+    learning_rate: float = -1.0
+    """where the learning rate starts; -1: the guide's steps, 1e-4, then 5e-5 and 1e-5 in the second and last third"""
+    lr_schedule: str = "guide"
+    """guide (with --learning-rate -1), constant, linear, cosine, or kl: times or by 1.5 where KL leaves its band"""
+    lr_end: float = 0.0
+    """where a linear or cosine learning rate ends"""
+    num_steps: int = 2048
+    """steps per environment and iteration"""
+    gamma: float = 0.99
+    """discount factor; at 500 Hz, 0.99 sees 0.2 s ahead and 0.998 a second"""
+    gae_lambda: float = 0.95
+    """lambda of generalized advantage estimation"""
+    update_epochs: int = 5
+    """passes over the data of an iteration"""
+    minibatch_size: int = 256
+    """samples per gradient step; must divide num_envs * num_steps"""
+    norm_adv: bool = False
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.04
+    """clipping range of the probability ratio, where it starts"""
+    clip_schedule: str = "linear"
+    """constant, linear or cosine; the guide's is 0.03 * progress remaining + 0.01, the default"""
+    clip_end: float = 0.01
+    """where a linear or cosine clip coefficient ends"""
+    clip_vloss: bool = False
+    """clip the value loss with clip_coef too"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus, where it starts"""
+    ent_schedule: str = "linear"
+    """constant, linear or cosine; the guide's is 0.01 * progress remaining, the default"""
+    ent_end: float = 0.0
+    """where a linear or cosine entropy coefficient ends"""
+    vf_coef: float = 2.0
+    """weight of the value loss, a mean squared error without CleanRL's factor 0.5 (as in Stable-Baselines3)"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float = 0.3
+    """end an iteration's updates once the approximate KL divergence of an epoch exceeds this; with --lr-schedule kl
+    the learning rate keeps it between half and twice this instead"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (AdamW)"""
+    norm_obs: bool = False
+    """normalise proprioception by running mean and variance"""
+    norm_reward: bool = False
+    """divide rewards by the running standard deviation of the discounted return"""
+
+    # Networks
+    hidden_size: int = 128
+    """units per hidden layer"""
+    pi_layers: int = 4
+    """hidden layers of the actor"""
+    vf_layers: int = 4
+    """hidden layers of the critic"""
+    depth_init_scale: float = 1.0
+    """factor on the initial weights of the depth features; below 1, learning starts from proprioception"""
+    init_log_std: float = 0.0
+    """initial logarithm of the actions' standard deviation"""
+    freeze_encoder: bool = True
+    """keep the pretrained depth encoder as it is, else train one end to end"""
+    encoder_path: str = "assets/depth_encoder.pt"
+    """the pretrained depth encoder, relative to this file"""
+
+    # Evaluation
+    eval_interval: int = 500_000
+    """steps between deterministic evaluations"""
+    eval_episodes: int = 16
+    """episodes of each"""
+    final_eval_episodes: int = 100
+    """episodes of the one at the end"""
+
+
+# The guide's three configurations, and the best that we know.
+PRESETS = {
+    "aggressive": dict(
+        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=1024, update_epochs=3, hidden_size=64, num_envs=16,
+        lr_schedule="constant", clip_schedule="constant", ent_schedule="constant",
+    ),
+    "conservative": dict(
+        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=4096, update_epochs=10,
+        hidden_size=256, num_envs=8, clip_schedule="constant", ent_schedule="constant",
+    ),
+    "balanced": dict(clip_coef=0.015, clip_schedule="constant", ent_coef=0.001, ent_schedule="constant"),
+    "tuned": dict(
+        learning_rate=5e-4, lr_schedule="linear", clip_coef=0.2, ent_coef=0.0, vf_coef=1.0, num_envs=32, num_steps=128,
+        minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_reward=True,
+        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_init_scale=0.1, total_timesteps=5_000_000,
+        eval_interval=250_000, clip_schedule="constant", ent_schedule="constant",
+    ),
+}  # fmt: skip
+
+
+def parse():
+    """Args from the command line: flags win over --config, which wins over --preset."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="")
+    early.add_argument("--config", default="")
+    start, _ = early.parse_known_args()
+    if start.preset and start.preset not in PRESETS:
+        sys.exit(f"error: --preset is {start.preset}: give {', '.join(PRESETS)}")
+    default = replace(Args(), **PRESETS.get(start.preset, {}))
+    if start.config:
+        try:
+            settings = json.loads(Path(start.config).read_text())
+            default = replace(default, **{key: type(getattr(default, key))(value) for key, value in settings.items()})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            sys.exit(f"error: --config {start.config} is not a run's config.json: {error}")
+    args = tyro.cli(Args, default=default)
+    if args.resume and args != Args(resume=args.resume):
+        sys.exit("error: --resume takes its flags from the run: give no others")
+    return args
+
+
+class DepthEncoder(nn.Module):
+    """Depth frames (n, 1, size, size) in m to features (n, 20) in [-1, 1] (arXiv 2505.18417, table I)."""
+
+    num_features = 20
+
+    def __init__(self, size=64):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            nn.LeakyReLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.LeakyReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (size // 4) ** 2, self.num_features),
+            nn.Tanh(),
+        )
+
+    def forward(self, depth):
+        return self.layers(depth)
+
+
+def mlp(inputs, hidden, layers, outputs, last_gain):
+    """Linear layers with LeakyReLU between them, orthogonal weights and zero biases."""
+    sizes = [inputs] + [hidden] * layers
+    modules = []
+    for i, o in pairwise(sizes):
+        modules += [layer_init(nn.Linear(i, o)), nn.LeakyReLU()]
+    return nn.Sequential(*modules, layer_init(nn.Linear(sizes[-1], outputs), last_gain))
+
+
+def layer_init(layer, gain=2**0.5):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Gaussian actor and critic on the same features.
+
+    An observation is split in `proprio` (n, 15), or (n, 16) with the frames' age, and `depth` (n, 40), the
+    encoder's features of both cameras' frames: 56 features in all. Without cameras `depth` is (n, 0).
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.num_proprio = 16 if args.cameras else 15
+        # channels_last: a quarter faster on a CPU
+        self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
+        self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
+        num_features = self.num_proprio + self.num_depth
+        self.actor = mlp(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
+        self.critic = mlp(num_features, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
+        with torch.no_grad():
+            for network in (self.actor, self.critic):
+                network[0].weight[:, self.num_proprio :] *= args.depth_init_scale
+        self.log_std = nn.Parameter(torch.full((3,), args.init_log_std))
+        self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
+        self.register_buffer("obs_var", torch.ones(self.num_proprio))
+        self.register_buffer("obs_count", torch.zeros(()))
+        self.register_buffer("return_mean", torch.zeros(()))
+        self.register_buffer("return_var", torch.ones(()))
+        self.register_buffer("return_count", torch.zeros(()))
+
+    def encode(self, frames):
+        """Frames (n, 2, size, size) to depth features (n, 40)."""
+        return self.encoder(frames.flatten(0, 1)[:, None]).view(len(frames), -1)
+
+    def features(self, proprio, depth):
+        """What actor and critic see: (n, 56), proprioception normalised (the identity without --norm-obs)."""
+        proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8)
+        return torch.cat([proprio, depth], -1)
+
+    @torch.no_grad()
+    def update_moments(self, name, samples):
+        """Merge samples (n, ...) into the running mean and variance (Chan, Golub & LeVeque, 1979)."""
+        mean, var, count = (getattr(self, f"{name}_{moment}") for moment in ("mean", "var", "count"))
+        new = len(samples)
+        delta = samples.mean(0) - mean
+        total = count + new
+        var.mul_(count).add_(samples.var(0, correction=0) * new).add_(delta**2 * count * new / total).div_(total)
+        mean.add_(delta * new / total)
+        count.copy_(total)
+
+
+def log_prob(actions, mean, log_std):
+    """Log density (n,) of actions (n, 3) under independent Gaussians."""
+    normalised = (actions - mean) * torch.exp(-log_std)
+    return -(0.5 * normalised.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def make_envs(args, num_envs, terrain_seed):
+    return gym.make_vec(
+        "Ballbot-v0",
+        num_envs=num_envs,
+        terrain=args.terrain,
+        terrain_seed=terrain_seed,
+        cameras=args.cameras,
+        wheel_damping=args.wheel_damping,
+        num_threads=args.num_threads,
+    )
+
+
+def proprioception(obs, agent):
+    """Proprioception (n, 15), with cameras also the frames' age (n, 16), of a batch of observations."""
+    keys = ballbot_env.PROPRIOCEPTION + (("relative_image_timestamp",) if agent.encoder is not None else ())
+    return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
+
+
+@torch.no_grad()
+def depth_features(obs, envs, agent, depth):
+    """Depth features (n, 40 or 0): `depth`, renewed where frames are new; each is encoded once, when it arrives."""
+    if agent.encoder is None or not envs.new_frames:
+        return depth
+    new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
+    encoded = agent.encode(envs.frames[new].to(depth.device))
+    return encoded if new.all() else depth.index_put((new.to(depth.device),), encoded)
+
+
+def gae(rewards, values, next_values, dones, gamma, gae_lambda):
+    """Advantages (steps, envs) by generalized advantage estimation, equation 16 of arXiv 1506.02438.
+
+    All arguments are (steps, envs). `next_values[t]` is the value of the state that step t led to: 0 where the
+    episode terminated, the value of its final observation where it was truncated. `dones` (either) end the sum.
+    """
+    deltas = rewards + gamma * next_values - values
+    carry = gamma * gae_lambda * (1 - dones)
+    advantages = torch.empty_like(rewards)
+    last = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        last = deltas[t] + carry[t] * last
+        advantages[t] = last
+    return advantages
+
+
+@torch.no_grad()
+def rollout(envs, agent, args, proprio, depth, finished):
+    """Act for `num_steps` steps in every environment; appends (return, length, step) of ended episodes to `finished`.
+
+    Returns the batch, a dict of (steps, envs, ...) tensors, the observation to go on from (`proprio`, `depth`),
+    and the seconds spent in the environments and in all.
+    """
+    started, simulating = time.perf_counter(), 0.0
+    device, shape = agent.log_std.device, (args.num_steps, args.num_envs)
+    x = torch.empty(*shape, agent.num_proprio + agent.num_depth, device=device)
+    raw = torch.empty(*shape, agent.num_proprio, device=device)
+    means = torch.empty(*shape, 3, device=device)
+    noise = torch.randn(*shape, 3, device=device)
+    std = torch.exp(agent.log_std)
+    rewards, dones = torch.empty(shape), torch.empty(shape)
+    final_steps, final_features = [], []  # of truncated episodes: their final observation is worth something
+    terminated = []
+    # Training the encoder needs the frames too: each is kept once, and every step knows which it saw.
+    store_frames = agent.encoder is not None and not args.freeze_encoder
+    if store_frames:
+        frames, held = [envs.frames.clone()], torch.arange(args.num_envs)
+        num_frames, frame_index = args.num_envs, torch.empty(shape, dtype=torch.long)
+
+    for step in range(args.num_steps):
+        raw[step] = proprio
+        x[step] = features = agent.features(proprio, depth)
+        means[step] = mean = agent.actor(features)
+        actions = torch.addcmul(mean, std, noise[step]).cpu().numpy()  # the environment clips them to [-1, 1]
+        if store_frames:
+            frame_index[step] = held
+
+        now = time.perf_counter()
+        obs, reward, terminations, truncations, infos = envs.step(actions)
+        simulating += time.perf_counter() - now
+        rewards[step] = torch.from_numpy(reward)
+        dones[step] = torch.from_numpy(terminations | truncations)
+        if store_frames and envs.new_frames:
+            new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
+            frames.append(envs.frames[new])
+            held = held.clone()
+            held[new] = torch.arange(num_frames, num_frames + len(frames[-1]))
+            num_frames += len(frames[-1])
+        if "episode" in infos:
+            for i in np.flatnonzero(infos["_episode"]):
+                finished.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
+                if terminations[i]:
+                    terminated.append((step, i))
+                else:
+                    final = {key: value[None] for key, value in infos["final_obs"][i].items()}
+                    seen = depth[:1, :0]
+                    if agent.encoder is not None:
+                        seen = np.stack([final["depth_0"][:, 0], final["depth_1"][:, 0]], 1)
+                        seen = agent.encode(torch.from_numpy(seen).to(device))
+                    final_steps.append((step, i))
+                    final_features.append(agent.features(proprioception(final, agent), seen))
+        proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
+
+    # One pass over the whole batch is cheaper than one a step.
+    x_last = agent.features(proprio, depth)
+    values = agent.critic(x).squeeze(-1)
+    next_values = torch.cat([values[1:], agent.critic(x_last).squeeze(-1)[None]])
+    for step, i in terminated:
+        next_values[step, i] = 0
+    if final_steps:
+        steps, ids = torch.tensor(final_steps, device=device).T
+        next_values[steps, ids] = agent.critic(torch.cat(final_features)).squeeze(-1)
+    batch = {
+        "x": x,
+        "raw": raw,
+        "actions": torch.addcmul(means, std, noise),
+        "logprobs": log_prob(noise * std, 0, agent.log_std),
+        "values": values,
+        "next_values": next_values,
+        "rewards": rewards.to(device),
+        "dones": dones.to(device),
+    }
+    if store_frames:
+        batch |= {"frames": torch.cat(frames), "frame_index": frame_index}
+    return batch, proprio, depth, simulating, time.perf_counter() - started
+
+
+def update(agent, optimizer, args, batch, frames=None):
+    """`update_epochs` passes of minibatch gradient steps over a flat batch, a dict of (samples, ...) tensors.
+
+    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained end to end.
+
+    Returns the means of losses and diagnostics over the last epoch's minibatches, as a dict of floats.
+    """
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    batch_size = len(batch["x"])
+    for epoch in range(1, args.update_epochs + 1):
+        order = torch.randperm(batch_size, device=batch["x"].device)
+        shuffled = {key: value[order] for key, value in batch.items()}
+        stats = []
+        for start in range(0, batch_size, args.minibatch_size):
+            mb = {key: value[start : start + args.minibatch_size] for key, value in shuffled.items()}
+            if frames is not None:
+                depth = agent.encode(frames[mb["frame_index"]].to(mb["x"].device))
+                mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth], 1)
+            logratio = log_prob(mb["actions"], agent.actor(mb["x"]), agent.log_std) - mb["logprobs"]
+            ratio = logratio.exp()
+            newvalue = agent.critic(mb["x"]).squeeze(-1)
+
+            advantages = mb["advantages"]
+            if args.norm_adv:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            pg_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+
+            v_loss = (newvalue - mb["returns"]).square()
+            if args.clip_vloss:
+                change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+                v_loss = torch.max(v_loss, (mb["values"] + change - mb["returns"]).square())
+            v_loss = v_loss.mean()
+
+            entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+                old_kl, kl = -logratio.mean(), (ratio - 1 - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            stats.append(torch.stack([pg_loss, v_loss, entropy, old_kl, kl, clipfrac, grad_norm]).detach())
+        stats = torch.stack(stats).mean(0).tolist()  # the one wait for the device in an epoch
+        if stats[4] > args.target_kl and args.lr_schedule != "kl":
+            break
+    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+    return dict(zip(names, stats)) | {"epochs": epoch}
+
+
+@torch.no_grad()
+def evaluate(agent, args, episodes):
+    """Deterministic episodes on the evaluation terrain, up to 100 at a time.
+
+    Returns a dict of means over the episodes and standard deviations. Every environment's first episode
+    counts, and no other, so that short ones are not favoured.
+    """
+    envs = make_envs(args, min(episodes, 100), args.eval_terrain_seed)
+    depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
+    returns, lengths, falls = [], [], []
+    for round_ in range(-(-episodes // envs.num_envs)):
+        obs, _ = envs.reset(seed=1_000_000 + round_ * envs.num_envs)
+        running = np.ones(envs.num_envs, bool)
+        running[episodes - round_ * envs.num_envs :] = False
+        while running.any():
+            depth = depth_features(obs, envs, agent, depth)
+            features = agent.features(proprioception(obs, agent), depth)
+            obs, _, terminations, truncations, infos = envs.step(agent.actor(features).cpu().numpy())
+            ended = (terminations | truncations) & running
+            if ended.any():
+                returns += infos["episode"]["r"][ended].tolist()
+                lengths += infos["episode"]["l"][ended].tolist()
+                falls += terminations[ended].tolist()
+                running &= ~ended
+    envs.close()
+    return {
+        "episodic_return": float(np.mean(returns)),
+        "episodic_return_std": float(np.std(returns)),
+        "episodic_length": float(np.mean(lengths)),
+        "episodic_length_std": float(np.std(lengths)),
+        "falls": float(np.mean(falls)),
+        "episodes": len(returns),
+    }
+
+
+def scheduled(kind, start, end, progress_remaining):
+    """The value in force at a share of the training left, from 1 to 0."""
+    if kind == "constant":
+        return start
+    if kind == "linear":
+        return end + (start - end) * progress_remaining
+    if kind == "cosine":  # Loshchilov & Hutter, arXiv 1608.03983, equation 5, without restarts
+        return end + (start - end) * (1 - np.cos(np.pi * progress_remaining)) / 2
+    return 1e-4 if progress_remaining > 0.66 else 5e-5 if progress_remaining > 0.33 else 1e-5  # the guide's
+
+
+def kl_adapted(learning_rate, approx_kl, target_kl):
+    """The learning rate after an update of this KL divergence (as in rsl_rl, arXiv 2109.11978)."""
+    if approx_kl > 2 * target_kl:
+        return max(learning_rate / 1.5, 1e-5)
+    return min(learning_rate * 1.5, 1e-2) if approx_kl < target_kl / 2 else learning_rate
+
+
+def save(path, content):
+    """Write a checkpoint in one piece: a crash or a full disk leaves what was there."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        sys.exit(f"error: cannot write {path} ({error.strerror}): make room, then --resume {path.parent}")
+    os.replace(part, path)
+
+
+def load(path):
+    """The content of a checkpoint, or exit with one line. No pickled code is run."""
+    other = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt")
+    offer = f"; {other} is there too: --resume {other}" if other.is_file() else ""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is missing{offer}")
+    except Exception:  # torch.load raises many kinds on damaged files
+        sys.exit(f"error: {path} is damaged or not a checkpoint{offer}")
+    missing = [
+        key for key in ("model", "optimizer", "args", "envs") if not isinstance(content, dict) or key not in content
+    ]
+    if missing:
+        sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
+    fields, given = set(vars(Args())), set(content["args"])
+    if fields != given:
+        sys.exit(
+            f"error: {path} was written by another program or version: its flags differ in {sorted(fields ^ given)}"
+        )
+    return content
+
+
+def check(args):
+    """Exit with one line on the first flag that cannot be, before any work starts."""
+
+    def need(good, message):
+        if not good:
+            sys.exit(f"error: {message}")
+
+    for name in ("total_timesteps", "torch_threads", "num_envs", "num_steps", "update_epochs", "minibatch_size",
+                 "hidden_size", "pi_layers", "vf_layers", "eval_interval", "eval_episodes",
+                 "final_eval_episodes"):  # fmt: skip
+        value = getattr(args, name)
+        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    for name in ("num_threads", "seed", "terrain_seed", "eval_terrain_seed", "ent_coef", "vf_coef", "target_kl",
+                 "weight_decay", "wheel_damping"):  # fmt: skip
+        value = getattr(args, name)
+        need(value >= 0, f"--{name.replace('_', '-')} is {value}: give 0 or more")
+    for name in ("clip_coef", "max_grad_norm"):
+        value = getattr(args, name)
+        need(value > 0, f"--{name.replace('_', '-')} is {value}: give more than 0")
+    for name in ("gamma", "gae_lambda"):
+        value = getattr(args, name)
+        need(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
+    for name in ("init_log_std", "depth_init_scale"):
+        value = getattr(args, name)
+        need(np.isfinite(value), f"--{name.replace('_', '-')} is {value}: give a finite number")
+    kinds = {"lr": ("guide", "constant", "linear", "cosine", "kl")}
+    for name in ("lr", "clip", "ent"):
+        kind, end = getattr(args, f"{name}_schedule"), getattr(args, f"{name}_end")
+        choice = kinds.get(name, ("constant", "linear", "cosine"))
+        need(kind in choice, f"--{name}-schedule is {kind}: give {', '.join(choice)}")
+        need(0 <= end < np.inf, f"--{name}-end is {end}: give 0 or more")
+    need(args.clip_schedule == "constant" or args.clip_end > 0, f"--clip-end is {args.clip_end}: give more than 0")
+    lr = args.learning_rate
+    need(lr == -1 or 0 < lr < np.inf, f"--learning-rate is {lr}: give -1 for the guide's steps, or a positive start")
+    need((lr == -1) == (args.lr_schedule == "guide"), "--learning-rate -1 and --lr-schedule guide go together: "
+         "give both, or a positive rate with constant, linear, cosine or kl")  # fmt: skip
+    need(args.terrain in ("perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
+    need(args.terrain == "flat" or args.terrain_seed != args.eval_terrain_seed,
+         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on")  # fmt: skip
+    batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
+    divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
+    below, above = (
+        max((d for d in divisors if d < size), default=1),
+        min((d for d in divisors if d > size), default=size),
+    )
+    need(batch_size % size == 0, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
+         f"{batch_size}: the nearest that do are {below}" + (f" and {above}" if above > size else ""))  # fmt: skip
+    need(args.total_timesteps >= batch_size, f"--total-timesteps is {args.total_timesteps}: give at least "
+         f"--num-envs * --num-steps = {batch_size}, one iteration")  # fmt: skip
+    need(not args.cuda or torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out")
+
+
+def load_encoder(path):
+    """The state of the pretrained depth encoder, or exit with one line."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["encoder"]
+        DepthEncoder().load_state_dict(state)
+        return state
+    except FileNotFoundError:
+        problem = "is missing"
+    except Exception:  # torch.load and load_state_dict raise many kinds on damaged or foreign files
+        problem = "is damaged or not a depth encoder"
+    sys.exit(f"error: {path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, "
+             "or train one with --no-freeze-encoder")  # fmt: skip
+
+
+def train(args):
+    """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
+    run = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        path = run_dir if run_dir.suffix == ".pt" else run_dir / "last.pt"
+        run, run_dir = load(path), path.parent
+        vars(args).update(run["args"])
+        check(args)
+    else:
+        check(args)
+        args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path("runs") / args.run_name
+        if run_dir.exists():
+            sys.exit(f"error: {run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.cuda else "cpu")
+
+    agent = Agent(args)
+    if agent.encoder is not None and args.freeze_encoder:
+        agent.encoder.load_state_dict(load_encoder(Path(__file__).resolve().parent / args.encoder_path))
+        agent.encoder.requires_grad_(False)
+    agent.to(device)
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+
+    envs = make_envs(args, args.num_envs, args.terrain_seed)
+
+    finished = deque(maxlen=100)  # (return, length) of the last episodes
+    depth = torch.zeros(args.num_envs, agent.num_depth, device=device)
+    discounted = torch.zeros(args.num_envs, device=device)  # return so far, for --norm-reward
+    if run is None:
+        run_dir.mkdir(parents=True)
+        settings = {key: value for key, value in asdict(args).items() if key not in ("run_name", "config", "resume")}
+        (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        learning_rate = args.learning_rate
+        first_iteration, global_step, best_return, next_eval, seconds = 1, 0, -np.inf, args.eval_interval, 0.0
+        obs, _ = envs.reset(seed=args.seed)
+        proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
+    else:
+        agent.load_state_dict(run["model"])
+        optimizer.load_state_dict(run["optimizer"])
+        envs.set_state(run["envs"])
+        first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
+        best_return, next_eval = run["best_return"], run["next_eval"]
+        finished.extend(run["finished"])
+        learning_rate = run["learning_rate"]
+        proprio, depth, discounted = (run[key].to(device) for key in ("proprio", "depth", "discounted"))
+        torch.set_rng_state(run["rng"])
+        if args.cuda:
+            torch.cuda.set_rng_state(run["cuda_rng"])
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
+    if run is None:
+        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value != ""))
+    print(f"{run_dir}: {num_iterations} iterations of {batch_size} steps; tensorboard --logdir runs")
+    start_time, evaluating = time.perf_counter() - seconds, 0.0
+
+    for iteration in range(first_iteration, num_iterations + 1):
+        progress_remaining = 1 - (iteration - 1) / num_iterations
+        now = replace(
+            args,
+            clip_coef=scheduled(args.clip_schedule, args.clip_coef, args.clip_end, progress_remaining),
+            ent_coef=scheduled(args.ent_schedule, args.ent_coef, args.ent_end, progress_remaining),
+        )
+        if args.lr_schedule != "kl":
+            learning_rate = scheduled(args.lr_schedule, args.learning_rate, args.lr_end, progress_remaining)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        episodes, render_before = [], envs.render_seconds
+        batch, proprio, depth, simulating, rolling = rollout(envs, agent, args, proprio, depth, episodes)
+        rendering = envs.render_seconds - render_before
+        learn_start = time.perf_counter()
+        if args.norm_reward:
+            returns = torch.empty_like(batch["rewards"])
+            for t in range(args.num_steps):
+                returns[t] = discounted = discounted * args.gamma + batch["rewards"][t]
+                discounted = discounted * (1 - batch["dones"][t])
+            agent.update_moments("return", returns.flatten())
+            batch["rewards"] *= torch.rsqrt(agent.return_var + 1e-8)
+        rewards, values, next_values, dones = (batch.pop(k) for k in ("rewards", "values", "next_values", "dones"))
+        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
+        batch |= {"advantages": advantages, "values": values, "returns": advantages + values}
+        raw, frames = batch.pop("raw"), batch.pop("frames", None)
+        batch = {key: value.flatten(0, 1) for key, value in batch.items()}
+        explained = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+        losses = update(agent, optimizer, now, batch, frames)
+        if not all(map(np.isfinite, losses.values())):
+            sys.exit(f"error: the losses after step {global_step} are not finite: lower --learning-rate or "
+                     f"--max-grad-norm; {run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
+        if args.norm_obs:
+            agent.update_moments("obs", raw.flatten(0, 1))
+        learning = time.perf_counter() - learn_start
+
+        for episodic_return, length, step in episodes:
+            at = global_step + (step + 1) * args.num_envs
+            writer.add_scalar("charts/episodic_return", episodic_return, at)
+            writer.add_scalar("charts/episodic_length", length, at)
+            finished.append((episodic_return, length))
+        global_step += batch_size
+        mean_return, mean_length = np.mean(finished, 0) if finished else (np.nan, np.nan)
+        seconds = time.perf_counter() - start_time - evaluating
+        scalars = {f"losses/{key}": value for key, value in losses.items()} | {
+            "losses/explained_variance": explained.item(),
+            "charts/learning_rate": learning_rate,
+            "charts/clip_coef": now.clip_coef,
+            "charts/ent_coef": now.ent_coef,
+            "charts/action_std": agent.log_std.exp().mean().item(),
+            "charts/SPS": global_step / seconds,
+            "SPS/simulate": batch_size / (simulating - rendering),
+            "SPS/infer": batch_size / (rolling - simulating),
+            "SPS/learn": batch_size / learning,
+            "charts/physics_errors": envs.physics_errors.sum(),
+        }
+        if args.cameras:
+            scalars["SPS/render"] = batch_size / rendering
+        if finished:
+            scalars["charts/episodic_return_mean100"] = mean_return
+            scalars["charts/episodic_length_mean100"] = mean_length
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, global_step)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds / iteration * (num_iterations - iteration)))
+        parts = [simulating - rendering, rendering, rolling - simulating, learning]
+        shares = "/".join(f"{100 * part / sum(parts):.0f}" for part in parts)
+        bar = "#" * (20 * iteration // num_iterations)
+        line = (f"[{bar:<20}] {global_step:,} steps, {global_step / seconds:,.0f} SPS, {left} left, return "
+                f"{mean_return:.1f}, length {mean_length:.0f}, simulate/render/infer/learn {shares} %")  # fmt: skip
+        if sys.stdout.isatty():
+            print(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        else:
+            print(line, flush=True)
+
+        eval_start = time.perf_counter()
+        if args.lr_schedule == "kl":
+            learning_rate = kl_adapted(learning_rate, losses["approx_kl"], args.target_kl)
+        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
+        if global_step >= next_eval:
+            next_eval += args.eval_interval
+            result = evaluate(agent, args, args.eval_episodes)
+            report(f"evaluation at {global_step:,} steps", result, writer, global_step)
+            if result["episodic_return"] > best_return:
+                best_return = result["episodic_return"]
+                save(run_dir / "best.pt", policy | {"eval": result})
+        checkpoint = policy | dict(
+            optimizer=optimizer.state_dict(), iteration=iteration, best_return=best_return, next_eval=next_eval,
+            seconds=seconds, finished=list(finished), proprio=proprio, depth=depth, discounted=discounted,
+            envs=envs.get_state(), rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state() if args.cuda else None,
+            learning_rate=learning_rate,
+        )  # fmt: skip
+        if (run_dir / "last.pt").exists():
+            shutil.copyfile(run_dir / "last.pt", run_dir / "previous.pt")
+        save(run_dir / "last.pt", checkpoint)
+        evaluating += time.perf_counter() - eval_start
+
+    envs.close()
+    result = evaluate(agent, args, args.final_eval_episodes)
+    report("final policy", result, writer, global_step)
+    best_result = {"episodic_return": -np.inf}
+    if best_return > -np.inf:
+        best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
+        agent.load_state_dict(best["model"])
+        best_result = evaluate(agent, args, args.final_eval_episodes)
+        report(f"policy of {best['global_step']:,} steps, the best evaluated on the way", best_result)
+    if result["episodic_return"] > best_result["episodic_return"]:
+        best_result = result
+        last = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
+        save(run_dir / "best.pt", {key: last[key] for key in ("model", "args", "global_step")} | {"eval": result})
+    reached = best_result["episodic_return"] > TARGET_RETURN, best_result["episodic_length"] > TARGET_LENGTH
+    print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: "
+          f"return > {TARGET_RETURN} {'reached' if reached[0] else 'missed'}, "
+          f"length > {TARGET_LENGTH} {'reached' if reached[1] else 'missed'} ({run_dir}/best.pt)")  # fmt: skip
+    writer.close()
+    return run_dir
+
+
+def report(title, result, writer=None, global_step=None):
+    """Print an evaluation and log it."""
+    print(f"{CLEAR_LINE}{title}: return {result['episodic_return']:.1f} ± {result['episodic_return_std']:.1f}, length "
+          f"{result['episodic_length']:.0f} ± {result['episodic_length_std']:.0f}, falls {100 * result['falls']:.0f} % "
+          f"({result['episodes']} episodes)", flush=True)  # fmt: skip
+    if writer is not None:
+        for key in ("episodic_return", "episodic_length", "falls"):
+            writer.add_scalar(f"eval/{key}", result[key], global_step)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # end like Ctrl-C
+    try:
+        train(arguments)
+    except KeyboardInterrupt:
+        sys.exit(f"{CLEAR_LINE}stopped; to go on: python {sys.argv[0]} --resume runs/{arguments.run_name}")
