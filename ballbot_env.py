@@ -9,6 +9,8 @@ import difflib
 import functools
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -756,10 +758,9 @@ class BallbotEnv(gym.Env):
         if self._viewer is None:
             import mujoco.viewer
 
-            try:
-                self._viewer = mujoco.viewer.launch_passive(self.model, self._data)
-            except Exception as error:  # whatever the platform's OpenGL raises
-                raise RuntimeError('render_mode="human" needs a display: use "rgb_array" without one') from error
+            if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+                raise RuntimeError('render_mode="human" needs a display: use "rgb_array" without one')
+            self._viewer = mujoco.viewer.launch_passive(self.model, self._data)
         self._viewer.sync()
         return None
 
