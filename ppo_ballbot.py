@@ -108,6 +108,9 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return"""
 
     # Networks
+    body_frame: bool = False
+    """turn what is observed in the world's frame into the robot's, which spins: orientation into the direction of
+    gravity and heading, and the velocity; else a network has to learn how control turns with the heading"""
     hidden_size: int = 128
     """units per hidden layer"""
     pi_layers: int = 4
@@ -145,8 +148,8 @@ PRESETS = {
     "tuned": dict(
         learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0, num_envs=32, num_steps=128,
         minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_reward=True,
-        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_init_scale=0.1, total_timesteps=5_000_000,
-        eval_interval=250_000,
+        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_init_scale=0.1, body_frame=True,
+        total_timesteps=4_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
 
@@ -218,6 +221,7 @@ class Agent(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.num_proprio = 16 if args.cameras else 15
+        self.body_frame = args.body_frame
         # channels_last: a quarter faster on a CPU
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
@@ -276,8 +280,25 @@ def make_envs(args, num_envs, terrain_seed):
 
 def proprioception(obs, agent):
     """Proprioception (n, 15), with cameras also the frames' age (n, 16), of a batch of observations."""
+    if agent.body_frame:
+        orientation, vel = in_body_frame(obs["orientation"], obs["vel"])
+        obs = obs | {"orientation": orientation, "vel": vel}
     keys = ballbot_env.PROPRIOCEPTION + (("relative_image_timestamp",) if agent.encoder is not None else ())
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
+
+
+def in_body_frame(orientation, vel):
+    """Rotation vectors (n, 3) in rad and velocities (n, 3) in the world, as the robot sees them.
+
+    Returns float32 (n, 3): x and y of the upward direction in its frame and its heading (rad, 0 facing +y,
+    from -π to π), and (n, 3): the velocity in its frame.
+    """
+    angle = np.linalg.norm(orientation, axis=1, keepdims=True)
+    quaternion = np.concatenate([np.cos(angle / 2), orientation * np.sinc(angle / (2 * np.pi)) / 2], 1)
+    rotation = ballbot_env.rotation_matrix(quaternion)  # columns: the robot's axes in the world
+    heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
+    tilt = np.stack([rotation[:, 2, 0], rotation[:, 2, 1], heading], 1)
+    return tilt.astype(np.float32), (rotation * vel[:, :, None]).sum(1).astype(np.float32)
 
 
 @torch.no_grad()

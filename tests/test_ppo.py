@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -279,3 +280,21 @@ def test_every_field_has_a_flag_with_help():
     for name in vars(SMALL):
         flag = "--" + name.replace("_", "-")
         assert flag in help_text, flag
+
+
+def test_body_frame_by_hand():
+    # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
+    quarter = np.float32([[0, 0, -np.pi / 2]])
+    tilt, vel = ppo.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    assert tilt == pytest.approx(np.array([[0, 0, -np.pi / 2]]), abs=1e-6)
+    assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
+    # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
+    for heading in (0.0, 1.0, -2.5):
+        turn, lean = ([np.cos(a / 2), *(np.sin(a / 2) * np.array(axis))] for a, axis in
+                      ((heading, (0, 0, 1)), (0.1, (1, 0, 0))))  # fmt: skip
+        rotation = np.zeros(4)
+        mujoco.mju_mulQuat(rotation, np.array(turn), np.array(lean))
+        vector = np.zeros(3)
+        mujoco.mju_quat2Vel(vector, rotation, 1.0)
+        tilt, _ = ppo.in_body_frame(vector[None], np.zeros((1, 3)))
+        assert tilt == pytest.approx(np.array([[0, np.sin(0.1), heading]]), abs=1e-6)

@@ -1,0 +1,47 @@
+"""A picture of every schedule of ppo_ballbot_schedules.py: `python -m benchmark.plot_schedules`.
+
+The KL-adaptive learning rate follows a made-up KL divergence (in the picture too), since it depends on the run.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ppo_ballbot_schedules import Args, kl_adapted, scheduled
+
+OUTPUT = Path(__file__).with_name("schedules.png")
+
+
+def main():
+    args, done = Args(), np.linspace(0, 1, 601)
+    figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    lr.plot(done, [scheduled("guide", -1, 0, 1 - d) for d in done], label="guide (default)")
+    for kind in ("constant", "linear", "cosine"):
+        lr.plot(done, [scheduled(kind, 3e-4, 0, 1 - d) for d in done], label=f"{kind}, from 3e-4")
+    rates, divergences = [3e-4], 0.01 * np.exp(1.2 * np.sin(2 * np.pi * done[::20]))
+    for divergence in divergences[:-1]:
+        rates.append(kl_adapted(rates[-1], divergence, 0.01))
+    lr.step(done[::20], rates, where="post", label="kl, target 0.01")
+    kl = lr.twinx()
+    kl.plot(done[::20], divergences, "k:", lw=1)
+    kl.set(yscale="log", ylabel="KL divergence given to kl (dotted)")
+    lr.set(title="--lr-schedule", yscale="log", ylabel="learning rate", ylim=(3e-6, 2e-3))
+    for axis, name, start, end in (
+        (ent, "ent", args.ent_coef, args.ent_end),
+        (clip, "clip", args.clip_coef, args.clip_end),
+    ):
+        for kind in ("constant", "linear", "cosine"):
+            values = [scheduled(kind, start, end, 1 - d) for d in done]
+            axis.plot(done, values, label=kind + (" (the guide's, default)" if kind == "linear" else ""))
+        axis.set(title=f"--{name}-schedule", ylabel=f"{name} coefficient", ylim=(0, None))
+    for axis in (lr, ent, clip):
+        axis.set_xlabel("share of training done")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(OUTPUT, dpi=120)
+    print(OUTPUT)
+
+
+if __name__ == "__main__":
+    main()
