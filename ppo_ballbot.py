@@ -102,6 +102,8 @@ class Args:
     """end an iteration's updates once the approximate KL divergence of an epoch exceeds this"""
     weight_decay: float = 0.01
     """decoupled weight decay (AdamW)"""
+    spin_cost: float = 0.0
+    """learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same"""
     norm_obs: bool = False
     """normalise proprioception by running mean and variance"""
     norm_reward: bool = False
@@ -109,16 +111,15 @@ class Args:
 
     # Networks
     body_frame: bool = False
-    """turn what is observed in the world's frame into the robot's, which spins: orientation into the direction of
-    gravity and heading, and the velocity; else a network has to learn how control turns with the heading"""
+    """see orientation and velocity in the robot's frame, not the world's: control is then alike at any heading"""
     hidden_size: int = 128
     """units per hidden layer"""
     pi_layers: int = 4
     """hidden layers of the actor"""
     vf_layers: int = 4
     """hidden layers of the critic"""
-    depth_init_scale: float = 1.0
-    """factor on the initial weights of the depth features; below 1, learning starts from proprioception"""
+    depth_scale: float = 1.0
+    """factor on the depth features; below 1, proprioception is learnt from first"""
     init_log_std: float = 0.0
     """initial logarithm of the actions' standard deviation"""
     freeze_encoder: bool = True
@@ -148,8 +149,8 @@ PRESETS = {
     "tuned": dict(
         learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0, num_envs=32, num_steps=128,
         minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_reward=True,
-        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_init_scale=0.1, body_frame=True,
-        total_timesteps=4_000_000, eval_interval=250_000,
+        target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005,
+        total_timesteps=2_500_000, eval_interval=250_000,
     ),
 }  # fmt: skip
 
@@ -221,16 +222,13 @@ class Agent(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.num_proprio = 16 if args.cameras else 15
-        self.body_frame = args.body_frame
+        self.body_frame, self.depth_scale = args.body_frame, args.depth_scale
         # channels_last: a quarter faster on a CPU
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         num_features = self.num_proprio + self.num_depth
         self.actor = mlp(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = mlp(num_features, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
-        with torch.no_grad():
-            for network in (self.actor, self.critic):
-                network[0].weight[:, self.num_proprio :] *= args.depth_init_scale
         self.log_std = nn.Parameter(torch.full((3,), args.init_log_std))
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
@@ -246,7 +244,7 @@ class Agent(nn.Module):
     def features(self, proprio, depth):
         """What actor and critic see: (n, 56), proprioception normalised (the identity without --norm-obs)."""
         proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8)
-        return torch.cat([proprio, depth], -1)
+        return torch.cat([proprio, depth * self.depth_scale], -1)
 
     @torch.no_grad()
     def update_moments(self, name, samples):
@@ -361,7 +359,7 @@ def rollout(envs, agent, args, proprio, depth, finished):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(actions)
         simulating += time.perf_counter() - now
-        rewards[step] = torch.from_numpy(reward)
+        rewards[step] = torch.from_numpy(reward - args.spin_cost * obs["angular_vel"][:, 2].astype(float) ** 2)
         dones[step] = torch.from_numpy(terminations | truncations)
         if store_frames and envs.new_frames:
             new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
@@ -553,7 +551,7 @@ def check(args):
         value = getattr(args, name)
         need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
     for name in ("num_threads", "seed", "terrain_seed", "eval_terrain_seed", "ent_coef", "vf_coef", "target_kl",
-                 "weight_decay", "wheel_damping"):  # fmt: skip
+                 "weight_decay", "spin_cost", "wheel_damping"):  # fmt: skip
         value = getattr(args, name)
         need(value >= 0, f"--{name.replace('_', '-')} is {value}: give 0 or more")
     for name in ("clip_coef", "max_grad_norm"):
@@ -562,7 +560,7 @@ def check(args):
     for name in ("gamma", "gae_lambda"):
         value = getattr(args, name)
         need(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
-    for name in ("init_log_std", "depth_init_scale"):
+    for name in ("init_log_std", "depth_scale"):
         value = getattr(args, name)
         need(np.isfinite(value), f"--{name.replace('_', '-')} is {value}: give a finite number")
     lr = args.learning_rate

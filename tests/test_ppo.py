@@ -277,9 +277,11 @@ def test_file_copied_alone_runs(tmp_path):
 def test_every_field_has_a_flag_with_help():
     output = subprocess.run([sys.executable, REPOSITORY / "ppo_ballbot.py", "--help"], capture_output=True, text=True)
     help_text = " ".join(output.stdout.split())
+    readme = (REPOSITORY / "README.md").read_text()
     for name in vars(SMALL):
         flag = "--" + name.replace("_", "-")
         assert flag in help_text, flag
+        assert f"| `{flag}`" in readme, flag
 
 
 def test_body_frame_by_hand():

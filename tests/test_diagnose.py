@@ -1,0 +1,296 @@
+"""Diagnoses of short real runs made to fail in each way, of curves made by hand, and what is said to bad input."""
+
+import json
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+import ppo_ballbot as ppo
+import ppo_ballbot_schedules as schedules
+from ballbot_utils import diagnose
+
+# Learns, as far as 8 iterations go; each run below breaks one thing.
+HEALTHY = dict(
+    num_threads=1, cameras=False, terrain="flat", num_envs=32, num_steps=128, minibatch_size=1024, hidden_size=32,
+    pi_layers=2, vf_layers=2, total_timesteps=32_768, learning_rate=1e-3, clip_coef=0.2, norm_adv=True, norm_obs=True,
+    init_log_std=-0.5, eval_interval=10**9, final_eval_episodes=1,
+)  # fmt: skip
+BROKEN = {
+    "unstable": dict(learning_rate=0.3, clip_coef=10.0, target_kl=1e9, max_grad_norm=100.0),
+    "KL too large": dict(learning_rate=0.05, target_kl=1e9, update_epochs=10),
+    "value function lagging": dict(vf_coef=0.0, total_timesteps=90_112),
+    "entropy collapse": dict(init_log_std=-4.0),
+    "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),
+    "KL too small": dict(learning_rate=1e-8),
+    "not learning": dict(learning_rate=1e-8, total_timesteps=262_144, num_envs=128, update_epochs=1,
+                         minibatch_size=16_384),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the healthy run and the broken ones, made when first asked for: run(name) is its path."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(name):
+        path = folder / "runs" / name
+        if not path.exists():
+            torch.set_num_threads(1)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                ppo.train(ppo.Args(**HEALTHY | BROKEN.get(name, {}), run_name=name))
+        return path
+
+    return run
+
+
+def names(run):
+    return [name for name, _, _ in diagnose.diagnose(*diagnose.read(run))]
+
+
+def test_healthy_run(runs, capsys):
+    assert names(runs("healthy")) == []
+    capsys.readouterr()
+    diagnose.main(diagnose.Args((runs("healthy"),)))
+    out = capsys.readouterr().out
+    assert "nothing is wrong so far" in out and "--preset" not in out
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_run(runs, name, capsys, monkeypatch):
+    run = runs(name)
+    findings = {found: (evidence, flags) for found, evidence, flags in diagnose.diagnose(*diagnose.read(run))}
+    assert name in findings
+    evidence, flags = findings[name]
+    assert any(character.isdigit() for character in evidence) and flags
+    # What it says to paste is accepted as it is.
+    capsys.readouterr()
+    diagnose.main(diagnose.Args((run,)))
+    lines = capsys.readouterr().out.splitlines()
+    after = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}: ")) + 1
+    command = shlex.split(lines[after])
+    assert command[:3] == ["python", "ppo_ballbot.py", "--config"] and command[3] == f"{run}/config.json"
+    monkeypatch.setattr(sys, "argv", command[1:])
+    args = ppo.parse()
+    ppo.check(args)
+    changed = {key for key, value in vars(args).items() if value != (HEALTHY | BROKEN[name]).get(key, value)}
+    assert changed and len(changed) <= len(flags.split())
+
+
+def line(first, last, start=0, end=3_000_000, num=300):
+    """A straight curve (steps, values)."""
+    return np.linspace(start, end, num), np.linspace(first, last, num)
+
+
+def test_not_learning():
+    assert "never more than" in diagnose.not_learning(*line(6.5, 6.9))
+    assert diagnose.not_learning(*line(6.5, 6.9, end=200_000)) is None  # too early
+    assert diagnose.not_learning(*line(6, 10)) is None
+    # Iterations of 131,072 steps: the first is the start.
+    assert diagnose.not_learning(*line(6.5, 6.9, start=131_072, num=20)).startswith("return 6.5 in the first 131,072")
+    steps, values = line(6, 60)
+    values[200:] = 5  # it learned, and fell: unstable, but not this
+    assert diagnose.not_learning(steps, values) is None
+
+
+def test_unstable():
+    steps, values = line(6, 75)
+    assert diagnose.falling(steps, values) is None
+    values[200:] = 45  # from 51
+    assert diagnose.falling(steps, values) is None
+    values[200:] = 30
+    assert diagnose.falling(steps, values) == "return 50.9 at 1,996,656 steps, 30.0 at 3,000,000: 41 % down"
+    values[250:] = 60  # a dip that is over
+    assert diagnose.falling(steps, values) is None
+    assert diagnose.value_loss_rising(*line(1, 0.01)) is None
+    assert "value loss" in diagnose.value_loss_rising(*line(0.01, 1))
+    assert diagnose.value_loss_rising(*line(0.5, 10, end=12_000, num=3)) is None  # too early
+
+
+def test_slow():
+    assert "+3.0 in 1,000,000 steps" in diagnose.slow(*line(6, 15))
+    assert diagnose.slow(*line(6, 60)) is None
+    assert diagnose.slow(*line(85, 86)) is None  # balances
+    assert diagnose.slow(*line(6, 6, end=900_000)) is None  # too early
+
+
+def test_overfitting():
+    training = line(20, 80)
+    steps = np.array([1_000_000, 2_000_000, 3_000_000])  # training: 40, 60, 80
+    evidence = diagnose.overfitting(*training, steps, np.array([41, 40, 50]))
+    assert evidence.endswith(": 60.0 and 40.0 at 2,000,000 steps, 80.0 and 50.0 at 3,000,000 steps")
+    assert diagnose.overfitting(*training, steps, np.array([41, 60, 50])) is None  # once may be chance
+    assert diagnose.overfitting(*training, steps[:1], np.array([5])) is None
+    assert diagnose.overfitting(*training, np.array([]), np.array([])) is None
+
+
+def test_entropy():
+    assert "below 0.1 since 2," in diagnose.entropy_collapse(*line(0.6, 0.01), *line(300, 900))
+    assert diagnose.entropy_collapse(*line(0.6, 0.01), *line(300, 3900)) is None  # it balances: as it should be
+    assert diagnose.entropy_collapse(*line(0.6, 0.2), *line(300, 900)) is None
+    assert "1.3 at 3,000,000" in diagnose.entropy_growing(*line(1, 1.3))
+    assert diagnose.entropy_growing(*line(1, 0.6)) is None
+    assert diagnose.entropy_growing(*line(0.5, 0.9)) is None
+
+
+def test_value_lagging():
+    assert "explained variance 0.3 " in diagnose.value_lagging(*line(0.3, 0.3))
+    assert diagnose.value_lagging(*line(-1, 0.99)) is None
+    assert diagnose.value_lagging(*line(-1, -1, end=50_000)) is None  # too early
+
+
+def test_kl():
+    steps, kls = line(0.01, 0.01)
+    assert diagnose.kl_large(steps, kls) is None and diagnose.kl_small(steps, kls) is None
+    kls[100:104] = 0.06, 0.5, 0.07, 0.2
+    assert diagnose.kl_large(steps, kls).startswith("KL above 0.05 in 4 of 300 iterations, first at 1,003,344 steps")
+    kls[101:104] = 0.01  # one of 300 may be chance
+    assert diagnose.kl_large(steps, kls) is None
+    assert "median KL 0.0001" in diagnose.kl_small(*line(1e-4, 1e-4))
+    assert diagnose.kl_small(*line(0.01, 0)) is None  # a learning rate that falls to 0
+
+
+def test_every_finding_takes_short_and_empty_curves():
+    for num in (0, 1, 2, 3):
+        curve = line(1, 1, num=num)
+        diagnose.diagnose({}, {tag: curve for tag in diagnose.TAGS})
+
+
+def test_remedies_of_the_guide():
+    """The steps that its troubleshooting section names, from the values that it names."""
+    text = {key: str(value) for key, value in vars(ppo.Args()).items()}
+    remedies = diagnose.remedies(text)
+    assert remedies["not learning"] == {"--learning-rate": "0.001", "--ent-coef": "0.01", "--clip-coef": "0.02"}
+    assert remedies["slow learning"] == {"--num-steps": "4096", "--update-epochs": "10", "--num-envs": "16"}
+    assert remedies["overfitting"] == {"--weight-decay": "0.05", "--ent-coef": "0.01", "--hidden-size": "64"}
+    remedies = diagnose.remedies(text | {"learning_rate": "0.001", "clip_coef": "0.02", "vf_coef": "1.0"})
+    assert remedies["unstable"] == {"--learning-rate": "0.0001", "--clip-coef": "0.015", "--vf-coef": "2"}
+    # Where a value is at the end of its range already, there is nothing to paste.
+    at_the_end = text | {"learning_rate": "0.001", "ent_coef": "0.01", "clip_coef": "0.3"}
+    assert diagnose.remedies(at_the_end)["not learning"] == {}
+
+
+@pytest.mark.parametrize("script", (ppo, schedules))
+@pytest.mark.parametrize("preset", ppo.PRESETS)
+def test_remedies_are_flags(script, preset, monkeypatch):
+    """Every remedy, for every preset of both scripts, is accepted by the script."""
+    text = {key: str(value) for key, value in vars(script.Args(**script.PRESETS[preset])).items()}
+    for name, flags in diagnose.remedies(text).items():
+        words = " ".join(f"{flag} {value}" for flag, value in flags.items()).split()
+        monkeypatch.setattr(sys, "argv", ["ppo", "--preset", preset, *words])
+        script.check(script.parse())
+
+
+def test_findings_do_not_contradict_each_other():
+    params = {key: str(value) for key, value in vars(ppo.Args()).items()}
+    curves = {tag: line(0, 0, num=0) for tag in diagnose.TAGS}
+    curves |= {diagnose.RETURN: line(6.5, 6.5), diagnose.LENGTH: line(300, 300), diagnose.STD: line(1, 1.5)}
+    findings = {name: flags for name, _, flags in diagnose.diagnose(params, curves)}
+    assert findings["entropy growing"] == "--ent-coef 0 --norm-adv"
+    assert findings["not learning"] == "--learning-rate 0.001 --clip-coef 0.02"  # without the guide's --ent-coef 0.01
+
+
+def run_curves(returns, lengths, end=3_000_000):
+    empty = np.empty(0), np.empty(0)
+    steps = np.linspace(0, end, len(returns))
+    return {diagnose.RETURN: (steps, np.array(returns, float)), diagnose.LENGTH: (steps, np.array(lengths, float)),
+            diagnose.EVAL_RETURN: empty, diagnose.EVAL_LENGTH: empty}  # fmt: skip
+
+
+def test_stop_rule():
+    def judge(*curves, ended=False, found=False):
+        conditions, verdict = diagnose.stop_rule(curves, ended, found)
+        return [holds for holds, _ in conditions.values()], verdict
+
+    flat, rising = np.r_[np.linspace(6, 102, 100), np.full(200, 102)], np.linspace(6, 105, 300)
+    long, short = np.full(300, 3900), np.full(300, 900)
+    good, poor = run_curves(flat, long), run_curves(flat / 2, short)
+    assert diagnose.stalled_for(*good[diagnose.RETURN]) == pytest.approx(2e6, rel=0.05)
+    assert judge(good, good, good) == ([True, True, True], "stop")
+    assert judge(good) == ([True, False, True], "stop, and repeat it with other seeds, 3 to 5 in all")
+    holds, verdict = judge(good, good, poor)
+    assert holds == [True, False, False] and verdict.startswith("stop: more steps will not help")
+    holds, verdict = judge(run_curves(rising, long))
+    assert holds == [False, False, True] and verdict.endswith("it still improves")
+    rising_low = run_curves(rising / 2, short)
+    assert judge(rising_low) == ([False] * 3, "not yet: go on")
+    assert judge(rising_low, ended=True)[1] == "not yet: repeat it with more --total-timesteps"
+    assert "what is wrong" in judge(rising_low, found=True)[1]
+    # The last evaluation may meet the targets too.
+    evaluated = run_curves(flat - 5, long) | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([101.0])),
+                                              diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([3950.0]))}  # fmt: skip
+    assert judge(evaluated)[0] == [True, False, True]
+
+
+def test_seeds_are_judged_together(runs, tmp_path, capsys):
+    logs = []
+    for seed in (1, 2, 3):
+        writer = SummaryWriter(tmp_path / f"seed{seed}")
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|seed|{seed}|\n|total_timesteps|2000000|")
+        for step in range(0, 2_000_001, 20_000):
+            for tag, value in ((diagnose.RETURN, 104 + seed), (diagnose.LENGTH, 3900), (diagnose.KL, 0.01)):
+                writer.add_scalar(tag, value, step)
+        writer.close()
+        logs.append(tmp_path / f"seed{seed}")
+    diagnose.main(diagnose.Args((*logs, runs("healthy"))))
+    out = capsys.readouterr().out
+    assert out.count("nothing is wrong\n") == 3
+    assert f"stop {logs[0]}, {logs[1]}, {logs[2]}? stop\n" in out and f"stop {runs('healthy')}? not yet" in out
+    assert "[x] consistent across seeds: returns 105.0, 106.0, 107.0 at 2,000,000 steps\n" in out
+
+
+def test_resumed_log(tmp_path):
+    # Stopped after 300 steps, resumed from 200: what the first log has from step 250 on is no longer true.
+    for name, values in (("1", {100: 5, 200: 6, 300: 7}), ("2", {250: 8, 300: 9})):
+        writer = SummaryWriter(tmp_path / "part")
+        for step, value in values.items():
+            writer.add_scalar(diagnose.KL, value, step)
+        writer.close()
+        next((tmp_path / "part").iterdir()).rename(tmp_path / f"events.out.tfevents.{name}")
+    steps, values = diagnose.read(tmp_path)[1][diagnose.KL]
+    assert steps.tolist() == [100, 200, 250, 300] and values.tolist() == [5, 6, 8, 9]
+
+
+def test_json(runs, tmp_path, capsys):
+    run = runs("KL too small")
+    capsys.readouterr()
+    diagnose.main(diagnose.Args((run,), json="-"))
+    report = json.loads(capsys.readouterr().out)
+    diagnose.main(diagnose.Args((run,), json=str(tmp_path / "report.json")))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert report["runs"][str(run)]["steps"] == 32_768
+    assert "KL too small" in [finding["name"] for finding in report["runs"][str(run)]["findings"]]
+    assert [row["holds"] for row in report["stop"][0]["conditions"]] == [False] * 3
+    with pytest.raises(SystemExit, match="exists: give another --json"):
+        diagnose.main(diagnose.Args((run,), json=str(tmp_path / "report.json")))
+
+
+def test_bad_input(tmp_path):
+    empty, file, foreign, damaged = (tmp_path / name for name in ("empty", "file", "foreign", "damaged"))
+    empty.mkdir()
+    file.write_text("")
+    writer = SummaryWriter(foreign)
+    writer.add_scalar("loss", 1, 1)
+    writer.close()
+    damaged.mkdir()
+    (damaged / "events.out.tfevents.1").write_bytes(b"nonsense" * 100)
+    for runs, message in (
+        ((), "no runs given"),
+        ((tmp_path / "gone",), "gone does not exist"),
+        ((file,), "file is not a folder"),
+        ((empty,), "has no TensorBoard log"),
+        ((foreign, foreign), "given twice"),
+        ((foreign,), "no finished episode"),
+        ((damaged,), "no finished episode"),
+    ):
+        with pytest.raises(SystemExit, match=message) as error:
+            diagnose.main(diagnose.Args(runs))
+        assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="there is no folder"):
+        diagnose.main(diagnose.Args((foreign,), json=str(tmp_path / "nowhere" / "a.json")))
+    assert tyro.cli(diagnose.Args, args=["runs/a", "runs/b"]).runs == tuple(map(type(tmp_path), ("runs/a", "runs/b")))
