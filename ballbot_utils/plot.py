@@ -23,6 +23,7 @@ ROWS = (
     ("episode return", "charts/episodic_return_mean100", "eval/episodic_return", TARGET_RETURN),
     ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
 )
+TAGS = tuple(tag for row in ROWS for tag in row[1:3])
 IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_threads")  # no differences within a group
 QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
@@ -69,22 +70,22 @@ def check(args):
     return files
 
 
-def read(run):
+def read(run, tags=TAGS):
     """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, minutes, values)}, arrays.
 
     There is one event file for each time that the run was started or resumed. Minutes count from the first
     start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
     ones before; of several values at one step (the last evaluation) the latest counts.
     """
-    hyperparameters, points, paused_at = {}, {tag: {} for row in ROWS for tag in row[1:3]}, 0.0
+    hyperparameters, points, paused_at = {}, {tag: {} for tag in tags}, 0.0
     for file in sorted(run.glob(EVENT_FILES)):
         log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        tags = log.Tags()
-        if "hyperparameters/text_summary" in tags["tensors"]:
+        logged = log.Tags()
+        if "hyperparameters/text_summary" in logged["tensors"]:
             table = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
             rows = (line.strip("|").partition("|") for line in table.splitlines()[2:])
             hyperparameters = hyperparameters or {key: value for key, _, value in rows}
-        for tag in points.keys() & tags["scalars"]:
+        for tag in points.keys() & logged["scalars"]:
             start = log.FirstEventTimestamp()
             new = {e.step: (paused_at + (e.wall_time - start) / 60, e.value) for e in log.Scalars(tag)}
             points[tag] = {step: point for step, point in points[tag].items() if step < min(new)} | new

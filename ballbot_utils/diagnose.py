@@ -1,0 +1,411 @@
+"""What goes wrong in a training run, and what to do: `python -m ballbot_utils.diagnose runs/a_seed1 runs/a_seed2`.
+
+Reads TensorBoard logs, those of runs still being written too, and looks for what the troubleshooting section of
+openballbot-rl's hyperparameter guide describes: not learning, unstable, slow and overfitting; and for its causes:
+entropy collapse or growth, a value function that lags, steps of the policy (KL divergence) too large or too
+small. Each finding comes with its evidence and with flags to paste. Then it applies the guide's rule for when to
+stop, over all seeds: runs that differ only in their seed are judged together.
+
+Every finding is one function of a curve's steps and values; its threshold stands right above it. Where the guide
+has no number, the threshold is from logs of this project's own runs: healthy ones stay clear of it.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from ballbot_utils import plot
+from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
+from ppo_ballbot import Args as TrainArgs
+
+RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean100"
+EVAL_RETURN, EVAL_LENGTH = "eval/episodic_return", "eval/episodic_length"
+KL, VALUE_LOSS, EXPLAINED = "losses/approx_kl", "losses/value_loss", "losses/explained_variance"
+STD = "charts/action_std"
+TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, KL, VALUE_LOSS, EXPLAINED, STD)
+WINDOW = 10  # iterations whose median smooths a curve
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, runs/<name>"""
+    json: str = ""
+    """file for all findings; - is standard output, instead of the text"""
+
+
+def check(args):
+    """Exit with one line on what cannot be, before any work starts."""
+
+    def need(good, message):
+        if not good:
+            sys.exit(f"error: {message}")
+
+    need(args.runs, "no runs given: give folders of runs, runs/<name>")
+    for run in args.runs:
+        need(run.is_dir(), f"{run} {'is not a folder' if run.exists() else 'does not exist'}: give folders of runs, "
+             "runs/<name>")  # fmt: skip
+        need(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
+    need(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
+    if args.json not in ("", "-"):
+        need(not Path(args.json).exists(), f"{args.json} exists: give another --json")
+        need(Path(args.json).parent.is_dir(), f"--json is {args.json}: there is no folder {Path(args.json).parent}")
+
+
+def read(run):
+    """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, values)}, arrays."""
+    hyperparameters, curves = plot.read(run, TAGS)
+    return hyperparameters, {tag: (steps, values) for tag, (steps, _, values) in curves.items()}
+
+
+def smooth(steps, values):
+    """Medians over WINDOW iterations (of a short curve, over a quarter of it), each at its window's last step."""
+    if not len(values):
+        return steps, values
+    n = min(WINDOW, max(1, len(values) // 4))
+    return steps[n - 1 :], np.median(np.lib.stride_tricks.sliding_window_view(values, n), 1)
+
+
+# The findings: evidence as text, or None where there is nothing to say.
+
+# The return of an untrained policy, and its noise: the means of 100 episodes differ by up to 10 % without any
+# learning. Healthy runs have gained half and more by 250,000 steps.
+LEARNING_FROM, LEARNING_AFTER, LEARNING_GAIN = 100_000, 250_000, 1.2
+
+
+def not_learning(steps, returns):
+    """The return never rose above where it was in the first 100,000 steps."""
+    if not len(steps) or steps[-1] < LEARNING_AFTER:
+        return None
+    early = steps <= max(LEARNING_FROM, steps[0])
+    start, until = np.median(returns[early]), steps[early][-1]
+    steps, returns = smooth(steps, returns)
+    best = returns.argmax()
+    if returns[best] >= LEARNING_GAIN * start:
+        return None
+    return (f"return {start:.1f} in the first {until:,.0f} steps and never more than {returns[best]:.1f} "
+            f"(at {steps[best]:,.0f}) in {steps[-1]:,.0f}")  # fmt: skip
+
+
+# Means of 100 episodes of a healthy run fall by up to 20 % for a while. Of its value loss, the lowest ever and the
+# present one differ by a factor of 5 at most, once the first 60,000 steps are over; runs that diverge go far beyond.
+RETURN_DROP, VALUE_LOSS_GROWTH, VALUE_LOSS_AFTER = 0.25, 10, 60_000
+
+
+def falling(steps, returns):
+    """The return is down from its best. (The guide also names an oscillating policy loss; good runs have one too.)"""
+    steps, returns = smooth(steps, returns)
+    if not len(steps) or returns.max() <= 0:
+        return None
+    best = returns.argmax()
+    drop = 1 - returns[-1] / returns[best]
+    if drop < RETURN_DROP:
+        return None
+    return (f"return {returns[best]:.1f} at {steps[best]:,.0f} steps, {returns[-1]:.1f} at {steps[-1]:,.0f}: "
+            f"{100 * drop:.0f} % down")  # fmt: skip
+
+
+def value_loss_rising(steps, losses):
+    """The value loss has risen from its lowest."""
+    steps, losses = smooth(steps, losses)
+    if not len(steps) or steps[-1] < VALUE_LOSS_AFTER or losses[-1] < VALUE_LOSS_GROWTH * losses.min():
+        return None
+    return (f"value loss {losses.min():.2g} at {steps[losses.argmin()]:,.0f} steps, {losses[-1]:.2g} at "
+            f"{steps[-1]:,.0f}")  # fmt: skip
+
+
+# The reference reaches 85.5 in 8e6 steps (arXiv 2505.18417, figure 6): 10.7 in 1e6; less than half of that is slow.
+# Standing a whole episode returns 80: from there on gains are small, and no sign of slowness.
+PACE_STEPS, REFERENCE_PACE, SLOW_PACE, STANDING = 1_000_000, 10.7, 5, 80
+
+
+def slow(steps, returns):
+    """The return rises more slowly than the reference's, and is not yet what standing still returns."""
+    steps, returns = smooth(steps, returns)
+    if not len(steps) or steps[-1] - steps[0] < PACE_STEPS or returns[-1] >= STANDING:
+        return None
+    then = np.interp(steps[-1] - PACE_STEPS, steps, returns)
+    if returns[-1] - then >= SLOW_PACE:
+        return None
+    return (f"return {then:.1f} at {steps[-1] - PACE_STEPS:,.0f} steps, {returns[-1]:.1f} at {steps[-1]:,.0f}: "
+            f"{returns[-1] - then:+.1f} in {PACE_STEPS:,} steps, where the paper's gain {REFERENCE_PACE}")  # fmt: skip
+
+
+# Returns with and without action noise differ by up to 20 of 80 either way in healthy runs, and an evaluation has only
+# 16 episodes: hence less than 3/4, twice in a row.
+EVAL_SHARE, EVAL_TIMES = 0.75, 2
+
+
+def overfitting(steps, returns, eval_steps, eval_returns):
+    """Evaluations on unseen terrain stay below training."""
+    if not len(steps) or len(eval_steps) < EVAL_TIMES:
+        return None
+    eval_steps, evaluation = eval_steps[-EVAL_TIMES:], eval_returns[-EVAL_TIMES:]
+    training = np.interp(eval_steps, steps, returns)
+    if np.any(evaluation >= EVAL_SHARE * training):
+        return None
+    return "return in training and evaluation: " + ", ".join(
+        f"{t:.1f} and {e:.1f} at {step:,.0f} steps" for t, e, step in zip(training, evaluation, eval_steps)
+    )
+
+
+# Actions are in [-1, 1]. Healthy runs start from a standard deviation of 1 or 0.6 and have 0.35 to 0.4 when they
+# balance; below 0.1 noise tries next to nothing new, above 1 a third of it is clipped away.
+STD_SMALL, STD_LARGE, STD_GROWTH = 0.1, 1.0, 1.01
+
+
+def entropy_collapse(steps, stds, length_steps, lengths):
+    """Actions are all but deterministic before the robot balances."""
+    if not len(steps) or stds[-1] >= STD_SMALL or (len(lengths) and lengths[-1] > TARGET_LENGTH):
+        return None
+    first = (stds < STD_SMALL).argmax()
+    return (f"action std {stds[-1]:.2g} at {steps[-1]:,.0f} steps, below {STD_SMALL} since {steps[first]:,.0f}, "
+            f"and episodes not yet of {TARGET_LENGTH} steps")  # fmt: skip
+
+
+def entropy_growing(steps, stds):
+    """The action noise grows beyond the range of actions: the entropy bonus outweighs the return."""
+    if not len(steps) or stds[-1] <= STD_LARGE or stds[-1] < STD_GROWTH * stds.min():
+        return None
+    return (f"action std {stds.min():.3g} at {steps[stds.argmin()]:,.0f} steps, {stds[-1]:.3g} at {steps[-1]:,.0f}, "
+            "where actions are clipped at ±1")  # fmt: skip
+
+
+# Explained variance is 1 for perfect values and 0 for a constant. Healthy runs are above 0.5 from 80,000 steps on
+# and above 0.9 from 200,000.
+EXPLAINED_SMALL, EXPLAINED_AFTER = 0.5, 80_000
+
+
+def value_lagging(steps, explained):
+    """The value function explains too little of the returns."""
+    steps, explained = smooth(steps, explained)
+    if not len(steps) or steps[-1] < EXPLAINED_AFTER or explained[-1] >= EXPLAINED_SMALL:
+        return None
+    return f"explained variance {explained[-1]:.2g} at {steps[-1]:,.0f} steps (perfect: 1, a constant: 0)"
+
+
+# Usual targets are 0.01 (rsl_rl) to 0.05 (Spinning Up's upper end). Healthy runs here have a median of 0.005 to
+# 0.015 and hardly an iteration above 0.04; the guide's defaults have 0.0001.
+KL_LARGE, KL_TIMES, KL_SHARE, KL_SMALL = 0.05, 3, 0.01, 0.001
+
+
+def kl_large(steps, kls):
+    """The policy takes steps too large, in 1 % of the iterations or more."""
+    large = kls > KL_LARGE
+    if large.sum() < max(KL_TIMES, KL_SHARE * len(kls)):
+        return None
+    return (f"KL above {KL_LARGE} in {large.sum()} of {len(kls)} iterations, first at {steps[large.argmax()]:,.0f} "
+            f"steps, most at {steps[kls.argmax()]:,.0f}: {kls.max():.2g}")  # fmt: skip
+
+
+def kl_small(steps, kls):
+    """The policy hardly moves. The median of all iterations: where the learning rate falls to 0, so does the KL."""
+    if len(kls) < KL_TIMES or np.median(kls) >= KL_SMALL:
+        return None
+    return f"median KL {np.median(kls):.1g} in {steps[-1]:,.0f} steps; steps that learn have some 0.01"
+
+
+# The remedies: the guide's, as factors on the run's own values and within the guide's ranges.
+
+
+def remedies(params):
+    """{finding: {flag: value}} for a run's hyperparameters, {name: text}."""
+    default = asdict(TrainArgs())
+
+    def value(name):
+        return float(params.get(name, default[name]))
+
+    def scaled(name, factor, low, high, zero=0.0):
+        """`--flag` with the value times `factor`, within the range; {} where that would not move it that way."""
+        old = value(name)
+        new = min(max(old * factor, low), high) if old else zero
+        new = round(new) if isinstance(default[name], int) else float(f"{new:.2g}")
+        moved = new > old if factor > 1 else new < old
+        return {"--" + name.replace("_", "-"): f"{new:g}"} if moved else {}
+
+    def learning_rate(factor):
+        if params.get("lr_schedule") == "kl":  # then it is set by the KL divergence
+            return scaled("target_kl", factor**0.5, 0.003, 0.05)
+        old = value("learning_rate")
+        new = float(f"{min(max((old if old > 0 else 1e-4) * factor, 1e-5), 1e-3):.2g}")
+        if old > 0 and (new > old) != (factor > 1):
+            return {}
+        constant = {"--lr-schedule": "constant"} if params.get("lr_schedule") == "guide" else {}
+        return {"--learning-rate": f"{new:g}"} | constant
+
+    def envs():
+        """10 to 16, as in the guide, then 32; where minibatches would not divide the batch, twice as many."""
+        old = int(value("num_envs"))
+        new = 16 if old < 16 else 32
+        if new * value("num_steps") % value("minibatch_size"):
+            new = 2 * old
+        return {"--num-envs": f"{new}"} if old < new <= 32 else {}
+
+    larger_clip, smaller_clip = scaled("clip_coef", 4 / 3, 0.01, 0.3), scaled("clip_coef", 3 / 4, 0.01, 0.3)
+    more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
+    more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
+    norm_adv = {} if params.get("norm_adv") == "True" else {"--norm-adv": ""}
+    norm_reward = {} if params.get("norm_reward") == "True" else {"--norm-reward": ""}
+    guard = {"--target-kl": "0.02"} if value("target_kl") > 0.02 and params.get("lr_schedule") != "kl" else {}
+    smaller_net = scaled("hidden_size", 1 / 2, 64, 512)
+    small_std = {"--init-log-std": "-0.5"} if value("init_log_std") < -0.5 else {}
+    return {
+        "unstable": learning_rate(1 / 10) | smaller_clip | more_value,
+        "KL too large": learning_rate(1 / 10) | guard,
+        "value function lagging": more_value | norm_reward,
+        "entropy collapse": more_entropy | small_std,
+        "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
+        "KL too small": learning_rate(10) | larger_clip | norm_adv,
+        "not learning": learning_rate(10) | more_entropy | larger_clip,
+        "slow learning": scaled("num_steps", 2, 1, 4096) | scaled("update_epochs", 2, 1, 10) | envs(),
+        "overfitting": scaled("weight_decay", 5, 0, 0.1, zero=0.01) | more_entropy | smaller_net,
+    }  # fmt: skip
+
+
+def diagnose(params, curves):
+    """Findings of a run, [(name, evidence, flags)], the causes before what follows from them.
+
+    A flag that a finding before has set to another value is left out.
+    """
+    returns, kls, stds = curves[RETURN], curves[KL], curves[STD]
+    unstable = "; ".join(filter(None, (falling(*returns), value_loss_rising(*curves[VALUE_LOSS]))))
+    stuck = not_learning(*returns)
+    evidence = {
+        "unstable": unstable,
+        "KL too large": kl_large(*kls),
+        "value function lagging": value_lagging(*curves[EXPLAINED]),
+        "entropy collapse": entropy_collapse(*stds, *curves[LENGTH]),
+        "entropy growing": entropy_growing(*stds),
+        "KL too small": kl_small(*kls),
+        "not learning": stuck,
+        "slow learning": None if unstable or stuck else slow(*returns),
+        "overfitting": overfitting(*returns, *curves[EVAL_RETURN]),
+    }
+    findings, chosen, remedy = [], {}, remedies(params)
+    for name, text in evidence.items():
+        if text:
+            flags = {flag: value for flag, value in remedy[name].items() if chosen.get(flag, value) == value}
+            chosen |= flags
+            findings.append((name, text, " ".join(f"{flag} {value}".strip() for flag, value in flags.items())))
+    return findings
+
+
+# When to stop. The guide: no improvement for 1e6 steps, consistent across seeds (it asks for 3 to 5), targets met.
+# It does not say what counts as improvement, or as consistent: here a hundredth of the target return, and the
+# worst seed within a fifth of the best.
+PLATEAU_STEPS, IMPROVEMENT, SEEDS, SEED_SPREAD = 1_000_000, TARGET_RETURN / 100, 3, 0.8
+
+
+def stalled_for(steps, returns):
+    """Steps since the return last improved."""
+    best, at = -np.inf, steps[-1]
+    for step, value in zip(*smooth(steps, returns)):
+        if value > best + IMPROVEMENT:
+            best, at = value, step
+    return steps[-1] - at
+
+
+def stop_rule(curves, ended, found):
+    """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and a verdict.
+
+    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them.
+    """
+    stalled = [stalled_for(*run[RETURN]) for run in curves]
+    last = min(run[RETURN][0][-1] for run in curves)
+    returns = [np.interp(last, *run[RETURN]) for run in curves]
+    reached = []  # the better of the last 100 episodes of training and the last evaluation
+    for run in curves:
+        pairs = [(run[a][1][-1], run[b][1][-1]) for a, b in ((RETURN, LENGTH), (EVAL_RETURN, EVAL_LENGTH))
+                 if len(run[a][1]) and len(run[b][1])]  # fmt: skip
+        reached.append(max(pairs, key=lambda pair: (pair[0] > TARGET_RETURN and pair[1] > TARGET_LENGTH, pair)))
+    plateau = min(stalled) >= PLATEAU_STEPS
+    consistent = len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
+    targets = all(a > TARGET_RETURN and b > TARGET_LENGTH for a, b in reached)
+    conditions = {
+        f"no improvement for {PLATEAU_STEPS:,} steps": (
+            plateau, "so far " + ", ".join(f"{steps:,.0f}" for steps in stalled),
+        ),
+        "consistent across seeds": (
+            consistent,
+            f"returns {', '.join(f'{value:.1f}' for value in returns)} at {last:,.0f} steps"
+            + (f"; give {SEEDS} to 5 seeds" if len(curves) < SEEDS else ""),
+        ),
+        f"targets met, return > {TARGET_RETURN} and length > {TARGET_LENGTH}": (
+            targets, ", ".join(f"{a:.1f} and {b:.0f}" for a, b in reached),
+        ),
+    }  # fmt: skip
+    if targets:
+        verdict = "stop" if consistent else f"stop, and repeat it with other seeds, {SEEDS} to 5 in all"
+        verdict += "" if plateau else ", unless you want more: it still improves"
+    elif plateau:
+        verdict = "stop: more steps will not help, change hyperparameters"
+    elif found:
+        verdict = "not by this rule, but first see to what is wrong"
+    else:
+        verdict = "not yet: repeat it with more --total-timesteps" if ended else "not yet: go on"
+    return conditions, verdict
+
+
+def main(args):
+    check(args)
+    params, curves = [], []
+    for run in args.runs:
+        hyperparameters, curve = read(run)
+        if not all(len(curve[tag][0]) for tag in (RETURN, LENGTH, KL)):
+            sys.exit(f"error: {run} has no finished episode in its log yet, or its log is damaged or foreign")
+        if not hyperparameters:
+            sys.exit(f"error: {run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+        params.append(hyperparameters)
+        curves.append(curve)
+
+    report, lines, ended = {"runs": {}, "stop": []}, [], []
+    findings = [diagnose(param, curve) for param, curve in zip(params, curves)]
+    for run, param, curve, found in zip(args.runs, params, curves, findings):
+        step, total = curve[KL][0][-1], float(param.get("total_timesteps", "nan"))
+        ended.append(step + float(param.get("num_envs", 0)) * float(param.get("num_steps", 0)) > total)
+        report["runs"][str(run)] = {
+            "steps": int(step),
+            "findings": [{"name": name, "evidence": evidence, "flags": flags} for name, evidence, flags in found],
+        }
+        evaluation = f", evaluation {curve[EVAL_RETURN][1][-1]:.1f}" if len(curve[EVAL_RETURN][1]) else ""
+        lines.append(f"{run}: {step:,.0f} of {total:,.0f} steps, return {curve[RETURN][1][-1]:.1f}{evaluation}, "
+                     f"length {curve[LENGTH][1][-1]:.0f}")  # fmt: skip
+        script = "ppo_ballbot_schedules.py" if "lr_schedule" in param else "ppo_ballbot.py"
+        config = run / "config.json"
+        config = f"--config {shlex.quote(str(config))}" if config.is_file() else "<the run's own flags>"
+        for name, evidence, flags in found:
+            lines.append(f"  {name}: {evidence}")
+            lines.append(f"      python {script} {config} {flags}" if flags else "      the guide goes no further")
+            if name == "unstable" and (run / "best.pt").is_file():
+                lines.append(f"      the policy of its best evaluation is kept: {run}/best.pt")
+            if name == "overfitting":
+                lines.append("      the terrain, or the lack of action noise? python -m ballbot_utils.evaluate "
+                             f"{shlex.quote(str(run))} --stochastic")  # fmt: skip
+        if not found:
+            early = f" so far; whether it learns shows after {LEARNING_AFTER:,} steps" if step < LEARNING_AFTER else ""
+            lines.append(f"  nothing is wrong{early}")
+        elif any(str(value) != param.get(name, str(value)) for name, value in PRESETS["tuned"].items()):
+            lines.append(f"  or start from the best that we know: python {script} --preset tuned")
+    for group in plot.group_runs(params):
+        conditions, verdict = stop_rule(
+            [curves[i] for i in group], all(ended[i] for i in group), any(findings[i] for i in group)
+        )
+        names = [str(args.runs[i]) for i in group]
+        rows = [{"name": name, "holds": bool(holds), "evidence": text} for name, (holds, text) in conditions.items()]
+        report["stop"].append({"runs": names, "verdict": verdict, "conditions": rows})
+        lines.append(f"stop {', '.join(names)}? {verdict}")
+        lines += [f"  [{'x' if row['holds'] else ' '}] {row['name']}: {row['evidence']}" for row in rows]
+
+    text = json.dumps(report, indent=2)
+    if args.json not in ("", "-"):
+        Path(args.json).write_text(text + "\n")
+    print(text if args.json == "-" else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
