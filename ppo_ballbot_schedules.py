@@ -417,7 +417,7 @@ def rollout(envs, agent, args, proprio, depth, finished):
         "dones": dones.to(device),
     }
     if store_frames:
-        batch |= {"frames": torch.cat(frames), "frame_index": frame_index}
+        batch |= {"frames": torch.cat(frames), "frame_index": frame_index.to(device)}
     return batch, proprio, depth, simulating, time.perf_counter() - started
 
 
@@ -437,8 +437,8 @@ def update(agent, optimizer, args, batch, frames=None):
         for start in range(0, batch_size, args.minibatch_size):
             mb = {key: value[start : start + args.minibatch_size] for key, value in shuffled.items()}
             if frames is not None:
-                depth = agent.encode(frames[mb["frame_index"]].to(mb["x"].device))
-                mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth], 1)
+                depth = agent.encode(frames[mb["frame_index"].cpu()].to(mb["x"].device))
+                mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth * agent.depth_scale], 1)
             logratio = log_prob(mb["actions"], agent.actor(mb["x"]), agent.log_std) - mb["logprobs"]
             ratio = logratio.exp()
             newvalue = agent.critic(mb["x"]).squeeze(-1)

@@ -185,6 +185,20 @@ def test_frozen_encoder_stays_and_free_encoder_learns(run, tmp_path, monkeypatch
     assert not any(torch.equal(end[f"encoder.{key}"], start[f"encoder.{key}"]) for key in shipped)
 
 
+def test_end_to_end_update_starts_from_the_features_of_the_rollout():
+    """Encoding the stored frames again gives what the policy saw: the first step's probability ratios are 1."""
+    args = replace(SMALL, freeze_encoder=False, depth_scale=0.3, num_steps=16, update_epochs=1)
+    envs, agent = ppo.make_envs(args, 4, 0), ppo.Agent(args)
+    obs, _ = envs.reset(seed=0)
+    depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40))
+    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, [])
+    frames = batch.pop("frames")
+    batch = {key: value.flatten(0, 1) for key, value in batch.items() if key not in ("raw", "next_values", "dones")}
+    batch |= {"advantages": torch.randn(64), "returns": batch["values"]}
+    losses = ppo.update(agent, torch.optim.AdamW(agent.parameters(), lr=1e-4), args, batch, frames)
+    assert losses["approx_kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_held_frames_keep_their_features():
     envs = ppo.make_envs(SMALL, 3, 0)
     agent = ppo.Agent(SMALL)
