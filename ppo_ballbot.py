@@ -776,7 +776,7 @@ def report(title, result, writer=None, global_step=None):
 
 if __name__ == "__main__":
     arguments = parse()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # end like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
     try:
         train(arguments)
     except KeyboardInterrupt:
