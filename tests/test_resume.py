@@ -89,11 +89,11 @@ def test_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_go_on(number, tmp_path):
-    def in_background():  # as with nohup and &, where SIGINT is ignored
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def disposition():  # with nohup and &, SIGINT is ignored: SIGTERM has to work all the same
+        signal.signal(signal.SIGINT, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)
 
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=in_background if number == signal.SIGTERM else None)  # fmt: skip
+                               preexec_fn=disposition)  # fmt: skip
     while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
