@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -108,11 +109,13 @@ class DepthRenderer:
     """
 
     coarse_steps, fine_steps = 4, 2
+    chunk = 16  # robots that one thread renders at a time
 
-    def __init__(self, model, size, heights=None):
+    def __init__(self, model, size, heights=None, device="cpu", num_threads=1):
         """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
-        self.size = size
-        self.heights = None if heights is None else torch.from_numpy(heights)[None, None]
+        self.size, self.device = size, torch.device(device)
+        self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
+        self._pool = thread_pool(num_threads) if self.device.type == "cpu" else None
         data = mujoco.MjData(model)
         self._settle(model, data)
         base = model.body("base").id
@@ -124,8 +127,9 @@ class DepthRenderer:
         self._axes = axes  # (2, 3, 3)
         self._offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (2, 3)
         pixel = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1  # fovy 90: tan 45° = 1
-        self._u, self._v = pixel, -pixel
-        self.self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras))  # (2, size, size)
+        self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras, pixel.numpy()))
+        self._u, self._v = pixel.to(device), -pixel.to(device)
+        self.self_depth = self_depth.to(device)  # (2, size, size)
 
     @staticmethod
     def _settle(model, data):
@@ -136,8 +140,8 @@ class DepthRenderer:
         data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_OVER_BALL]
         mujoco.mj_forward(model, data)
 
-    def _ray_self_depth(self, model, data, cameras):
-        u, v = (grid.ravel() for grid in np.meshgrid(self._u.numpy(), self._v.numpy()))
+    def _ray_self_depth(self, model, data, cameras, pixel):
+        u, v = (grid.ravel() for grid in np.meshgrid(pixel, -pixel))
         visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)
         maps = []
         for camera in cameras:
@@ -156,65 +160,85 @@ class DepthRenderer:
     def _lookup(self, grid):
         """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
         _, n, h, w = grid.shape
-        points = grid.reshape(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
+        points = grid.view(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
         heights = self.heights.expand(n, 1, -1, -1)
         return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
 
-    def _march(self, origin, slope_x, slope_y, inverse_z, t, steps):
+    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps):
         """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
-        grid = torch.empty(2, *t.shape)
+        grid = torch.empty(2, *t.shape, device=self.device)
         for _ in range(steps):
-            torch.mul(slope_x, t, out=grid[0]).add_(origin[0])
-            torch.mul(slope_y, t, out=grid[1]).add_(origin[1])
+            torch.addcmul(origin[0], slope_x, t, out=grid[0])
+            torch.addcmul(origin[1], slope_y, t, out=grid[1])
             height = self._lookup(grid)
-            t = (height - origin[2]).mul_(inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
+            t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
         return height, t
 
-    @torch.no_grad()
     def render(self, position, quaternion):
         """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
+        if self._pool is None or len(position) <= self.chunk:
+            return self._render(position, quaternion)
+        parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
+        return torch.cat(list(self._pool.map(lambda part: self._render(position[part], quaternion[part]), parts)))
+
+    @torch.no_grad()
+    def _render(self, position, quaternion):
         n, size = len(position), self.size
         rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
         # Sums of products by hand: a matrix product's rounding may depend on the batch size.
         axes = sum(rotation[..., :, k, None] * self._axes[None, :, None, k, :] for k in range(3))  # (n, 2, 3, 3)
         origin = position[:, None] + sum(rotation[..., k] * self._offsets[:, None, k] for k in range(3))
-        axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32))
-        scale = np.array([1 / TERRAIN_EXTENT, 1 / TERRAIN_EXTENT, 1])
-        origin = torch.from_numpy((origin * scale).reshape(2 * n, 3).astype(np.float32).T.copy())
+        # x and y in units of TERRAIN_EXTENT
+        axes[:, :, :2] *= 1 / TERRAIN_EXTENT
+        origin[:, :, :2] *= 1 / TERRAIN_EXTENT
+        axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32)).to(self.device)
+        origin = torch.from_numpy(origin.reshape(2 * n, 3).astype(np.float32).T.copy()).to(self.device)
         origin = origin.view(3, 2 * n, 1, 1)
 
         right, up, forward = axes[:, :, 0, None], axes[:, :, 1, None], axes[:, :, 2, None]
-        across = right * self._u  # (2n, 3, size)
-        down = forward + up * self._v
-        slope_x = (down[:, 0, :, None] + across[:, 0, None]).mul_(1 / TERRAIN_EXTENT)
-        slope_y = (down[:, 1, :, None] + across[:, 1, None]).mul_(1 / TERRAIN_EXTENT)
+        across = (right * self._u)[:, :, None]  # (2n, 3, 1, size)
+        down = (forward + up * self._v)[:, :, :, None]  # (2n, 3, size, 1)
+        slope_x, slope_y, inverse_z = (down[:, k] + across[:, k] for k in range(3))
         # Rays that rise never meet the ground: as nearly horizontal ones they meet it beyond MAX_DEPTH.
-        inverse_z = (down[:, 2, :, None] + across[:, 2, None]).clamp_(max=-1e-3).reciprocal_()
+        inverse_z.clamp_(max=-1e-3).reciprocal_()
+        t_ground = inverse_z * -origin[2]  # where the rays meet z = 0
         if self.heights is None:
-            depth = inverse_z.mul_(-origin[2]).clamp_(min=0)
+            depth = t_ground.clamp_(min=0)
         else:
-            start = torch.full((2 * n, 1, 1), 0.3)
             k = 4 if size % 4 == 0 else 1
-            coarse = [x[:, k // 2 :: k, k // 2 :: k].contiguous() for x in (slope_x, slope_y, inverse_z)]
-            height, _ = self._march(origin, *coarse, start.expand_as(coarse[0]), self.coarse_steps)
-            height = height[:, :, None, :, None].expand(-1, -1, k, -1, k).reshape(2 * n, size, size)
-            start = height.sub_(origin[2]).mul_(inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
-            _, depth = self._march(origin, slope_x, slope_y, inverse_z, start, self.fine_steps)
+            rays = slope_x, slope_y, inverse_z, t_ground
+            coarse = [x[:, k // 2 :: k, k // 2 :: k].contiguous() for x in rays]
+            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps)
+            height = height.repeat_interleave(k, 2)[:, :, None]
+            start = torch.addcmul(*(x.view(2 * n, -1, k, size) for x in (t_ground, inverse_z)), height)
+            start = start.clamp_(0, 1.2 * MAX_DEPTH).view(2 * n, size, size)
+            _, depth = self._march(origin, *rays, start, self.fine_steps)
         depth = depth.view(n, 2, size, size)
         return torch.minimum(depth, self.self_depth, out=depth)
 
 
+def thread_pool(num_threads):
+    """A pool of threads for torch, each on one core (`num_threads` 0: as many as there are cores); None for one."""
+    num_threads = num_threads or os.cpu_count()
+    if num_threads == 1:
+        return None
+    return ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def copied(value):
+    """A copy of an array or tensor."""
+    return value.clone() if torch.is_tensor(value) else value.copy()
+
+
 def rotation_matrix(quaternion):
     """Rotation matrices (n, 3, 3) of unit quaternions (n, 4), w first."""
-    w, x, y, z = np.ascontiguousarray(quaternion.T)
-    return np.stack(
-        [
-            np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1),
-            np.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1),
-            np.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1),
-        ],
-        -2,
-    )
+    products = 2 * quaternion[:, :, None] * quaternion[:, None]  # (n, 4, 4)
+    _, wx, wy, wz, _, xx, xy, xz, _, _, yy, yz, _, _, _, zz = products.reshape(-1, 16).T.copy()
+    matrix = np.empty((3, 3, len(quaternion)))
+    matrix[0] = 1 - yy - zz, xy - wz, xz + wy
+    matrix[1] = xy + wz, 1 - xx - zz, yz - wx
+    matrix[2] = xz - wy, yz + wx, 1 - xx - yy
+    return matrix.transpose(2, 0, 1)
 
 
 class BallbotVectorEnv(gym.vector.VectorEnv):
@@ -260,13 +284,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         ctrl_cost_weight=0.0001,
         healthy_reward=0.02,
         num_threads=0,
+        device="cpu",
         render_mode=None,
     ):
         check_arguments(locals())
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
-        self._cos_max_tilt = math.cos(math.radians(max_tilt))
+        self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
         self._goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
         self._weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
         self._frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
@@ -292,14 +317,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         base, ball = self.model.joint("base"), self.model.joint("ball")
         wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
         qpos, qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
-        self._qpos, self._qvel = qpos, qvel
         self._position = qpos[:, base.qposadr[0] : base.qposadr[0] + 3]
         self._quaternion = qpos[:, base.qposadr[0] + 3 : base.qposadr[0] + 7]
         self._ball_position = qpos[:, ball.qposadr[0] : ball.qposadr[0] + 3]
-        self._velocity = qvel[:, base.dofadr[0] : base.dofadr[0] + 3]
-        self._angular_velocity = qvel[:, base.dofadr[0] + 3 : base.dofadr[0] + 6]
-        step = wheels[1] - wheels[0]
-        self._wheel_velocity = qvel[:, wheels[0] : wheels[2] + 1 : step]
+        self._qvel = qvel
+        # Where the observed velocities stand: the base's angular and linear ones, then those of the wheels
+        start = base.dofadr[0]
+        self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]
+        self._velocity_scale = np.repeat([1, 0.1], [6, 3])
         self._motors = self._batch.bind("ctrl")[:, :3]
         self._warnings = self._batch.warning[:, :, 1]
         self._start_state = self._batch.state[0].copy()
@@ -310,17 +335,20 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._steps = np.zeros(num_envs, int)
         self._returns = np.zeros(num_envs)
         self._started = np.zeros(num_envs)  # s
+        self._everyone = np.ones(num_envs, bool)
+        self._everyone.flags.writeable = False
         self.physics_errors = np.zeros(num_envs, int)
         self.render_seconds = 0.0  # spent on depth frames
         self._needs_reset = True
         self.new_frames = False
         self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
         if cameras:
-            self._renderer = DepthRenderer(self.model, camera_size, self._heights)
-            self.frames = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH)
+            self._renderer = DepthRenderer(self.model, camera_size, self._heights, device, self._batch.nthread)
+            self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
-            views = self.frames.numpy().view()
-            views.flags.writeable = False
+            if views.device.type == "cpu":
+                views = views.numpy().view()
+                views.flags.writeable = False
             self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
         self._viewer = None
 
@@ -345,7 +373,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         """Advance all by one step of 2 ms. Returns `(obs, rewards, terminations, truncations, infos)`."""
         obs, rewards, terminations, truncations, infos = self._advance(actions)
         done = terminations | truncations
-        if done.any():
+        if np.count_nonzero(done):
             ids = np.flatnonzero(done)
             elapsed = np.round(time.perf_counter() - self._started, 6)
             episode = {
@@ -355,12 +383,12 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             }
             final_obs = np.full(self.num_envs, None, object)
             for i in ids:
-                final_obs[i] = {key: np.array(value[i]) for key, value in obs.items()}
+                final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
             final_info = {"position": np.where(done[:, None], infos["position"], 0.0), "_position": done.copy()}
             errors = np.where(done, infos["physics_errors"], 0)
             final_info |= {"physics_errors": errors, "_physics_errors": done.copy()}
             self._reset(ids)
-            obs, infos = self._observe(), self._infos()
+            (obs, _, _), infos = self._observe(), self._infos()
             infos |= {"episode": episode, "_episode": done.copy()}
             infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": final_info, "_final_info": done.copy()}
@@ -417,7 +445,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._needs_reset = False
         self.new_frames = False
         self._reset(np.arange(self.num_envs))
-        return self._observe(), self._infos()
+        return self._observe()[0], self._infos()
 
     def _reset(self, ids):
         """New start poses for the environments `ids`, and their first frames."""
@@ -463,22 +491,21 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         actions = np.asarray(actions, np.float32)
         if actions.shape != (self.num_envs, 3):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
-        self._actions = np.clip(actions, -1, 1)
-        self._motors[:] = -MAX_TORQUE * self._actions
+        self._actions = np.minimum(np.maximum(actions, -1), 1)
+        np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
         broken = None
         try:
             self._batch.step()
         except mujoco.batch.SimulationError as error:
             broken = np.zeros(self.num_envs, bool)
             broken[error.ids] = True
-        if self._warnings.any() or not (np.isfinite(self._qpos).all() and np.isfinite(self._qvel).all()):
+        state = self._batch.state
+        if np.count_nonzero(self._warnings) or not math.isfinite(state.sum()):
             broken = np.zeros(self.num_envs, bool) if broken is None else broken
-            broken |= self._warnings.any(1)
-            for values in (self._qpos, self._qvel):
-                broken |= ~np.isfinite(values).all(1)
+            broken |= self._warnings.any(1) | ~np.isfinite(state).all(1)
         if broken is not None:
             broken = np.flatnonzero(broken)
-            self._batch.state[broken] = self._start_state  # finite, whatever the physics left behind
+            state[broken] = self._start_state  # finite, whatever the physics left behind
             self._actions[broken] = np.nan_to_num(self._actions[broken])
         self._clock += 1
         self._steps += 1
@@ -486,47 +513,45 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self.frames is not None and self._clock % self._frame_interval == 0:
             self._take_frames(np.arange(self.num_envs))
 
-        forward, ctrl, healthy = self._weights
-        x, y = self._quaternion[:, 1], self._quaternion[:, 2]
-        terminations = 1 - 2 * (x * x + y * y) < self._cos_max_tilt  # cosine of the tilt
+        obs, velocity, lean = self._observe()
+        terminations = lean > self._max_lean
         if broken is not None:
             terminations[broken] = True
             self.physics_errors[broken] += 1
-        distance = np.abs(self._position[:, :2]).max(1)
-        truncations = (self._steps >= self.max_episode_steps) | (distance > TERRAIN_EXTENT - EDGE)
+        truncations = self._steps >= self.max_episode_steps
+        outside = np.abs(self._position[:, :2]) > TERRAIN_EXTENT - EDGE
+        if np.count_nonzero(outside):
+            truncations |= outside.any(1)
         truncations &= ~terminations
-        speed = (
-            np.clip(self._velocity[:, 0], -2, 2) * self._goal[0] + np.clip(self._velocity[:, 1], -2, 2) * self._goal[1]
-        )
-        effort = self._actions[:, 0] ** 2 + self._actions[:, 1] ** 2 + self._actions[:, 2] ** 2
-        rewards = forward * speed - ctrl * effort.astype(float) + healthy * ~terminations
+        forward, ctrl, healthy = self._weights
+        speed = velocity[:, 3] * self._goal[0] + velocity[:, 4] * self._goal[1]
+        effort = np.square(self._actions, dtype=float).sum(1)
+        rewards = forward * speed - ctrl * effort + healthy * ~terminations
         self._returns += rewards
-        return self._observe(), rewards, terminations, truncations, self._infos()
+        return obs, rewards, terminations, truncations, self._infos()
 
     def _observe(self):
-        q = self._quaternion
-        w, x, y, z = q[:, 0].copy(), q[:, 1], q[:, 2], q[:, 3]
-        sine = np.sqrt(x * x + y * y + z * z)
-        angle = 2 * np.arctan2(sine, np.abs(w)) * np.copysign(1, w)
-        scale = np.where(sine > 1e-9, angle / np.maximum(sine, 1e-9), 2 * np.copysign(1, w))
+        """The observation; angular, linear and wheel velocities (num_envs, 9), clipped; x² + y² of the quaternions."""
+        w, x, y, z = self._quaternion.T.copy()
+        lean = x * x + y * y
+        sine = np.sqrt(lean + z * z)
+        half_angle = np.arctan2(np.copysign(sine, w), np.abs(w))
+        scale = 2 * half_angle / np.maximum(sine, 1e-9)
+        velocity = self._qvel[:, self._velocity_columns] * self._velocity_scale
+        np.minimum(np.maximum(velocity, -2, out=velocity), 2, out=velocity)
         values = np.empty((self.num_envs, 15), np.float32)
-        np.multiply(q[:, 1:], scale[:, None], out=values[:, 0:3], casting="same_kind")
-        np.clip(self._angular_velocity, -2, 2, out=values[:, 3:6], casting="same_kind")
-        np.clip(self._velocity, -2, 2, out=values[:, 6:9], casting="same_kind")
-        np.clip(self._wheel_velocity / 10, -2, 2, out=values[:, 9:12], casting="same_kind")
-        values[:, 12:15] = self._actions
+        np.multiply(self._quaternion[:, 1:], scale[:, None], out=values[:, :3])
+        values[:, 3:12] = velocity
+        values[:, 12:] = self._actions
         obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
         if self.frames is not None:
             age = (self._clock - self._frame_time) * TIMESTEP
             obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
-        return obs
+        return obs, velocity, lean
 
     def _infos(self):
         infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
-        return infos | {"_position": self._all(), "_physics_errors": self._all()}
-
-    def _all(self):
-        return np.ones(self.num_envs, bool)
+        return infos | {"_position": self._everyone, "_physics_errors": self._everyone}
 
     def _picture(self, i):
         if self._viewer is None:
@@ -691,7 +716,8 @@ class BallbotEnv(gym.Env):
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
-    | `num_threads`           | **int**       | see below  |           | Threads for the physics; 0: one per CPU    |
+    | `num_threads`           | **int**       | see below  |           | Threads: physics, frames; 0: one per CPU   |
+    | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
 
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
@@ -700,6 +726,8 @@ class BallbotEnv(gym.Env):
       no limit. The class `BallbotEnv` made directly has no limit unless it is given one (default `None`).
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads.
+    - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
+      then `torch` tensors on that device instead of arrays; all else is as before.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
       which nothing else here does. `gym.make_vec` has `"rgb_array"` only.
 
@@ -772,7 +800,7 @@ class BallbotEnv(gym.Env):
 
     @staticmethod
     def _single(obs):
-        return {key: value[0].copy() for key, value in obs.items()}
+        return {key: copied(value[0]) for key, value in obs.items()}
 
     @staticmethod
     def _single_info(infos):
@@ -815,6 +843,10 @@ def check_arguments(given):
     for key in ("forward_reward_weight", "ctrl_cost_weight", "healthy_reward"):
         number(key, -math.inf, "a finite number")
     whole("num_threads", 0)
+    try:
+        torch.empty(0, device=given["device"])
+    except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
+        need("device", False, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
     need("render_mode", given["render_mode"] in (None, "rgb_array"), 'None or "rgb_array"')
 
 

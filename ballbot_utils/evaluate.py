@@ -560,7 +560,7 @@ def video(agent, args, task):
 
     def shoot():
         frames = None if envs.frames is None else envs.frames[0].numpy().copy()
-        shots.append((envs._qpos[0].copy(), frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}"))
+        shots.append((envs._batch.qpos[0].copy(), frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}"))
 
     for step, (reward, fell) in enumerate(play(agent, env, args, args.seed), 1):
         total += reward

@@ -404,7 +404,7 @@ def test_depth_of_a_moving_robot():
         obs, *_ = envs.step(action)
     assert envs.new_frames and np.all(obs["relative_image_timestamp"] == 0)
     rotations = ballbot_env.rotation_matrix(envs._quaternion)
-    expected, geoms = ray_depth(envs.model, envs._qpos.copy(), rotations, 64)
+    expected, geoms = ray_depth(envs.model, envs._batch.qpos.copy(), rotations, 64)
     depth = np.concatenate([obs["depth_0"], obs["depth_1"]], 1)
     median, good = depth_errors(depth, expected, geoms)
     assert median < 0.0001 and good >= 0.99
@@ -468,7 +468,7 @@ def test_a_step_is_one_step_of_mujoco():
     model = envs.model
     base, wheels = model.joint("base"), [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
     data = mujoco.MjData(model)
-    data.qpos[:] = envs._qpos[1]
+    data.qpos[:] = envs._batch.qpos[1]
     actions = random_actions(200, 2, 1.5)
     assert np.abs(actions).max() > 1
     for action in actions:
@@ -536,7 +536,7 @@ def test_reward(kwargs):
     falls, fast = 0, 0
     for step, action in enumerate(random_actions(300, 3, 1.2)):
         if step == 100:
-            envs._velocity[0] = 3, 4, 0  # beyond what is observed
+            envs._qvel[0, envs._velocity_columns[3:6]] = 3, 4, 0  # beyond what is observed
         obs, rewards, terminations, _, infos = envs.step(action)
         obs = copied(obs)
         for i in np.flatnonzero(terminations):
@@ -640,7 +640,7 @@ def test_wheel_damping_sets_the_top_speed(damping, speed):
     envs._position[0, 2] = 50.0  # in the air nothing else brakes the wheels
     for _ in range(300):
         env.step(np.full(3, -1.0))
-    np.testing.assert_allclose(envs._wheel_velocity[0], speed, rtol=0.02)
+    np.testing.assert_allclose(envs._qvel[0, envs._velocity_columns[6:]], speed, rtol=0.02)
 
 
 def test_arguments_change_the_model():
@@ -673,7 +673,7 @@ def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
         if step == 29:  # a new frame is due
             match failure.split():
                 case ["nan", "qpos"]:
-                    envs._qpos[1, 3] = np.nan
+                    envs._batch.qpos[1, 3] = np.nan
                 case ["nan", "qvel"]:
                     envs._qvel[1] = np.nan
                 case ["inf", "qvel"]:
@@ -742,6 +742,7 @@ BAD = [
     (dict(goal=None), "goal is None"),
     (dict(healthy_reward="much"), "healthy_reward is 'much'"),
     (dict(num_threads=-1), "num_threads is -1"),
+    (dict(device="gpu"), "device is 'gpu': give a device that PyTorch finds here"),
     (dict(render_mode="ascii"), "render_mode is 'ascii'"),
 ]
 

@@ -29,7 +29,7 @@ def make_agent(**train_args):
     torch.manual_seed(0)
     args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
     agent = ppo.Agent(args)
-    agent.actor[-1].weight.data *= 30  # actions that matter
+    agent.actor.weight_4.data *= 30  # actions that matter
     return agent, args
 
 
@@ -70,7 +70,7 @@ def test_statistics_are_those_of_a_plain_loop():
             keys = ("orientation", "angular_vel", "vel", "motor_state", "actions", "relative_image_timestamp")
             proprio = torch.from_numpy(np.concatenate([obs[key] for key in keys]))
             with torch.no_grad():
-                action = agent.actor(torch.cat([proprio, depth])).numpy()
+                action = agent.actor(torch.cat([proprio, depth])[None])[0].numpy()
             obs, reward, fell, truncated, info = env.step(action)
             over = fell or truncated
             total, effort, length = total + reward, effort + (action.clip(-1, 1) ** 2).sum(), length + 1

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
@@ -212,6 +213,38 @@ def test_held_frames_keep_their_features():
         seen = torch.from_numpy(np.concatenate([obs["depth_0"], obs["depth_1"]], 1))
         with torch.no_grad():
             assert torch.allclose(depth, agent.encode(seen), atol=1e-6)
+
+
+@pytest.mark.parametrize("freeze_encoder", [True, False])
+def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
+    """PyTorch's meta device stands in for a GPU: operations that mix devices raise, and what leaves it is counted."""
+    left = []
+
+    def cpu(tensor):
+        left.append(tuple(tensor.shape))
+        return torch.zeros(tensor.shape)
+
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: to_list(cpu(t) if t.device.type == "meta" else t))
+    args = replace(SMALL, norm_obs=True, num_steps=8, minibatch_size=16, freeze_encoder=freeze_encoder)
+    envs = gym.make_vec("Ballbot-v0", num_envs=4, device="meta", max_episode_steps=5)
+    agent = ppo.Agent(args).to("meta")
+    agent.encoder.requires_grad_(not freeze_encoder)
+    optimizer = torch.optim.AdamW([ppo.flatten([p for p in agent.parameters() if p.requires_grad])])
+    obs, _ = envs.reset(seed=0)
+    assert obs["depth_0"].device.type == "meta"
+    depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40, device="meta"))
+    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, [])
+    assert left == [(4, 3)] * 8  # actions
+    rewards, values, next_values, dones = (batch.pop(k) for k in ("rewards", "values", "next_values", "dones"))
+    advantages = ppo.gae(rewards, values, next_values, dones, 0.9, 0.9)
+    batch |= {"advantages": advantages, "values": values, "returns": advantages + values}
+    agent.update_moments("obs", batch.pop("raw").flatten(0, 1))
+    frames = batch.pop("frames", None)
+    left.clear()
+    ppo.update(agent, optimizer, args, {key: value.flatten(0, 1) for key, value in batch.items()}, frames)
+    assert left == [(7,)] * args.update_epochs  # statistics of an epoch
 
 
 def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):

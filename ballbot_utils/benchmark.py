@@ -1,0 +1,347 @@
+"""How fast, and against what: `python -m ballbot_utils.benchmark --output speed.png`.
+
+For each number of environments and threads, in steps per second: MuJoCo alone, the environment without and with
+cameras, rollouts (with the policy's inference), and the whole of training, all with the defaults of
+ppo_ballbot.py; then Stable-Baselines3's PPO with the same network and hyperparameters on the single
+environment. Every measurement has a process of its own. All are repeated in turn, so that what the machine does
+meanwhile falls on all of them and shows as spread: medians, with lowest and highest in brackets. Writes a
+table, the raw figures as JSON and a plot.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import ballbot_env
+import ppo_ballbot
+
+MINIBATCH = ppo_ballbot.Args.minibatch_size
+STAGES = {  # what is measured: the process that does it
+    "physics": "steps", "env": "steps", "env, cameras": "steps", "rollout": "steps", "training": "training",
+    "training, no cameras": "training, no cameras",
+}  # fmt: skip
+SB3 = ("SB3 DummyVecEnv", "SB3 SubprocVecEnv")
+TARGETS = {(10, "training"): 10_000, (10, "training, no cameras"): 20_000, (256, "training"): 15_000}  # steps/s
+UPRIGHT = 100  # steps that the robot stands by itself once it has settled
+
+
+@dataclass
+class Args:
+    num_envs: tuple[int, ...] = (1, 10, 64, 256, 1024)
+    """numbers of environments"""
+    threads: tuple[int, ...] = (1, 2)
+    """numbers of threads of the physics"""
+    repeats: int = 3
+    """rounds; each measures everything once"""
+    seconds: float = 2.0
+    """time for each of physics, env and rollout"""
+    train_steps: int = 20_480
+    """steps of each training, two iterations"""
+    sb3_envs: int = 10
+    """environments for Stable-Baselines3, 0 to leave it out"""
+    sb3_steps: int = 5_120
+    """steps of each of its trainings, two iterations"""
+    output: Path = Path("speed.png")
+    """the plot; table (.md) and raw figures (.json) lie next to it"""
+    overwrite: bool = False
+    """replace outputs that exist"""
+
+
+def check(args):
+    """Exit with one line on what cannot be, before any work starts. Returns the files to write."""
+
+    def need(good, message):
+        if not good:
+            sys.exit(f"error: {message}")
+
+    for name in ("num_envs", "threads"):
+        values = getattr(args, name)
+        need(values and min(values) >= 1, f"--{name.replace('_', '-')} is {values}: give numbers of 1 or more")
+    for name in ("repeats", "train_steps", "sb3_steps"):
+        value = getattr(args, name)
+        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    need(args.seconds > 0, f"--seconds is {args.seconds}: give more than 0")
+    need(args.sb3_envs >= 0, f"--sb3-envs is {args.sb3_envs}: give 0 or more")
+    need(args.output.suffix == ".png", f"--output is {args.output}: give a name ending in .png")
+    need(args.output.parent.is_dir(), f"--output is {args.output}: there is no folder {args.output.parent}")
+    files = [args.output.with_suffix(suffix) for suffix in (".png", ".md", ".json")]
+    for file in files:
+        need(args.overwrite or not file.exists(), f"{file} exists: give --overwrite to replace it, or another --output")
+    for package in ["matplotlib"] + ["stable_baselines3"] * (args.sb3_envs > 0):
+        try:
+            __import__(package)
+        except ImportError:
+            need(False, f"{package} is missing: pip install -r requirements-dev.txt")
+    return files
+
+
+def rate(function, steps, seconds):
+    """Steps per second of a function that does `steps` of them, called for `seconds` after one call to warm up."""
+    function()
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        function()
+        calls += 1
+    return steps * calls / (time.perf_counter() - started)
+
+
+def iteration(num_envs, steps):
+    """`num_steps` and `minibatch_size` of two iterations of some `steps` steps in all, in the default's minibatches."""
+    num_steps = max(1, steps // (2 * num_envs))
+    batch_size = num_steps * num_envs
+    return num_steps, max(d for d in range(1, min(MINIBATCH, batch_size) + 1) if batch_size % d == 0)
+
+
+def measure_steps(num_envs, threads, seconds):
+    """Steps per second of physics, env, env with cameras, and rollout."""
+    result = {}
+    args = ppo_ballbot.Args(num_envs=num_envs, num_threads=threads, num_steps=max(6, 600 // num_envs))
+    rng = np.random.default_rng(0)
+    actions = rng.normal(0, 0.3, (100, num_envs, 3)).astype(np.float32)
+    for cameras in (False, True):
+        args = replace(args, cameras=cameras)
+        envs = ppo_ballbot.make_envs(args, num_envs, 0)
+        envs.reset(seed=0)
+        if not cameras:
+            batch = envs._batch
+            batch.step(nstep=UPRIGHT)
+            settled = batch.state.copy()
+
+            def physics(batch=batch, settled=settled):
+                batch.state[:] = settled
+                batch.step(nstep=UPRIGHT)
+
+            result["physics"] = rate(physics, UPRIGHT * num_envs, seconds)
+            envs.reset(seed=0)
+
+        def step(envs=envs):
+            for action in actions:
+                envs.step(action)
+
+        result["env, cameras" if cameras else "env"] = rate(step, len(actions) * num_envs, seconds)
+
+    agent = ppo_ballbot.Agent(args)
+    agent.encoder.requires_grad_(False)
+    obs, _ = envs.reset(seed=0)
+    state = [ppo_ballbot.proprioception(obs, agent), torch.zeros(num_envs, agent.num_depth)]
+
+    def rollout():
+        _, *state[:], _, _ = ppo_ballbot.rollout(envs, agent, args, *state, [])
+
+    result["rollout"] = rate(rollout, args.num_steps * num_envs, seconds)
+    return result
+
+
+def measure_training(num_envs, threads, cameras, steps):
+    """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    num_steps, minibatch_size = iteration(num_envs, steps)
+    args = ppo_ballbot.Args(
+        num_envs=num_envs, num_threads=threads, cameras=cameras, num_steps=num_steps, minibatch_size=minibatch_size,
+        total_timesteps=2 * num_steps * num_envs, final_eval_episodes=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        log = EventAccumulator(str(ppo_ballbot.train(args))).Reload()
+    return {"training" if cameras else "training, no cameras": log.Scalars("charts/SPS")[-1].value}
+
+
+def measure_sb3(kind, num_envs, steps):
+    """Steps per second of Stable-Baselines3's PPO on the single environment: same network, same hyperparameters."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+    class Features(BaseFeaturesExtractor):
+        """Our frozen encoder's features of both frames, and proprioception."""
+
+        def __init__(self, space):
+            super().__init__(space, 56)
+            self.encoder = ppo_ballbot.DepthEncoder().to(memory_format=torch.channels_last).requires_grad_(False)
+
+        def forward(self, obs):
+            depth = [self.encoder(obs[f"depth_{i}"]) for i in (0, 1)]
+            keys = (*ballbot_env.PROPRIOCEPTION, "relative_image_timestamp")
+            return torch.cat([obs[key] for key in keys] + depth, 1)
+
+    ours = ppo_ballbot.Args()
+    num_steps, batch_size = iteration(num_envs, steps)
+    torch.set_num_threads(ours.torch_threads)
+    env = make_vec_env("Ballbot-v0", num_envs, vec_env_cls=SubprocVecEnv if "Subproc" in kind else DummyVecEnv)
+    model = PPO(
+        "MultiInputPolicy", env, learning_rate=1e-4, n_steps=num_steps, batch_size=batch_size,
+        n_epochs=ours.update_epochs, gamma=ours.gamma, gae_lambda=ours.gae_lambda, clip_range=ours.clip_coef,
+        ent_coef=ours.ent_coef, vf_coef=ours.vf_coef, max_grad_norm=ours.max_grad_norm, target_kl=ours.target_kl,
+        normalize_advantage=ours.norm_adv, device="cpu",
+        policy_kwargs=dict(
+            ortho_init=False, features_extractor_class=Features, activation_fn=torch.nn.LeakyReLU,
+            net_arch=dict(pi=[ours.hidden_size] * ours.pi_layers, vf=[ours.hidden_size] * ours.vf_layers),
+            optimizer_class=torch.optim.AdamW, optimizer_kwargs=dict(weight_decay=ours.weight_decay, eps=1e-5),
+        ),
+    )  # fmt: skip
+    model.env.reset()
+    started = time.perf_counter()
+    model.learn(2 * num_steps * num_envs)
+    result = {kind: model.num_timesteps / (time.perf_counter() - started)}
+    env.close()
+    return result
+
+
+def measure(process, num_envs, threads, args):
+    """One process's measurements: {stage: steps/s} and its peak memory in MiB, those of its children added."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if process == "steps":
+            result = measure_steps(num_envs, threads, args.seconds)
+        elif process in SB3:
+            result = measure_sb3(process, num_envs, args.sb3_steps)
+        else:
+            result = measure_training(num_envs, threads, process == "training", args.train_steps)
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    children = num_envs if "Subproc" in process else 0
+    return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def run(args):
+    """All measurements: a list of {stage, num_envs, threads, round, steps_per_second, memory}."""
+    setups = [(process, n, threads) for n in args.num_envs for threads in args.threads
+              for process in dict.fromkeys(STAGES.values())]  # fmt: skip
+    setups += [(process, args.sb3_envs, 1) for process in SB3 if args.sb3_envs]
+    records, started, total = [], time.perf_counter(), len(setups) * args.repeats
+    context = multiprocessing.get_context("spawn")
+    for done in range(total):
+        process, num_envs, threads = setups[done % len(setups)]
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            result, memory = pool.submit(measure, process, num_envs, threads, args).result()
+        for stage, speed in result.items():
+            records.append(dict(stage=stage, num_envs=num_envs, threads=threads, round=done // len(setups) + 1,
+                                steps_per_second=speed, memory=memory))  # fmt: skip
+        left = (time.perf_counter() - started) / (done + 1) * (total - done - 1)
+        speeds = ", ".join(f"{stage} {speed:,.0f}" for stage, speed in result.items())
+        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, {memory:,.0f} MiB, "
+              f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)  # fmt: skip
+    return records
+
+
+def select(records, stage, num_envs, threads, key="steps_per_second"):
+    """The values of one stage and setup, by round."""
+    wanted = (stage, num_envs, threads)
+    return [r[key] for r in records if (r["stage"], r["num_envs"], r["threads"]) == wanted]
+
+
+def spread(values, digits=0):
+    """`median (lowest to highest)` of values."""
+    low, high = (f"{f(values):,.{digits}f}" for f in (min, max))
+    return f"{statistics.median(values):,.{digits}f}" + (f" ({low} to {high})" if len(values) > 1 else "")
+
+
+def table(records, args):
+    """The results as Markdown."""
+    head = ["envs", "threads", *STAGES, "training / physics", "memory (MiB)"]
+    rows = []
+    for n in args.num_envs:
+        for threads in args.threads:
+            values = {stage: select(records, stage, n, threads) for stage in STAGES}
+            share = [t / p for t, p in zip(values["training"], values["physics"])]
+            memory = max(select(records, "training", n, threads, "memory"))
+            rows.append([str(n), str(threads), *map(spread, values.values()), spread(share, 2), f"{memory:,.0f}"])
+    lines = ["Steps per second.", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    ours = select(records, "training", args.sb3_envs, max(args.threads))
+    if args.sb3_envs:
+        lines += ["", "| alternative | envs | training (steps/s) | ours / this | memory (MiB) |", "| --- " * 5 + "|"]
+        for stage in SB3:
+            theirs = select(records, stage, args.sb3_envs, 1)
+            ratio = spread([a / b for a, b in zip(ours, theirs)], 1) if ours else ""
+            memory = max(select(records, stage, args.sb3_envs, 1, "memory"))
+            lines.append(f"| {stage} | {args.sb3_envs} | {spread(theirs)} | {ratio} | {memory:,.0f} |")
+    targets = []
+    for (n, stage), target in TARGETS.items():
+        values = select(records, stage, n, max(args.threads))
+        if values:
+            verdict = "reached" if statistics.median(values) >= target else "missed"
+            targets.append(f"{stage}, {n} envs: {target:,} steps/s {verdict}")
+    return "\n".join(lines + [""] * bool(targets) + targets) + "\n"
+
+
+def machine():
+    """Processor, cores and versions, in a line."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    import mujoco
+
+    return (f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}, "
+            f"MuJoCo {mujoco.__version__}")  # fmt: skip
+
+
+def draw(records, args):
+    """The figure: steps per second over the number of environments."""
+    from matplotlib.figure import Figure
+
+    from ballbot_utils.plot import COLORS, MARKERS
+
+    fig = Figure(figsize=(8, 5), layout="constrained")
+    ax = fig.subplots()
+    for stage, color, marker in zip(STAGES, COLORS, MARKERS):
+        for threads in args.threads:
+            values = np.array([select(records, stage, n, threads) for n in args.num_envs])
+            median = np.median(values, 1)
+            ax.errorbar(
+                args.num_envs, median, (median - values.min(1), values.max(1) - median), color=color, marker=marker,
+                ms=5, ls="-" if threads == max(args.threads) else ":", elinewidth=1,
+                label=stage if threads == max(args.threads) else None,
+            )  # fmt: skip
+    for stage, marker in zip(SB3, "P*"):
+        values = select(records, stage, args.sb3_envs, 1)
+        if values:
+            ax.plot([args.sb3_envs] * len(values), values, "k" + marker, label=stage, ls="")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xticks(args.num_envs, args.num_envs)
+    ax.set_xticks([], minor=True)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.set_xlabel("environments")
+    ax.set_ylabel("steps per second")
+    ax.grid(color="0.92")
+    ax.spines[["top", "right"]].set_visible(False)
+    threads = f"solid: {max(args.threads)} threads" + (", dotted: fewer" if len(args.threads) > 1 else "")
+    fig.legend(loc="outside right center", frameon=False, title=threads, fontsize=9, title_fontsize=9)
+    return fig
+
+
+def main(args):
+    files = check(args)
+    print(machine())
+    records = run(args)
+    text = machine() + "\n\n" + table(records, args)
+    print("\n" + text)
+    draw(records, args).savefig(files[0], dpi=150)
+    files[1].write_text(text)
+    settings = {key: value for key, value in asdict(args).items() if key not in ("output", "overwrite")}
+    files[2].write_text(json.dumps({"machine": machine(), "settings": settings, "records": records}, indent=1) + "\n")
+    print("wrote " + ", ".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
