@@ -29,7 +29,7 @@ BROKEN = {
     "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),
     "KL too small": dict(learning_rate=1e-8),
     "overfitting": dict(terrain="perlin", total_timesteps=65_536, eval_interval=20_480, eval_episodes=8),
-    "slow": dict(learning_rate=1e-5, total_timesteps=98_304),
+    "slow learning": dict(learning_rate=1e-5, total_timesteps=98_304),
     "not learning": dict(learning_rate=1e-8, total_timesteps=262_144, num_envs=128, update_epochs=1,
                          minibatch_size=16_384),
 }  # fmt: skip
@@ -75,7 +75,7 @@ def test_healthy_run(runs, capsys):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_run(runs, name, capsys, monkeypatch):
-    if name == "slow":  # a twentieth of the steps that the rule looks at, to be quick
+    if name == "slow learning":  # a twentieth of the steps that the rule looks at, to be quick
         monkeypatch.setattr(diagnose, "PACE_STEPS", diagnose.PACE_STEPS // 20)
         monkeypatch.setattr(diagnose, "SLOW_PACE", diagnose.SLOW_PACE / 20)
     run = runs(name)

@@ -29,7 +29,7 @@ def make_agent(**train_args):
     torch.manual_seed(0)
     args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
     agent = ppo.Agent(args)
-    agent.actor.weight_4.data *= 30  # actions that matter
+    list(agent.actor.parameters())[-2].data *= 30  # actions that matter
     return agent, args
 
 
