@@ -48,7 +48,7 @@ class Args:
     """numbers of threads of the physics"""
     repeats: int = 3
     """rounds; each measures everything once"""
-    seconds: float = 2.0
+    seconds: float = 1.0
     """time for each of physics, env and rollout"""
     train_steps: int = 20_480
     """steps of each training, two iterations"""
