@@ -683,7 +683,8 @@ def train(args):
 
     agent = Agent(args)
     if agent.encoder is not None and args.freeze_encoder:
-        agent.encoder.load_state_dict(load_encoder(Path(__file__).resolve().parent / args.encoder_path))
+        if run is None:
+            agent.encoder.load_state_dict(load_encoder(Path(__file__).resolve().parent / args.encoder_path))
         agent.encoder.requires_grad_(False)
     agent.to(device)
     parameters = flatten([p for p in agent.parameters() if p.requires_grad])
