@@ -704,8 +704,11 @@ def train(args):
         obs, _ = envs.reset(seed=args.seed)
         proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
     else:
-        agent.load_state_dict(run["model"])
-        optimizer.load_state_dict(run["optimizer"])
+        try:
+            agent.load_state_dict(run["model"])
+            optimizer.load_state_dict(run["optimizer"])
+        except (RuntimeError, ValueError, KeyError):
+            sys.exit(f"error: {path} was written by another version: its networks or optimizer are stored otherwise")
         envs.set_state(run["envs"])
         first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
         best_return, next_eval = run["best_return"], run["next_eval"]

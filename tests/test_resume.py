@@ -144,6 +144,10 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uni
     refuse(f"last.pt is damaged or not a checkpoint; .*{offer}", "--resume", str(run), cwd=tmp_path)
     torch.save({"weights": torch.zeros(3)}, run / "last.pt")
     refuse(f"last.pt is not a checkpoint to resume from, .*{offer}", "--resume", str(run), cwd=tmp_path)
+    content = torch.load(uninterrupted / "last.pt", weights_only=True)
+    content["model"]["actor.0.weight"] = content["model"].pop("actor.weight_0")
+    torch.save(content, run / "last.pt")
+    refuse("last.pt was written by another version: its networks", "--resume", str(run), cwd=tmp_path)
     refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
     refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
 
