@@ -115,7 +115,9 @@ class DepthRenderer:
         """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
         self.size, self.device = size, torch.device(device)
         self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
-        self._pool = thread_pool(num_threads) if self.device.type == "cpu" else None
+        self._pool = None
+        if num_threads > 1 and self.device.type == "cpu":  # each thread on one core
+            self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         data = mujoco.MjData(model)
         self._settle(model, data)
         base = model.body("base").id
@@ -217,14 +219,6 @@ class DepthRenderer:
         return torch.minimum(depth, self.self_depth, out=depth)
 
 
-def thread_pool(num_threads):
-    """A pool of threads for torch, each on one core (`num_threads` 0: as many as there are cores); None for one."""
-    num_threads = num_threads or os.cpu_count()
-    if num_threads == 1:
-        return None
-    return ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
-
-
 def copied(value):
     """A copy of an array or tensor."""
     return value.clone() if torch.is_tensor(value) else value.copy()
@@ -316,11 +310,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
         base, ball = self.model.joint("base"), self.model.joint("ball")
         wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
-        qpos, qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
+        qpos, self._qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
         self._position = qpos[:, base.qposadr[0] : base.qposadr[0] + 3]
         self._quaternion = qpos[:, base.qposadr[0] + 3 : base.qposadr[0] + 7]
         self._ball_position = qpos[:, ball.qposadr[0] : ball.qposadr[0] + 3]
-        self._qvel = qvel
         # Where the observed velocities stand: the base's angular and linear ones, then those of the wheels
         start = base.dofadr[0]
         self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]

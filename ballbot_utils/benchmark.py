@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import torch
 import tyro
@@ -182,7 +183,6 @@ def measure_sb3(kind, num_envs, steps):
 
     ours = ppo_ballbot.Args()
     num_steps, batch_size = iteration(num_envs, steps)
-    torch.set_num_threads(ours.torch_threads)
     env = make_vec_env("Ballbot-v0", num_envs, vec_env_cls=SubprocVecEnv if "Subproc" in kind else DummyVecEnv)
     model = PPO(
         "MultiInputPolicy", env, learning_rate=1e-4, n_steps=num_steps, batch_size=batch_size,
@@ -195,7 +195,6 @@ def measure_sb3(kind, num_envs, steps):
             optimizer_class=torch.optim.AdamW, optimizer_kwargs=dict(weight_decay=ours.weight_decay, eps=1e-5),
         ),
     )  # fmt: skip
-    model.env.reset()
     started = time.perf_counter()
     model.learn(2 * num_steps * num_envs)
     result = {kind: model.num_timesteps / (time.perf_counter() - started)}
@@ -289,8 +288,6 @@ def machine():
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
-    import mujoco
-
     return (f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"MuJoCo {mujoco.__version__}")  # fmt: skip
 

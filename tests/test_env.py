@@ -1,6 +1,6 @@
 """What ballbot_env.py promises, tried from outside where that is possible.
 
-States are written through the vector environment's `_qpos`, `_qvel` and their slices, which are
+States are written through the vector environment's `_batch`, `_qvel` and their slices, which are
 live views of the physics.
 """
 
