@@ -14,6 +14,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -34,6 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 import ballbot_env
 
 CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
+LEARNT = ("x", "actions", "logprobs", "values", "advantages", "returns")  # of the storage
+MIN_PART = 256  # samples: smaller parts of a minibatch are not worth another process
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
@@ -55,8 +59,10 @@ class Args:
     """use only deterministic algorithms on the GPU (the CPU's are)"""
     cuda: bool = False
     """render and run networks on the GPU; the physics stays on the CPU"""
+    num_processes: int = 2
+    """processes that share environments and large minibatches; results depend on it by rounding. With --cuda, 1"""
     num_threads: int = 0
-    """CPU threads of physics and renderer, 0: one per core; results do not depend on it"""
+    """CPU threads of physics and renderer in each process, 0: the cores' share; results do not depend on it"""
     torch_threads: int = 1
     """CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine"""
 
@@ -288,7 +294,8 @@ def log_prob(actions, mean, log_std):
     return -(0.5 * normalised.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
 
 
-def make_envs(args, num_envs, terrain_seed):
+def make_envs(args, num_envs, terrain_seed, num_processes=1):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return gym.make_vec(
         "Ballbot-v0",
         num_envs=num_envs,
@@ -296,7 +303,7 @@ def make_envs(args, num_envs, terrain_seed):
         terrain_seed=terrain_seed,
         cameras=args.cameras,
         wheel_damping=args.wheel_damping,
-        num_threads=args.num_threads,
+        num_threads=args.num_threads or max(1, cores // num_processes),
         device="cuda" if args.cuda else "cpu",
     )
 
@@ -351,19 +358,35 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     return advantages
 
 
-@torch.no_grad()
-def rollout(envs, agent, args, proprio, depth, finished):
-    """Act for `num_steps` steps in every environment; appends (return, length, step) of ended episodes to `finished`.
+def make_storage(args, agent):
+    """Tensors (steps, envs, ...) for what an iteration learns from; those of `rollout` and its noise, and of `gae`."""
+    widths = {"x": agent.num_proprio + agent.num_depth, "raw": agent.num_proprio, "actions": 3, "noise": 3}
+    names = ("logprobs", "values", "next_values", "rewards", "dones", "advantages", "returns")
+    shape, device = (args.num_steps, args.num_envs), agent.log_std.device
+    storage = {name: torch.zeros(*shape, width, device=device) for name, width in widths.items()}
+    storage |= {name: torch.zeros(shape, device=device) for name in names}
+    if agent.encoder is not None and not args.freeze_encoder:
+        storage["frame_index"] = torch.zeros(shape, dtype=torch.long, device=device)
+    return storage
 
-    Returns the batch, a dict of (steps, envs, ...) tensors, the observation to go on from (`proprio`, `depth`),
-    and the seconds spent in the environments and in all.
+
+def samples(storage):
+    """What `update` learns from: a dict of (steps * envs, ...) views of the storage."""
+    names = ("x", "actions", "logprobs", "values", "advantages", "returns", "frame_index")
+    return {name: storage[name].flatten(0, 1) for name in names if name in storage}
+
+
+@torch.no_grad()
+def rollout(envs, agent, args, proprio, depth, storage, finished):
+    """Act for `num_steps` steps in every environment, with action noise storage["noise"].
+
+    Fills `storage`, a dict of (steps, envs, ...) tensors, up to advantages and returns, and appends (return,
+    length, step) of ended episodes to `finished`. Returns the observation to go on from (`proprio`, `depth`), the
+    frames to train an encoder on (None if it is frozen), and the seconds spent in the environments and in all.
     """
     started, simulating = time.perf_counter(), 0.0
-    device, shape = agent.log_std.device, (args.num_steps, args.num_envs)
-    x = torch.empty(*shape, agent.num_proprio + agent.num_depth, device=device)
-    raw = torch.empty(*shape, agent.num_proprio, device=device)
-    actions = torch.empty(*shape, 3, device=device)
-    noise = torch.randn(*shape, 3, device=device)
+    device, shape = agent.log_std.device, storage["values"].shape
+    x, raw, actions, noise = (storage[name] for name in ("x", "raw", "actions", "noise"))
     std = torch.exp(agent.log_std)
     rewards, dones = np.empty(shape, np.float32), np.empty(shape, np.float32)
     final_steps, final_features = [], []  # of truncated episodes: their final observation is worth something
@@ -371,15 +394,14 @@ def rollout(envs, agent, args, proprio, depth, finished):
     # Training the encoder needs the frames too: each is kept once, and every step knows which it saw.
     store_frames = agent.encoder is not None and not args.freeze_encoder
     if store_frames:
-        frames, held = [envs.frames.clone()], torch.arange(args.num_envs)
-        num_frames, frame_index = args.num_envs, torch.empty(shape, dtype=torch.long)
+        frames, held, num_frames = [envs.frames.clone()], torch.arange(shape[1]), shape[1]
 
     for step in range(args.num_steps):
         raw[step] = proprio
         x[step] = features = agent.features(proprio, depth)
         actions[step] = action = torch.addcmul(agent.actor(features), std, noise[step])
         if store_frames:
-            frame_index[step] = held
+            storage["frame_index"][step] = held
 
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
@@ -416,19 +438,12 @@ def rollout(envs, agent, args, proprio, depth, finished):
     if final_steps:
         steps, ids = torch.tensor(final_steps, device=device).T
         next_values[steps, ids] = agent.critic(torch.cat(final_features)).squeeze(-1)
-    batch = {
-        "x": x,
-        "raw": raw,
-        "actions": actions,
-        "logprobs": log_prob(noise * std, 0, agent.log_std),
-        "values": values,
-        "next_values": next_values,
-        "rewards": torch.from_numpy(rewards).to(device),
-        "dones": torch.from_numpy(dones).to(device),
-    }
-    if store_frames:
-        batch |= {"frames": torch.cat(frames), "frame_index": frame_index.to(device)}
-    return batch, proprio, depth, simulating, time.perf_counter() - started
+    storage["logprobs"][:] = log_prob(noise * std, 0, agent.log_std)
+    storage["values"][:] = values
+    storage["next_values"][:] = next_values
+    storage["rewards"][:] = torch.from_numpy(rewards)
+    storage["dones"][:] = torch.from_numpy(dones)
+    return proprio, depth, torch.cat(frames) if store_frames else None, simulating, time.perf_counter() - started
 
 
 def flatten(parameters):
@@ -447,91 +462,253 @@ def flatten(parameters):
     return flat
 
 
-def update(agent, optimizer, args, batch, frames=None):
+def policy_loss(agent, args, mb):
+    """By sample, (n,): the clipped objective (arXiv 1707.06347, equation 7), negated, and the log ratios."""
+    logratio = log_prob(mb["actions"], agent.actor(mb["x"]), agent.log_std) - mb["logprobs"]
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    return -torch.min(mb["advantages"] * ratio, mb["advantages"] * clipped), logratio
+
+
+def value_loss(agent, args, mb):
+    """The squared error of the value, by sample: (n,)."""
+    newvalue = agent.critic(mb["x"]).squeeze(-1)
+    v_loss = (newvalue - mb["returns"]).square()
+    if args.clip_vloss:
+        change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (mb["values"] + change - mb["returns"]).square())
+    return v_loss
+
+
+def learn(agent, args, batch, order, task, step, frames=None):
+    """One epoch: `step` is called after the gradients of each minibatch, or of this process's `task` in it.
+
+    `batch` is a dict of (samples, ...) tensors; the rows of `order` (minibatches, minibatch_size) are the minibatches'
+    samples. A task is whether the policy's loss is its own, whether the value's is, and a slice of the columns of
+    `order`. Gradients of all tasks add up to those of the minibatch, and so do the statistics returned, (6,): policy
+    loss, value loss, entropy, two estimates of the KL divergence, and the clipped fraction.
+    """
+    policy, value, columns = task
+    mine, size = order[:, columns], order.shape[1]
+    advantages = batch["advantages"][order]
+    if args.norm_adv:
+        std, mean = torch.std_mean(advantages, 1, keepdim=True)
+        advantages = (advantages - mean) / (std + 1e-8)
+    shuffled = {key: samples[mine] for key, samples in batch.items()} | {"advantages": advantages[:, columns]}
+    pg_loss, v_loss, entropy = nothing = torch.zeros(3, device=order.device)
+    losses, logratios = [], [nothing[:0]]
+    for i in range(len(order)):
+        mb = {key: samples[i] for key, samples in shuffled.items()}
+        if frames is not None:
+            depth = agent.encode(frames[mb["frame_index"]])
+            mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth], 1)
+        if policy:
+            pg_losses, logratio = policy_loss(agent, args, mb)
+            logratios.append(logratio.detach())
+            pg_loss = pg_losses.sum() / size
+            entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum() * (len(logratio) / size)
+        if value:
+            v_loss = value_loss(agent, args, mb).sum() / size
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        loss.backward()
+        step()
+        losses.append(torch.stack([pg_loss, v_loss, entropy]).detach())
+    logratio = torch.cat(logratios)
+    ratio = logratio.exp()
+    clipped = ((ratio - 1).abs() > args.clip_coef).float()
+    kl = torch.stack([-logratio, ratio - 1 - logratio, clipped])  # http://joschu.net/blog/kl-approx.html
+    return torch.cat([torch.stack(losses).mean(0), kl.sum(1) / order.numel()])
+
+
+def tasks(size, processes):
+    """Who learns what of a minibatch of `size` samples: tasks of `learn`, for at most so many processes."""
+    if processes == 1:
+        return [(True, True, slice(size))]
+    parts = max(1, min(processes // 2, size // MIN_PART))
+    return [(policy, not policy, share(size, k, parts)) for k in range(parts) for policy in (True, False)]
+
+
+def update(agent, optimizer, args, batch, frames=None, workers=()):
     """`update_epochs` passes of minibatch gradient steps over a flat batch, a dict of (samples, ...) tensors.
 
-    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained end to end.
+    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained end to end. `workers` take
+    their tasks; the batch is then that of the storage they share.
 
     Returns the means of losses and diagnostics over the last epoch's minibatches, as a dict of floats.
     """
     parameters = optimizer.param_groups[0]["params"]
-    batch_size = len(batch["x"])
+    task, *other_tasks = tasks(args.minibatch_size, 1 + len(workers))
+    workers = workers[: len(other_tasks)]
+    grad_norms = []
+
+    def step():
+        for worker in workers:
+            worker.wait()
+            parameters[0].grad.add_(worker.grad)
+        grad_norms.append(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        for worker in workers:
+            worker.go_on()
+
+    optimizer.zero_grad(set_to_none=False)
     for epoch in range(1, args.update_epochs + 1):
-        order = torch.randperm(batch_size, device=batch["x"].device)
-        shuffled = [value[order].split(args.minibatch_size) for value in batch.values()]
-        stats, logratios = [], []
-        for minibatch in zip(*shuffled):
-            mb = dict(zip(batch, minibatch))
-            if frames is not None:
-                depth = agent.encode(frames[mb["frame_index"]])
-                mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth], 1)
-            logratio = log_prob(mb["actions"], agent.actor(mb["x"]), agent.log_std) - mb["logprobs"]
-            ratio = logratio.exp()
-            newvalue = agent.critic(mb["x"]).squeeze(-1)
-
-            advantages = mb["advantages"]
-            if args.norm_adv:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            pg_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-
-            v_loss = (newvalue - mb["returns"]).square()
-            if args.clip_vloss:
-                change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
-                v_loss = torch.max(v_loss, (mb["values"] + change - mb["returns"]).square())
-            v_loss = v_loss.mean()
-
-            entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
-            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-            optimizer.zero_grad(set_to_none=False)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            stats.append(torch.stack([pg_loss, v_loss, entropy, grad_norm]).detach())
-            logratios.append(logratio.detach())
-        logratio = torch.cat(logratios)
-        ratio = logratio.exp()
-        old_kl, kl = -logratio.mean(), (ratio - 1 - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        stats = torch.stack([*torch.stack(stats).mean(0), old_kl, kl, clipfrac]).tolist()  # waits for the device
-        if stats[5] > args.target_kl and args.lr_schedule != "kl":
+        grad_norms.clear()
+        order = torch.randperm(len(batch["x"]), device=batch["x"].device).view(-1, args.minibatch_size)
+        for worker, its_task in zip(workers, other_tasks):
+            worker.tell("learn", args, order, its_task)
+        stats = learn(agent, args, batch, order, task, step, frames)
+        stats = sum([worker.answer() for worker in workers], stats)
+        stats = torch.cat([stats, torch.stack(grad_norms).mean(0, keepdim=True)]).tolist()  # waits for the device
+        if stats[4] > args.target_kl and args.lr_schedule != "kl":
             break
-    names = ("policy_loss", "value_loss", "entropy", "grad_norm", "old_approx_kl", "approx_kl", "clipfrac")
+    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
     return dict(zip(names, stats)) | {"epochs": epoch}
 
 
-@torch.no_grad()
-def evaluate(agent, args, episodes):
-    """Deterministic episodes on the evaluation terrain, up to 100 at a time.
+def share(number, rank, size):
+    """The slice of `number` things that process `rank` of `size` has."""
+    return slice(number * rank // size, number * (rank + 1) // size)
 
-    Returns a dict of means over the episodes and standard deviations. Every environment's first episode
-    counts, and no other, so that short ones are not favoured.
+
+class Runner:
+    """A process's share of the environments, and the observations to go on from."""
+
+    def __init__(self, args, agent, storage, rank, state=None):
+        """`state`: what `run` returned, to go on from there."""
+        part = share(args.num_envs, rank, num_processes(args))
+        self.args, self.agent = args, agent
+        self.storage = {name: value[:, part] for name, value in storage.items()}
+        self.envs = make_envs(args, part.stop - part.start, args.terrain_seed, num_processes(args))
+        if state is None:
+            obs, _ = self.envs.reset(seed=args.seed + part.start)
+            nothing = torch.zeros(self.envs.num_envs, agent.num_depth, device=agent.log_std.device)
+            self.proprio, self.depth = proprioception(obs, agent), depth_features(obs, self.envs, agent, nothing)
+        else:
+            self.envs.set_state(state["envs"])
+            self.proprio, self.depth = (state[key].to(agent.log_std.device) for key in ("proprio", "depth"))
+
+    def run(self):
+        """One rollout into the storage. Returns ended episodes (return, length, step), state, frames and seconds."""
+        episodes, rendered = [], self.envs.render_seconds
+        self.proprio, self.depth, frames, simulating, rolling = rollout(
+            self.envs, self.agent, self.args, self.proprio, self.depth, self.storage, episodes
+        )
+        rendering = self.envs.render_seconds - rendered
+        state = {"envs": self.envs.get_state(), "proprio": self.proprio, "depth": self.depth}
+        return episodes, state, frames, (simulating - rendering, rendering, rolling - simulating)
+
+
+def num_processes(args):
+    """Processes of a run: a GPU has one, and so has an encoder that is trained."""
+    alone = args.cuda or (args.cameras and not args.freeze_encoder)
+    return 1 if alone else min(args.num_processes, args.num_envs)
+
+
+class Worker:
+    """One of the further processes. Networks, storage and gradients are in shared memory, orders go through a pipe."""
+
+    def __init__(self, args, agent, storage, grad, rank, state=None):
+        context = mp.get_context("spawn")
+        self.grad = torch.zeros_like(grad).share_memory_()
+        self.pipe, pipe = context.Pipe()
+        given = rank, args, agent, storage, self.grad, pickle.dumps(state), pipe
+        self.process = context.Process(target=work, args=given, daemon=True)
+        self.process.start()
+        pipe.close()
+
+    def tell(self, *order):
+        self.pipe.send_bytes(pickle.dumps(order))
+
+    def wait(self):
+        return self.pipe.recv_bytes()
+
+    def answer(self):
+        return pickle.loads(self.wait())
+
+    def go_on(self):
+        self.pipe.send_bytes(b"")
+
+    def close(self):
+        self.pipe.close()  # at which it ends
+        self.process.join()
+
+
+def work(rank, args, agent, storage, grad, state, pipe):
+    """What a further process does: rollouts in its environments, and gradients of its parts of minibatches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the first process ends it
+    torch.set_num_threads(args.torch_threads)
+    for p in agent.parameters():
+        if p.requires_grad:  # a view of the flat tensor; its gradient is the same view of ours
+            p.grad = grad.as_strided(p.size(), p.stride(), p.storage_offset())
+    runner = Runner(args, agent, storage, rank, pickle.loads(state))
+    batch = samples(storage)
+
+    def step():
+        pipe.send_bytes(b"")
+        pipe.recv_bytes()
+        grad.zero_()
+
+    try:
+        pipe.send_bytes(b"")  # ready
+        gc.freeze()
+        while True:
+            order, *given = pickle.loads(pipe.recv_bytes())
+            if order == "run":
+                answer = runner.run()
+            elif order == "learn":
+                answer = learn(agent, given[0], batch, *given[1:], step)
+            else:
+                answer = play(agent, args, *given)
+            pipe.send_bytes(pickle.dumps(answer))
+    except (EOFError, ConnectionError):  # the first process is gone
+        pass
+
+
+@torch.no_grad()
+def play(agent, args, episodes, num_processes):
+    """Deterministic episodes, a range of numbers, on the evaluation terrain, up to 100 at a time.
+
+    Returns a list of (return, length, whether it fell). Every environment's first episode counts, and no other, so
+    that short ones are not favoured.
     """
-    envs = make_envs(args, min(episodes, 100), args.eval_terrain_seed)
+    envs = make_envs(args, min(len(episodes), 100), args.eval_terrain_seed, num_processes)
     depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
-    returns, lengths, falls = [], [], []
-    for round_ in range(-(-episodes // envs.num_envs)):
-        obs, _ = envs.reset(seed=1_000_000 + round_ * envs.num_envs)
-        running = np.ones(envs.num_envs, bool)
-        running[episodes - round_ * envs.num_envs :] = False
+    results = []
+    for start in range(episodes.start, episodes.stop, envs.num_envs):
+        obs, _ = envs.reset(seed=1_000_000 + start)
+        running = np.arange(start, start + envs.num_envs) < episodes.stop
         while running.any():
             depth = depth_features(obs, envs, agent, depth)
             features = agent.features(proprioception(obs, agent), depth)
             obs, _, terminations, truncations, infos = envs.step(agent.actor(features).cpu().numpy())
             ended = (terminations | truncations) & running
             if ended.any():
-                returns += infos["episode"]["r"][ended].tolist()
-                lengths += infos["episode"]["l"][ended].tolist()
-                falls += terminations[ended].tolist()
+                columns = infos["episode"]["r"], infos["episode"]["l"], terminations
+                results += zip(*(column[ended].tolist() for column in columns))
                 running &= ~ended
     envs.close()
+    return results
+
+
+def evaluate(agent, args, episodes, workers=()):
+    """Deterministic episodes on the evaluation terrain: a dict of means and standard deviations over them."""
+    size = min(1 + len(workers), episodes)
+    parts = [range(episodes)[share(episodes, rank, size)] for rank in range(size)]
+    workers = workers[: size - 1]
+    for worker, part in zip(workers, parts[1:]):
+        worker.tell("play", part, size)
+    results = play(agent, args, parts[0], size)
+    for worker in workers:
+        results += worker.answer()
+    returns, lengths, falls = np.array(results).T
     return {
-        "episodic_return": float(np.mean(returns)),
-        "episodic_return_std": float(np.std(returns)),
-        "episodic_length": float(np.mean(lengths)),
-        "episodic_length_std": float(np.std(lengths)),
-        "falls": float(np.mean(falls)),
-        "episodes": len(returns),
+        "episodic_return": float(returns.mean()),
+        "episodic_return_std": float(returns.std()),
+        "episodic_length": float(lengths.mean()),
+        "episodic_length_std": float(lengths.std()),
+        "falls": float(falls.mean()),
+        "episodes": len(results),
     }
 
 
@@ -580,7 +757,7 @@ def load(path):
     except Exception:  # torch.load raises many kinds on damaged files
         sys.exit(f"error: {path} is damaged or not a checkpoint{offer}")
     missing = [
-        key for key in ("model", "optimizer", "args", "envs") if not isinstance(content, dict) or key not in content
+        key for key in ("model", "optimizer", "args", "runners") if not isinstance(content, dict) or key not in content
     ]
     if missing:
         sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
@@ -599,8 +776,8 @@ def check(args):
         if not good:
             sys.exit(f"error: {message}")
 
-    for name in ("total_timesteps", "torch_threads", "num_envs", "num_steps", "update_epochs", "minibatch_size",
-                 "hidden_size", "pi_layers", "vf_layers", "eval_interval", "eval_episodes",
+    for name in ("total_timesteps", "num_processes", "torch_threads", "num_envs", "num_steps", "update_epochs",
+                 "minibatch_size", "hidden_size", "pi_layers", "vf_layers", "eval_interval", "eval_episodes",
                  "final_eval_episodes"):  # fmt: skip
         value = getattr(args, name)
         need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
@@ -690,10 +867,19 @@ def train(args):
     parameters = flatten([p for p in agent.parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW([parameters], lr=1.0, eps=1e-5, weight_decay=args.weight_decay, fused=True)
 
-    envs = make_envs(args, args.num_envs, args.terrain_seed)
+    storage, size = make_storage(args, agent), num_processes(args)
+    states = run["runners"] if run else [None] * size
+    try:
+        if size > 1:
+            agent.share_memory()
+            for value in storage.values():
+                value.share_memory_()
+        workers = [Worker(args, agent, storage, parameters.grad, rank, states[rank]) for rank in range(1, size)]
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"error: {size} processes cannot share memory ({error}): give --num-processes 1")
+    batch = samples(storage)
 
     finished = deque(maxlen=100)  # (return, length) of the last episodes
-    depth = torch.zeros(args.num_envs, agent.num_depth, device=device)
     discounted = torch.zeros(args.num_envs, device=device)  # return so far, for --norm-reward
     if run is None:
         run_dir.mkdir(parents=True)
@@ -701,29 +887,29 @@ def train(args):
         (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         learning_rate = args.learning_rate
         first_iteration, global_step, best_return, next_eval, seconds = 1, 0, -np.inf, args.eval_interval, 0.0
-        obs, _ = envs.reset(seed=args.seed)
-        proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
     else:
         try:
             agent.load_state_dict(run["model"])
             optimizer.load_state_dict(run["optimizer"])
         except (RuntimeError, ValueError, KeyError):
             sys.exit(f"error: {path} was written by another version: its networks or optimizer are stored otherwise")
-        envs.set_state(run["envs"])
         first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
         best_return, next_eval = run["best_return"], run["next_eval"]
         finished.extend(run["finished"])
         learning_rate = run["learning_rate"]
-        proprio, depth, discounted = (run[key].to(device) for key in ("proprio", "depth", "discounted"))
+        discounted = run["discounted"].to(device)
         torch.set_rng_state(run["rng"])
         if args.cuda:
             torch.cuda.set_rng_state(run["cuda_rng"])
+    runner = Runner(args, agent, storage, 0, states[0])
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
     if run is None:
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
         print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value != ""))
     print(f"{run_dir}: {num_iterations} iterations of {batch_size} steps; tensorboard --logdir runs")
+    for worker in workers:
+        worker.wait()  # until it is ready
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
     start_time, evaluating = time.perf_counter() - seconds, 0.0
@@ -739,32 +925,38 @@ def train(args):
             learning_rate = scheduled(args.lr_schedule, args.learning_rate, args.lr_end, progress_remaining)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        episodes, render_before = [], envs.render_seconds
-        batch, proprio, depth, simulating, rolling = rollout(envs, agent, args, proprio, depth, episodes)
-        rendering = envs.render_seconds - render_before
+        storage["noise"].normal_()
+        for worker in workers:
+            worker.tell("run")
+        episodes, state, frames, (simulating, rendering, inferring) = runner.run()
+        states = [state]
+        for worker in workers:
+            its_episodes, state, *_ = worker.answer()
+            episodes += its_episodes
+            states.append(state)
         learn_start = time.perf_counter()
+        rewards = storage["rewards"]
         if args.norm_reward:
-            returns = torch.empty_like(batch["rewards"])
+            returns = torch.empty_like(rewards)
             for t in range(args.num_steps):
-                returns[t] = discounted = discounted * args.gamma + batch["rewards"][t]
-                discounted = discounted * (1 - batch["dones"][t])
+                returns[t] = discounted = discounted * args.gamma + rewards[t]
+                discounted = discounted * (1 - storage["dones"][t])
             agent.update_moments("return", returns.flatten())
-            batch["rewards"] *= torch.rsqrt(agent.return_var + 1e-8)
-        rewards, values, next_values, dones = (batch.pop(k) for k in ("rewards", "values", "next_values", "dones"))
-        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-        batch |= {"advantages": advantages, "values": values, "returns": advantages + values}
-        raw, frames = batch.pop("raw"), batch.pop("frames", None)
-        batch = {key: value.flatten(0, 1) for key, value in batch.items()}
-        explained = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-        losses = update(agent, optimizer, now, batch, frames)
+            rewards *= torch.rsqrt(agent.return_var + 1e-8)
+        values = storage["values"]
+        advantages = gae(rewards, values, storage["next_values"], storage["dones"], args.gamma, args.gae_lambda)
+        storage["advantages"].copy_(advantages)
+        returns = torch.add(advantages, values, out=storage["returns"])
+        explained = 1 - (returns - values).var() / returns.var()
+        losses = update(agent, optimizer, now, batch, frames, workers)
         if not all(map(np.isfinite, losses.values())):
             sys.exit(f"error: the losses after step {global_step} are not finite: lower --learning-rate or "
                      f"--max-grad-norm; {run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
         if args.norm_obs:
-            agent.update_moments("obs", raw.flatten(0, 1))
+            agent.update_moments("obs", storage["raw"].flatten(0, 1))
         learning = time.perf_counter() - learn_start
 
-        for episodic_return, length, step in episodes:
+        for episodic_return, length, step in sorted(episodes, key=lambda episode: episode[2]):
             at = global_step + (step + 1) * args.num_envs
             writer.add_scalar("charts/episodic_return", episodic_return, at)
             writer.add_scalar("charts/episodic_length", length, at)
@@ -779,10 +971,10 @@ def train(args):
             "charts/ent_coef": now.ent_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/SPS": global_step / seconds,
-            "SPS/simulate": batch_size / (simulating - rendering),
-            "SPS/infer": batch_size / (rolling - simulating),
+            "SPS/simulate": batch_size / simulating,
+            "SPS/infer": batch_size / inferring,
             "SPS/learn": batch_size / learning,
-            "charts/physics_errors": envs.physics_errors.sum(),
+            "charts/physics_errors": sum(state["envs"]["physics_errors"].sum() for state in states),
         }
         if args.cameras:
             scalars["SPS/render"] = batch_size / rendering
@@ -792,7 +984,7 @@ def train(args):
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds / iteration * (num_iterations - iteration)))
-        parts = [simulating - rendering, rendering, rolling - simulating, learning]
+        parts = [simulating, rendering, inferring, learning]
         shares = "/".join(f"{100 * part / sum(parts):.0f}" for part in parts)
         bar = "#" * (20 * iteration // num_iterations)
         line = (f"[{bar:<20}] {global_step:,} steps, {global_step / seconds:,.0f} SPS, {left} left, return "
@@ -808,15 +1000,14 @@ def train(args):
         policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
         if global_step >= next_eval:
             next_eval += args.eval_interval
-            result = evaluate(agent, args, args.eval_episodes)
+            result = evaluate(agent, args, args.eval_episodes, workers)
             report(f"evaluation at {global_step:,} steps", result, writer, global_step)
             if result["episodic_return"] > best_return:
                 best_return = result["episodic_return"]
                 save(run_dir / "best.pt", policy | {"eval": result})
         checkpoint = policy | dict(
             optimizer=optimizer.state_dict(), iteration=iteration, best_return=best_return, next_eval=next_eval,
-            seconds=seconds, finished=list(finished), proprio=proprio, depth=depth, discounted=discounted,
-            envs=envs.get_state(), rng=torch.get_rng_state(),
+            seconds=seconds, finished=list(finished), discounted=discounted, runners=states, rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if args.cuda else None,
             learning_rate=learning_rate,
         )  # fmt: skip
@@ -825,14 +1016,14 @@ def train(args):
         save(run_dir / "last.pt", checkpoint)
         evaluating += time.perf_counter() - eval_start
 
-    envs.close()
-    result = evaluate(agent, args, args.final_eval_episodes)
+    runner.envs.close()
+    result = evaluate(agent, args, args.final_eval_episodes, workers)
     report("final policy", result, writer, global_step)
     best_result = {"episodic_return": -np.inf}
     if best_return > -np.inf:
         best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
         agent.load_state_dict(best["model"])
-        best_result = evaluate(agent, args, args.final_eval_episodes)
+        best_result = evaluate(agent, args, args.final_eval_episodes, workers)
         report(f"policy of {best['global_step']:,} steps, the best evaluated on the way", best_result)
     if result["episodic_return"] > best_result["episodic_return"]:
         best_result = result
@@ -842,6 +1033,8 @@ def train(args):
     print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: "
           f"return > {TARGET_RETURN} {'reached' if reached[0] else 'missed'}, "
           f"length > {TARGET_LENGTH} {'reached' if reached[1] else 'missed'} ({run_dir}/best.pt)")  # fmt: skip
+    for worker in workers:
+        worker.close()
     writer.close()
     gc.unfreeze()
     return run_dir
@@ -862,5 +1055,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
     try:
         train(arguments)
+    except (EOFError, ConnectionError):  # said by a pipe
+        sys.exit(f"{CLEAR_LINE}error: a process of this run was killed, or has ended for what it says above; to go on: "
+                 f"python {sys.argv[0]} --resume runs/{arguments.run_name}")  # fmt: skip
     except KeyboardInterrupt:
         sys.exit(f"{CLEAR_LINE}stopped; to go on: python {sys.argv[0]} --resume runs/{arguments.run_name}")

@@ -1,8 +1,8 @@
 """How fast, and against what: `python -m ballbot_utils.benchmark --output speed.png`.
 
 For each number of environments and threads, in steps per second: MuJoCo alone, the environment without and with
-cameras, rollouts (with the policy's inference), and the whole of training, all with the defaults of
-ppo_ballbot.py; then Stable-Baselines3's PPO with the same network and hyperparameters on the single
+cameras, rollouts (with the policy's inference), and the whole of training, the last two in as many processes, all with
+the defaults of ppo_ballbot.py; then Stable-Baselines3's PPO with the same network and hyperparameters on the single
 environment. Every measurement has a process of its own. All are repeated in turn, so that what the machine does
 meanwhile falls on all of them and shows as spread: medians, with lowest and highest in brackets. Writes a
 table, the raw figures as JSON and a plot.
@@ -33,7 +33,7 @@ import ppo_ballbot
 
 MINIBATCH = ppo_ballbot.Args.minibatch_size
 STAGES = {  # what is measured: the process that does it
-    "physics": "steps", "env": "steps", "env, cameras": "steps", "rollout": "steps", "training": "training",
+    "physics": "steps", "env": "steps", "env, cameras": "steps", "rollout": "training", "training": "training",
     "training, no cameras": "training, no cameras",
 }  # fmt: skip
 SB3 = ("SB3 DummyVecEnv", "SB3 SubprocVecEnv")
@@ -46,11 +46,11 @@ class Args:
     num_envs: tuple[int, ...] = (1, 10, 64, 256, 1024)
     """numbers of environments"""
     threads: tuple[int, ...] = (1, 2)
-    """numbers of threads of the physics"""
+    """numbers of threads of physics and env; rollouts and training have as many processes"""
     repeats: int = 3
     """rounds; each measures everything once"""
     seconds: float = 1.0
-    """time for each of physics, env and rollout"""
+    """time for each of physics and env"""
     train_steps: int = 20_480
     """steps of each training, two iterations"""
     sb3_envs: int = 10
@@ -109,9 +109,9 @@ def iteration(num_envs, steps):
 
 
 def measure_steps(num_envs, threads, seconds):
-    """Steps per second of physics, env, env with cameras, and rollout."""
+    """Steps per second of physics, env, and env with cameras."""
     result = {}
-    args = ppo_ballbot.Args(num_envs=num_envs, num_threads=threads, num_steps=max(6, 600 // num_envs))
+    args = ppo_ballbot.Args(num_threads=threads)
     rng = np.random.default_rng(0)
     actions = rng.normal(0, 0.3, (100, num_envs, 3)).astype(np.float32)
     for cameras in (False, True):
@@ -135,31 +135,28 @@ def measure_steps(num_envs, threads, seconds):
                 envs.step(action)
 
         result["env, cameras" if cameras else "env"] = rate(step, len(actions) * num_envs, seconds)
-
-    agent = ppo_ballbot.Agent(args)
-    agent.encoder.requires_grad_(False)
-    obs, _ = envs.reset(seed=0)
-    state = [ppo_ballbot.proprioception(obs, agent), torch.zeros(num_envs, agent.num_depth)]
-
-    def rollout():
-        _, *state[:], _, _ = ppo_ballbot.rollout(envs, agent, args, *state, [])
-
-    result["rollout"] = rate(rollout, args.num_steps * num_envs, seconds)
     return result
 
 
-def measure_training(num_envs, threads, cameras, steps):
-    """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out)."""
+def measure_training(num_envs, processes, cameras, steps):
+    """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out).
+
+    With cameras also those of its rollouts, which is all but learning.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     num_steps, minibatch_size = iteration(num_envs, steps)
     args = ppo_ballbot.Args(
-        num_envs=num_envs, num_threads=threads, cameras=cameras, num_steps=num_steps, minibatch_size=minibatch_size,
-        total_timesteps=2 * num_steps * num_envs, final_eval_episodes=1,
+        num_envs=num_envs, num_processes=processes, num_threads=1, cameras=cameras, num_steps=num_steps,
+        minibatch_size=minibatch_size, total_timesteps=2 * num_steps * num_envs, final_eval_episodes=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         log = EventAccumulator(str(ppo_ballbot.train(args))).Reload()
-    return {"training" if cameras else "training, no cameras": log.Scalars("charts/SPS")[-1].value}
+    training = log.Scalars("charts/SPS")[-1].value
+    if not cameras:
+        return {"training, no cameras": training}
+    learning = statistics.harmonic_mean([event.value for event in log.Scalars("SPS/learn")])
+    return {"rollout": 1 / (1 / training - 1 / learning), "training": training}
 
 
 def measure_sb3(kind, num_envs, steps):
@@ -213,7 +210,7 @@ def measure(process, num_envs, threads, args):
         else:
             result = measure_training(num_envs, threads, process == "training", args.train_steps)
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    children = num_envs if "Subproc" in process else 0
+    children = num_envs if "Subproc" in process else min(threads, num_envs) - 1 if "training" in process else 0
     return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
 
 

@@ -17,9 +17,9 @@ from ballbot_utils import diagnose
 
 # Learns, as far as 8 iterations go; each run below breaks one thing.
 HEALTHY = dict(
-    num_threads=1, cameras=False, terrain="flat", num_envs=32, num_steps=128, minibatch_size=1024, hidden_size=32,
-    pi_layers=2, vf_layers=2, total_timesteps=32_768, learning_rate=1e-3, clip_coef=0.2, norm_adv=True, norm_obs=True,
-    init_log_std=-0.5, eval_interval=10**9, final_eval_episodes=1,
+    num_processes=1, num_threads=1, cameras=False, terrain="flat", num_envs=32, num_steps=128, minibatch_size=1024,
+    hidden_size=32, pi_layers=2, vf_layers=2, total_timesteps=32_768, learning_rate=1e-3, clip_coef=0.2, norm_adv=True,
+    norm_obs=True, init_log_std=-0.5, eval_interval=10**9, final_eval_episodes=1,
 )  # fmt: skip
 BROKEN = {
     "unstable": dict(learning_rate=0.3, clip_coef=10.0, target_kl=1e9, max_grad_norm=100.0),
@@ -35,7 +35,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-def train_on_gentle_hills(args, num_envs, terrain_seed):
+def train_on_gentle_hills(args, num_envs, terrain_seed, num_processes):
     """Environments whose evaluation terrain is so much steeper that nothing learnt in training helps there."""
     amplitude = 0.02 if terrain_seed == args.terrain_seed else 2.0
     return gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain_seed=terrain_seed, terrain_amplitude=amplitude,

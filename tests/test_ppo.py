@@ -20,7 +20,7 @@ import ppo_ballbot as ppo
 REPOSITORY = Path(ppo.__file__).resolve().parent
 
 SMALL = ppo.Args(
-    num_threads=1, num_envs=4, num_steps=64, minibatch_size=64, total_timesteps=512, eval_interval=256,
+    num_processes=1, num_threads=1, num_envs=4, num_steps=64, minibatch_size=64, total_timesteps=512, eval_interval=256,
     eval_episodes=2, final_eval_episodes=3, run_name="run",
 )  # fmt: skip
 
@@ -77,7 +77,8 @@ def test_truncation_bootstraps_and_termination_does_not():
     agent.critic.weight.data = torch.eye(15)[6:7]
     envs, episodes = ScriptedEnvs(), []
     proprio = ppo.proprioception(envs.observation(0), agent)
-    batch, *_ = ppo.rollout(envs, agent, args, proprio, torch.zeros(2, 0), episodes)
+    batch = ppo.make_storage(args, agent)
+    ppo.rollout(envs, agent, args, proprio, torch.zeros(2, 0), batch, episodes)
     assert batch["values"].tolist() == [[0, 0], [1, 1], [0, 0]]
     # Step 1 leads to vel 100 before the reset: worth nothing where terminated, 100 where truncated.
     assert batch["next_values"].tolist() == pytest.approx(np.array([[1, 1], [0, 100], [3, 3]]), rel=1e-5)
@@ -192,10 +193,10 @@ def test_end_to_end_update_starts_from_the_features_of_the_rollout():
     envs, agent = ppo.make_envs(args, 4, 0), ppo.Agent(args)
     obs, _ = envs.reset(seed=0)
     depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40))
-    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, [])
-    frames = batch.pop("frames")
-    batch = {key: value.flatten(0, 1) for key, value in batch.items() if key not in ("raw", "next_values", "dones")}
-    batch |= {"advantages": torch.randn(64), "returns": batch["values"]}
+    storage = ppo.make_storage(args, agent)
+    storage["noise"].normal_()
+    _, _, frames, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, storage, [])
+    batch = ppo.samples(storage) | {"advantages": torch.randn(64)}
     losses = ppo.update(agent, torch.optim.AdamW(agent.parameters(), lr=1e-4), args, batch, frames)
     assert losses["approx_kl"] == pytest.approx(0, abs=1e-6)
 
@@ -213,6 +214,42 @@ def test_held_frames_keep_their_features():
         seen = torch.from_numpy(np.concatenate([obs["depth_0"], obs["depth_1"]], 1))
         with torch.no_grad():
             assert torch.allclose(depth, agent.encode(seen), atol=1e-6)
+
+
+def random_batch(agent, samples):
+    """A batch for `learn` of the given size, some ratios of which are clipped."""
+    x, actions = torch.randn(samples, 15), torch.randn(samples, 3)
+    with torch.no_grad():
+        logprobs = ppo.log_prob(actions, agent.actor(x), agent.log_std) + 0.3 * torch.randn(samples)
+    parts = {key: torch.randn(samples) for key in ("advantages", "values", "returns")}
+    return dict(x=x, actions=actions, logprobs=logprobs) | parts
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 6, 16])
+def test_tasks_of_all_processes_add_up_to_the_whole(processes):
+    """Gradients and statistics; with two processes not even the rounding differs."""
+    args = replace(SMALL, cameras=False, minibatch_size=1024, clip_coef=0.2, norm_adv=True, clip_vloss=True)
+    torch.manual_seed(0)
+    agent = ppo.Agent(args)
+    batch, order = random_batch(agent, 2048), torch.randperm(2048).view(2, 1024)
+    parts = ppo.tasks(1024, processes)
+    assert len(parts) == {2: 2, 3: 2, 4: 4, 6: 6, 16: 8}[processes]  # none has fewer than 256 samples
+    flat = ppo.flatten(list(agent.parameters()))
+
+    def learnt(tasks):
+        gradients = []  # of each task and minibatch
+
+        def step():
+            gradients.append(flat.grad.clone())
+            flat.grad.zero_()
+
+        statistics = sum(ppo.learn(agent, args, batch, order, task, step) for task in tasks)
+        return torch.stack(gradients).view(len(tasks), 2, -1).sum(0), statistics
+
+    whole, added = learnt(ppo.tasks(1024, 1)), learnt(parts)
+    assert whole[0].abs().mean() > 1e-4 and whole[1][5] > 0.1  # ratios are clipped
+    for a, b in zip(whole, added):
+        assert torch.equal(a, b) if len(parts) == 2 else torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("freeze_encoder", [True, False])
@@ -235,15 +272,14 @@ def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     obs, _ = envs.reset(seed=0)
     assert obs["depth_0"].device.type == "meta"
     depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40, device="meta"))
-    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, [])
+    storage = ppo.make_storage(args, agent)
+    storage["noise"].normal_()
+    _, _, frames, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, storage, [])
     assert left == [(4, 3)] * 8  # actions
-    rewards, values, next_values, dones = (batch.pop(k) for k in ("rewards", "values", "next_values", "dones"))
-    advantages = ppo.gae(rewards, values, next_values, dones, 0.9, 0.9)
-    batch |= {"advantages": advantages, "values": values, "returns": advantages + values}
-    agent.update_moments("obs", batch.pop("raw").flatten(0, 1))
-    frames = batch.pop("frames", None)
+    storage["advantages"].copy_(ppo.gae(*(storage[k] for k in ("rewards", "values", "next_values", "dones")), 0.9, 0.9))
+    agent.update_moments("obs", storage["raw"].flatten(0, 1))
     left.clear()
-    ppo.update(agent, optimizer, args, {key: value.flatten(0, 1) for key, value in batch.items()}, frames)
+    ppo.update(agent, optimizer, args, ppo.samples(storage), frames)
     assert left == [(7,)] * args.update_epochs  # statistics of an epoch
 
 
@@ -259,6 +295,22 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
     assert not torch.allclose(weights[0], weights[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("cameras, processes", [(True, 2), (False, 4)])
+def test_the_number_of_processes_changes_no_more_than_rounding(cameras, processes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SMALL, cameras=cameras, norm_obs=True, num_steps=200, minibatch_size=200, total_timesteps=1600,
+                   eval_interval=2000, final_eval_episodes=1)  # fmt: skip
+    one, many = (
+        torch.load(ppo.train(replace(args, num_processes=n, run_name=str(n))) / "last.pt", weights_only=True)
+        for n in (1, processes)
+    )
+    assert len(one["runners"]) == 1 and len(many["runners"]) == processes
+    lengths = [[length for _, length in run["finished"]] for run in (one, many)]
+    assert lengths[0] == lengths[1] and lengths[0]
+    for key, value in one["model"].items():
+        assert torch.allclose(value, many["model"][key], rtol=0, atol=5e-4), key  # other seeds: 0.1 to 0.8
 
 
 def test_it_learns(tmp_path, monkeypatch):
@@ -280,6 +332,7 @@ def test_it_learns(tmp_path, monkeypatch):
     [
         ({"minibatch_size": 100}, "nearest that do are 64 and 128"),
         ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
+        ({"num_processes": 0}, "--num-processes is 0: give 1 or more"),
         ({"total_timesteps": 100}, "give at least --num-envs * --num-steps = 256"),
         ({"terrain": "hills"}, "--terrain is hills: give perlin or flat"),
         ({"learning_rate": -2.0}, "give -1 for the schedule"),

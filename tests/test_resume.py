@@ -87,16 +87,44 @@ def test_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
     assert_same_end(run, uninterrupted)
 
 
+def children(process):
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+
+
+def running(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("victim", ["first", "worker"])
+def test_no_process_outlives_another(victim, tmp_path):
+    process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    (worker,) = children(process)
+    os.kill(process.pid if victim == "first" else worker, signal.SIGKILL)
+    error = process.communicate(timeout=30)[1].decode()  # the worker has these pipes too
+    while running(worker):
+        time.sleep(0.01)
+    if victim == "worker":
+        assert process.returncode == 1
+        assert error.strip().splitlines()[-1].endswith("--resume runs/run") and "Traceback" not in error
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_go_on(number, tmp_path):
     def disposition():  # with nohup and &, SIGINT is ignored: SIGTERM has to work all the same
         signal.signal(signal.SIGINT, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)
 
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=disposition)  # fmt: skip
+                               preexec_fn=disposition, start_new_session=True)  # fmt: skip
     while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches all of the run's processes
     error = process.communicate()[1].decode()
     assert process.returncode == 1
     assert error.strip().splitlines()[-1].endswith("--resume runs/run")

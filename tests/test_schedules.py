@@ -13,7 +13,7 @@ import ppo_ballbot as plain
 import ppo_ballbot_schedules as schedules
 
 SMALL = dict(
-    num_threads=1, cameras=False, num_envs=4, num_steps=32, minibatch_size=64, total_timesteps=1280,
+    num_processes=1, num_threads=1, cameras=False, num_envs=4, num_steps=32, minibatch_size=64, total_timesteps=1280,
     final_eval_episodes=2,
 )  # fmt: skip
 CONSTANT = dict(clip_schedule="constant", ent_schedule="constant")
