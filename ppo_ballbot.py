@@ -57,9 +57,10 @@ class Args:
     cuda: bool = False
     """render and run networks on the GPU; the physics stays on the CPU"""
     num_processes: int = 2
-    """processes that share environments and large minibatches; results depend on it by rounding. With --cuda, 1"""
+    """processes that share environments, learning and evaluations, up to one per core; results depend on it by no
+    more than rounding. With --cuda or --no-freeze-encoder there is one"""
     num_threads: int = 0
-    """CPU threads of physics and renderer in each process, 0: the cores' share; results do not depend on it"""
+    """CPU threads of physics and renderer in each process, 0: its share of the cores; results do not depend on it"""
     torch_threads: int = 1
     """CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine"""
 
@@ -596,7 +597,7 @@ def num_processes(args):
 class Worker:
     """One of the further processes. Networks, storage and gradients are in shared memory, orders go through a pipe."""
 
-    def __init__(self, args, agent, storage, grad, rank, state=None):
+    def __init__(self, args, agent, storage, grad, rank, state):
         context = mp.get_context("spawn")
         self.grad = torch.zeros_like(grad).share_memory_()
         self.pipe, pipe = context.Pipe()
@@ -623,7 +624,7 @@ class Worker:
 
 
 def work(rank, args, agent, storage, grad, state, pipe):
-    """What a further process does: rollouts in its environments, and gradients of its parts of minibatches."""
+    """What a further process does: rollouts in its environments, its tasks of minibatches, its part of evaluations."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the first process ends it
     torch.set_num_threads(args.torch_threads)
     for p in agent.parameters():
@@ -733,9 +734,7 @@ def load(path):
         sys.exit(f"error: {path} is missing{offer}")
     except Exception:  # torch.load raises many kinds on damaged files
         sys.exit(f"error: {path} is damaged or not a checkpoint{offer}")
-    missing = [
-        key for key in ("model", "optimizer", "args", "runners") if not isinstance(content, dict) or key not in content
-    ]
+    missing = [key for key in ("model", "optimizer", "args") if not isinstance(content, dict) or key not in content]
     if missing:
         sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
     fields, given = set(vars(Args())), set(content["args"])
