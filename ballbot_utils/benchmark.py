@@ -4,8 +4,9 @@ For each number of environments and threads, in steps per second: MuJoCo alone, 
 cameras, rollouts (with the policy's inference), and the whole of training, the last two in as many processes, all with
 the defaults of ppo_ballbot.py; then Stable-Baselines3's PPO with the same network and hyperparameters on the single
 environment. Every measurement has a process of its own. All are repeated in turn, so that what the machine does
-meanwhile falls on all of them and shows as spread: medians, with lowest and highest in brackets. Writes a
-table, the raw figures as JSON and a plot.
+meanwhile falls on all of them and shows as spread: medians, with lowest and highest in brackets. A second table
+has what no program on MuJoCo and PyTorch could do without, and the speed that this allows. Writes the tables, the raw
+figures as JSON and a plot.
 """
 
 import contextlib
@@ -36,9 +37,11 @@ STAGES = {  # what is measured: the process that does it
     "physics": "steps", "env": "steps", "env, cameras": "steps", "rollout": "training", "training": "training",
     "training, no cameras": "training, no cameras",
 }  # fmt: skip
+FLOOR = ("MuJoCo", "height look-ups", "convolutions", "matrix products")  # parts that no Python is in
 SB3 = ("SB3 DummyVecEnv", "SB3 SubprocVecEnv")
 TARGETS = {(10, "training"): 10_000, (10, "training, no cameras"): 20_000, (256, "training"): 15_000}  # steps/s
 UPRIGHT = 100  # steps that the robot stands by itself once it has settled
+FALL = 250  # steps that it takes to fall, or nearly, when it is driven by noise
 
 
 @dataclass
@@ -138,6 +141,61 @@ def measure_steps(num_envs, threads, seconds):
     return result
 
 
+def measure_floor(num_envs, seconds):
+    """Steps per second of one core that does nothing but one of the parts of training that no Python is in.
+
+    MuJoCo steps robots from the start until they fall, under the noise of an untrained policy. The rest are the
+    largest operations of rendering, encoding and updating, with the shapes that the defaults give them.
+    """
+    args = ppo_ballbot.Args(num_threads=1)
+    envs = ppo_ballbot.make_envs(args, num_envs, 0)
+    envs.reset(seed=0)
+    batch, start = envs._batch, envs._batch.state.copy()
+    controls = batch.bind("ctrl")[:, :3]
+    limit = ballbot_env.MAX_TORQUE
+    torques = np.random.default_rng(0).normal(0, limit, (FALL, num_envs, 3)).clip(-limit, limit)
+
+    def physics():
+        batch.state[:] = start
+        for torque in torques:
+            controls[:] = torque
+            batch.step()
+
+    renderer, images = envs._renderer, 2 * min(num_envs, envs._renderer.chunk)
+    sides = [64] * renderer.fine_steps + [len(renderer._coarse_pixels)] * renderer.coarse_steps
+    # Where the images of robots at random places look: some metre across
+    places = torch.rand(2, images, 1, 1) - 0.5
+    grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]
+
+    def lookups():
+        for grid in grids:
+            renderer._lookup(grid)
+
+    first, second = (layer for layer in ppo_ballbot.Agent(args).encoder.layers if isinstance(layer, torch.nn.Conv2d))
+    frames = torch.rand(2 * min(num_envs, 16), 1, 64, 64)
+
+    def convolutions():
+        second(first(frames))
+
+    agent = ppo_ballbot.Agent(args)
+    weights = [p.detach() for net in (agent.actor, agent.critic) for p in net.parameters() if p.dim() == 2]
+    sizes = [(torch.rand(MINIBATCH, len(weight)), weight, torch.rand(MINIBATCH, weight.shape[1])) for weight in weights]
+
+    def products():
+        for x, weight, grad in sizes:
+            x @ weight, grad @ weight.T, x.T @ grad
+
+    per_frames = envs._frame_interval / 2  # steps for each image
+    parts = {
+        "MuJoCo": (physics, FALL * num_envs),
+        "height look-ups": (lookups, images * per_frames),
+        "convolutions": (convolutions, len(frames) * per_frames),
+        "matrix products": (products, MINIBATCH / args.update_epochs),
+    }
+    with torch.no_grad():
+        return {name: rate(function, steps, seconds) for name, (function, steps) in parts.items()}
+
+
 def measure_training(num_envs, processes, cameras, steps):
     """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out).
 
@@ -205,6 +263,8 @@ def measure(process, num_envs, threads, args):
     with contextlib.redirect_stdout(io.StringIO()):
         if process == "steps":
             result = measure_steps(num_envs, threads, args.seconds)
+        elif process == "floor":
+            result = measure_floor(num_envs, args.seconds)
         elif process in SB3:
             result = measure_sb3(process, num_envs, args.sb3_steps)
         else:
@@ -218,6 +278,7 @@ def run(args):
     """All measurements: a list of {stage, num_envs, threads, round, steps_per_second, memory}."""
     setups = [(process, n, threads) for n in args.num_envs for threads in args.threads
               for process in dict.fromkeys(STAGES.values())]  # fmt: skip
+    setups += [("floor", n, 1) for n in args.num_envs]
     setups += [(process, args.sb3_envs, 1) for process in SB3 if args.sb3_envs]
     records, started, total = [], time.perf_counter(), len(setups) * args.repeats
     context = multiprocessing.get_context("spawn")
@@ -267,6 +328,17 @@ def table(records, args):
             ratio = spread([a / b for a, b in zip(ours, theirs)], 1) if ours else ""
             memory = max(select(records, stage, args.sb3_envs, 1, "memory"))
             lines.append(f"| {stage} | {args.sb3_envs} | {spread(theirs)} | {ratio} | {memory:,.0f} |")
+    cores = max(args.threads)
+    lines += ["", "What a step costs one core at least, in µs, with MuJoCo's and PyTorch's own routines and nothing "
+              f"between them, and the steps/s of {cores} cores if that were all:", "",
+              "| envs | " + " | ".join(FLOOR) + " | sum | at most | at most, no cameras |",
+              "| --- " * (len(FLOOR) + 4) + "|"]  # fmt: skip
+    for n in args.num_envs:
+        costs = [[1e6 / speed for speed in select(records, part, n, 1)] for part in FLOOR]
+        sums = [list(map(sum, zip(*parts))) for parts in (costs, (costs[0], costs[-1]))]
+        most = [[cores * 1e6 / value for value in values] for values in sums]
+        cells = [spread(values, 1) for values in (*costs, sums[0])] + [spread(values) for values in most]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
     targets = []
     for (n, stage), target in TARGETS.items():
         values = select(records, stage, n, max(args.threads))

@@ -16,10 +16,11 @@ def test_small_run(tmp_path, capsys):
     benchmark.main(args)
     said = capsys.readouterr().out
     content = json.loads((tmp_path / "speed.json").read_text())
-    assert [r["stage"] for r in content["records"]] == list(benchmark.STAGES)
+    assert [r["stage"] for r in content["records"]] == [*benchmark.STAGES, *benchmark.FLOOR]
     speeds = {r["stage"]: r["steps_per_second"] for r in content["records"]}
-    # Each stage contains the one before.
-    assert 0 < speeds["rollout"] < speeds["env"] < speeds["physics"]
+    # Each stage contains the one before, and all of training each part that it cannot do without.
+    assert 0 < speeds["training"] < speeds["rollout"] < speeds["env"] < speeds["physics"]
+    assert all(speeds["training"] < speeds[part] for part in benchmark.FLOOR)
     assert all(100 < r["memory"] < 4000 for r in content["records"])
     assert (tmp_path / "speed.md").read_text() in said
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
@@ -44,6 +45,9 @@ def record(stage, speed, num_envs=10, threads=2, round_=1):
     return dict(stage=stage, num_envs=num_envs, threads=threads, round=round_, steps_per_second=speed, memory=500.4)
 
 
+FLOOR_SPEEDS = (50_000, 100_000, 20_000, 50_000)
+
+
 def test_table_of_known_figures():
     args = replace(SMALL, num_envs=(10,), threads=(2,), repeats=3, sb3_envs=10)
     speeds = {"physics": 40_000, "training": 10_000, "training, no cameras": 15_000}
@@ -52,6 +56,9 @@ def test_table_of_known_figures():
         for i, factor in enumerate((1, 1.1, 0.9))
         for stage in benchmark.STAGES
     ]
+    records += [
+        record(part, speed, threads=1, round_=i) for i in range(3) for part, speed in zip(benchmark.FLOOR, FLOOR_SPEEDS)
+    ]
     records += [record("SB3 DummyVecEnv", 100, threads=1, round_=i) for i in range(3)]
     records += [record("SB3 SubprocVecEnv", 200 * factor, threads=1) for factor in (1, 1.1, 0.9)]
     lines = benchmark.table(records, args).splitlines()
@@ -59,6 +66,9 @@ def test_table_of_known_figures():
     assert lines[4].endswith("| 0.25 (0.25 to 0.25) | 500 |")
     assert "| SB3 DummyVecEnv | 10 | 100 (100 to 100) | 100.0 (90.0 to 110.0) | 500 |" in lines
     assert "| SB3 SubprocVecEnv | 10 | 200 (180 to 220) | 50.0 (50.0 to 50.0) | 500 |" in lines
+    # 20 + 10 + 50 + 20 = 100 µs on one core; MuJoCo and matrix products alone 40
+    costs = " | ".join(f"{cost:.1f} ({cost:.1f} to {cost:.1f})" for cost in (20, 10, 50, 20, 100))
+    assert f"| 10 | {costs} | 20,000 (20,000 to 20,000) | 50,000 (50,000 to 50,000) |" in lines
     assert "training, 10 envs: 10,000 steps/s reached" in lines
     assert "training, no cameras, 10 envs: 20,000 steps/s missed" in lines
 
