@@ -359,7 +359,7 @@ def make_storage(args, agent):
     return storage
 
 
-def samples(storage):
+def as_batch(storage):
     """What `update` learns from: a dict of (steps * envs, ...) views of the storage."""
     names = ("x", "actions", "logprobs", "values", "advantages", "returns", "frame_index")
     return {name: storage[name].flatten(0, 1) for name in names if name in storage}
@@ -631,7 +631,7 @@ def work(rank, args, agent, storage, grad, state, pipe):
         if p.requires_grad:  # a view of the flat tensor; its gradient is the same view of ours
             p.grad = grad.as_strided(p.size(), p.stride(), p.storage_offset())
     runner = Runner(args, agent, storage, rank, pickle.loads(state))
-    batch = samples(storage)
+    batch = as_batch(storage)
 
     def step():
         pipe.send_bytes(b"")
@@ -845,7 +845,7 @@ def train(args):
         workers = [Worker(args, agent, storage, parameters.grad, rank, states[rank]) for rank in range(1, size)]
     except (OSError, RuntimeError) as error:
         sys.exit(f"error: {size} processes cannot share memory ({error}): give --num-processes 1")
-    batch = samples(storage)
+    batch = as_batch(storage)
 
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     discounted = torch.zeros(args.num_envs, device=device)  # return so far, for --norm-reward

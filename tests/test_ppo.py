@@ -196,7 +196,7 @@ def test_end_to_end_update_starts_from_the_features_of_the_rollout():
     storage = ppo.make_storage(args, agent)
     storage["noise"].normal_()
     _, _, frames, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, storage, [])
-    batch = ppo.samples(storage) | {"advantages": torch.randn(64)}
+    batch = ppo.as_batch(storage) | {"advantages": torch.randn(64)}
     losses = ppo.update(agent, torch.optim.AdamW(agent.parameters(), lr=1e-4), args, batch, frames)
     assert losses["approx_kl"] == pytest.approx(0, abs=1e-6)
 
@@ -279,7 +279,7 @@ def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     storage["advantages"].copy_(ppo.gae(*(storage[k] for k in ("rewards", "values", "next_values", "dones")), 0.9, 0.9))
     agent.update_moments("obs", storage["raw"].flatten(0, 1))
     left.clear()
-    ppo.update(agent, optimizer, args, ppo.samples(storage), frames)
+    ppo.update(agent, optimizer, args, ppo.as_batch(storage), frames)
     assert left == [(7,)] * args.update_epochs  # statistics of an epoch
 
 
