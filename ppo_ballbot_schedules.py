@@ -838,7 +838,10 @@ def load_encoder(path):
 
 
 def train(args):
-    """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
+    """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
+
+    A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
+    """
     run = None
     if args.resume:
         run_dir = Path(args.resume)

@@ -258,7 +258,10 @@ def measure_sb3(kind, num_envs, steps):
 
 
 def measure(process, num_envs, threads, args):
-    """One process's measurements: {stage: steps/s} and its peak memory in MiB, those of its children added."""
+    """One process's measurements: {stage: steps/s} and its peak memory in MiB, its children's added.
+
+    SubprocVecEnv's processes are not its children, and their memory is not known (None).
+    """
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         if process == "steps":
@@ -270,7 +273,9 @@ def measure(process, num_envs, threads, args):
         else:
             result = measure_training(num_envs, threads, process == "training", args.train_steps)
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    children = num_envs if "Subproc" in process else min(threads, num_envs) - 1 if "training" in process else 0
+    if "Subproc" in process:
+        return result, None
+    children = min(threads, num_envs) - 1 if "training" in process else 0
     return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -291,7 +296,8 @@ def run(args):
                                 steps_per_second=speed, memory=memory))  # fmt: skip
         left = (time.perf_counter() - started) / (done + 1) * (total - done - 1)
         speeds = ", ".join(f"{stage} {speed:,.0f}" for stage, speed in result.items())
-        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, {memory:,.0f} MiB, "
+        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, "
+              + (f"{memory:,.0f} MiB, " if memory else "") +
               f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)  # fmt: skip
     return records
 
@@ -326,8 +332,15 @@ def table(records, args):
         for stage in SB3:
             theirs = select(records, stage, args.sb3_envs, 1)
             ratio = spread([a / b for a, b in zip(ours, theirs)], 1) if ours else ""
-            memory = max(select(records, stage, args.sb3_envs, 1, "memory"))
-            lines.append(f"| {stage} | {args.sb3_envs} | {spread(theirs)} | {ratio} | {memory:,.0f} |")
+            memory = [m for m in select(records, stage, args.sb3_envs, 1, "memory") if m]
+            cells = [
+                stage,
+                str(args.sb3_envs),
+                spread(theirs),
+                ratio,
+                f"{max(memory):,.0f}" if memory else "not measured",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     cores = max(args.threads)
     lines += ["", "What a step costs one core at least, in µs, with MuJoCo's and PyTorch's own routines and nothing "
               f"between them, and the steps/s of {cores} cores if that were all:", "",
@@ -391,7 +404,7 @@ def draw(records, args):
     ax.set_ylabel("steps per second")
     ax.grid(color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
-    threads = f"solid: {max(args.threads)} threads" + (", dotted: fewer" if len(args.threads) > 1 else "")
+    threads = f"solid: {max(args.threads)} threads or processes" + (", dotted: fewer" if len(args.threads) > 1 else "")
     fig.legend(loc="outside right center", frameon=False, title=threads, fontsize=9, title_fontsize=9)
     return fig
 
