@@ -87,16 +87,19 @@ def test_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
     assert_same_end(run, uninterrupted)
 
 
-def children(process):
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
-
-
-def running(pid):
+def state_and_parent(pid):
+    """A process's state, a letter (Z: ended, waited for by nobody yet; X: gone), and its parent, from /proc."""
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+        return state, int(parent)
+    except OSError:
+        return "X", 0
+
+
+def workers_of(pid):
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    children = [child for child in pids if state_and_parent(child)[1] == pid]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
@@ -105,10 +108,10 @@ def test_no_process_outlives_another(victim, tmp_path):
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
         time.sleep(0.01)
-    (worker,) = children(process)
+    (worker,) = workers_of(process.pid)
     os.kill(process.pid if victim == "first" else worker, signal.SIGKILL)
     error = process.communicate(timeout=30)[1].decode()  # the worker has these pipes too
-    while running(worker):
+    while state_and_parent(worker)[0] not in "XZ":
         time.sleep(0.01)
     if victim == "worker":
         assert process.returncode == 1
