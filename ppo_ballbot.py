@@ -33,7 +33,6 @@ from torch.utils.tensorboard import SummaryWriter
 import ballbot_env
 
 CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
-LEARNT = ("x", "actions", "logprobs", "values", "advantages", "returns")  # of the storage
 MIN_PART = 256  # samples: smaller parts of a minibatch are not worth another process
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
@@ -369,7 +368,7 @@ def as_batch(storage):
 def rollout(envs, agent, args, proprio, depth, storage, finished):
     """Act for `num_steps` steps in every environment, with action noise storage["noise"].
 
-    Fills `storage`, a dict of (steps, envs, ...) tensors, up to advantages and returns, and appends (return,
+    Fills `storage`, a dict of (steps, envs, ...) tensors, but for advantages and returns, and appends (return,
     length, step) of ended episodes to `finished`. Returns the observation to go on from (`proprio`, `depth`), the
     frames to train an encoder on (None if it is frozen), and the seconds spent in the environments and in all.
     """
@@ -565,10 +564,11 @@ class Runner:
 
     def __init__(self, args, agent, storage, rank, state=None):
         """`state`: what `run` returned, to go on from there."""
-        part = share(args.num_envs, rank, num_processes(args))
+        size = num_processes(args)
+        part = share(args.num_envs, rank, size)
         self.args, self.agent = args, agent
         self.storage = {name: value[:, part] for name, value in storage.items()}
-        self.envs = make_envs(args, part.stop - part.start, args.terrain_seed, num_processes(args))
+        self.envs = make_envs(args, part.stop - part.start, args.terrain_seed, size)
         if state is None:
             obs, _ = self.envs.reset(seed=args.seed + part.start)
             nothing = torch.zeros(self.envs.num_envs, agent.num_depth, device=agent.log_std.device)
@@ -601,6 +601,7 @@ class Worker:
         context = mp.get_context("spawn")
         self.grad = torch.zeros_like(grad).share_memory_()
         self.pipe, pipe = context.Pipe()
+        # The state, and what goes through the pipe, as bytes: tensors as such would be shared too, a file each
         given = rank, args, agent, storage, self.grad, pickle.dumps(state), pipe
         self.process = context.Process(target=work, args=given, daemon=True)
         self.process.start()

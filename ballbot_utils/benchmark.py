@@ -171,13 +171,13 @@ def measure_floor(num_envs, seconds):
         for grid in grids:
             renderer._lookup(grid)
 
-    first, second = (layer for layer in ppo_ballbot.Agent(args).encoder.layers if isinstance(layer, torch.nn.Conv2d))
+    agent = ppo_ballbot.Agent(args)
+    first, second = (layer for layer in agent.encoder.layers if isinstance(layer, torch.nn.Conv2d))
     frames = torch.rand(2 * min(num_envs, 16), 1, 64, 64)
 
     def convolutions():
         second(first(frames))
 
-    agent = ppo_ballbot.Agent(args)
     weights = [p.detach() for net in (agent.actor, agent.critic) for p in net.parameters() if p.dim() == 2]
     sizes = [(torch.rand(MINIBATCH, len(weight)), weight, torch.rand(MINIBATCH, weight.shape[1])) for weight in weights]
 
@@ -272,9 +272,9 @@ def measure(process, num_envs, threads, args):
             result = measure_sb3(process, num_envs, args.sb3_steps)
         else:
             result = measure_training(num_envs, threads, process == "training", args.train_steps)
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     if "Subproc" in process:
         return result, None
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     children = min(threads, num_envs) - 1 if "training" in process else 0
     return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -296,8 +296,8 @@ def run(args):
                                 steps_per_second=speed, memory=memory))  # fmt: skip
         left = (time.perf_counter() - started) / (done + 1) * (total - done - 1)
         speeds = ", ".join(f"{stage} {speed:,.0f}" for stage, speed in result.items())
-        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, "
-              + (f"{memory:,.0f} MiB, " if memory else "") +
+        space = f"{memory:,.0f} MiB, " if memory else ""
+        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, {space}"
               f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)  # fmt: skip
     return records
 

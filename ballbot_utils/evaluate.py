@@ -48,7 +48,7 @@ from ballbot_env import (
 )
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, depth_features, proprioception
 
-MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
+MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.play
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
 PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
@@ -277,7 +277,7 @@ def run_episodes(agent, args, task, stochastic=False, title=""):
 
     Returns a dict of arrays (episodes,), in the order of their seeds: return, length (steps), speed (m/s) and
     distance (m) along the goal, effort (mean of ||action||² after clipping), and whether it fell or left the terrain.
-    As in ppo_ballbot.evaluate every environment's first episode counts, and no other, so that short ones are not
+    As in ppo_ballbot.play every environment's first episode counts, and no other, so that short ones are not
     favoured.
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, **task)
