@@ -304,7 +304,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
         low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
         self.single_action_space = spaces.Box(low, high)
-        boxes = {"orientation": np.float32(math.pi), "angular_vel": 2, "vel": 2, "motor_state": 2, "actions": 1}
+        boxes = {"orientation": np.float32(math.pi), "angular_vel": 2, "vel": 2, "motor_state": 5, "actions": 1}
         boxes = {key: spaces.Box(low * bound, high * bound) for key, bound in boxes.items()}
         if cameras:
             shape = (1, camera_size, camera_size)
