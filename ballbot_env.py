@@ -26,7 +26,7 @@ from gymnasium.vector.utils import batch_space
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
-TIMESTEP = 0.002  # s, one physics step per action
+TIMESTEP = 0.002  # s, of a physics step
 MAX_TORQUE = 10.0  # N·m at |action| = 1
 BALL_RADIUS = 0.09  # m
 BASE_OVER_BALL = 0.1313  # m, base origin above the ball's centre when the robot rests upright on it
@@ -43,6 +43,7 @@ _log.logto_file = False
 _log.set()
 
 PROPRIOCEPTION = ("orientation", "angular_vel", "vel", "motor_state", "actions")
+REWARD_TERMS = ("reward_forward", "reward_ctrl", "reward_healthy")
 
 
 @functools.lru_cache(maxsize=2)
@@ -255,11 +256,11 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     - Autoreset is `SAME_STEP`: when an episode ends, the step returns the next episode's first observation, and
       `info["final_obs"]`, `info["final_info"]` hold the last of the ended one, as `SyncVectorEnv` lays them out.
-    - `info["episode"]` holds return `r`, length `l` (steps) and time `t` (s) of the episodes that ended, as
+    - `info["episode"]` holds return `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, as
       `gymnasium.wrappers.vector.RecordEpisodeStatistics` writes them; that wrapper is not needed.
     - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
       nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
-    - Where `relative_image_timestamp` is 0 the step brought new frames. `new_frames` is True when it did for any.
+    - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
     - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
       terminated and counts it in `info["physics_errors"]`; the others go on.
@@ -283,6 +284,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         camera_size=64,
         camera_rate=90.0,
         wheel_damping=0.4,
+        frame_skip=1,
         max_episode_steps=4000,
         max_tilt=20.0,
         goal=(0.0, 1.0),
@@ -295,6 +297,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     ):
         check_arguments(locals())
         self.num_envs = num_envs
+        self.frame_skip = frame_skip
         self.render_mode = render_mode
         self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
@@ -323,20 +326,28 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         base, ball = self.model.joint("base"), self.model.joint("ball")
         wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
         qpos, self._qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
-        self._position = qpos[:, base.qposadr[0] : base.qposadr[0] + 3]
-        self._quaternion = qpos[:, base.qposadr[0] + 3 : base.qposadr[0] + 7]
-        self._ball_position = qpos[:, ball.qposadr[0] : ball.qposadr[0] + 3]
+        pose, place = slice(base.qposadr[0], base.qposadr[0] + 7), slice(ball.qposadr[0], ball.qposadr[0] + 3)
+        self._position, self._quaternion = qpos[:, pose][:, :3], qpos[:, pose][:, 3:]
+        self._ball_position = qpos[:, place]
+        # The physics steps during which an action is held: (num_envs, frame_skip, ...)
+        self._record = {
+            name: np.empty((num_envs, frame_skip, size))
+            for name, size in (("qpos", self.model.nq), ("qvel", self.model.nv))
+        }
+        self._held_position = self._record["qpos"][:, :, pose][:, :, :3]
+        self._held_quaternion = self._record["qpos"][:, :, pose][:, :, 3:]
         # Where the observed velocities stand: the base's angular and linear ones, then those of the wheels
         start = base.dofadr[0]
         self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]
-        self._velocity_scale = np.repeat([1, 0.1], [6, 3])
+        self._velocity_scale, self._velocity_bound = np.repeat([1, 0.1], [6, 3]), np.repeat([2.0, 5.0], [6, 3])
+        self._step_numbers = np.arange(1, frame_skip + 1)
         self._motors = self._batch.bind("ctrl")[:, :3]
         self._warnings = self._batch.warning[:, :, 1]
         self._start_state = self._batch.state[0].copy()
 
         self._rngs = [None] * num_envs
         self._actions = np.zeros((num_envs, 3), np.float32)
-        self._clock = 0  # steps since the last seeded reset: the cameras run freely on it
+        self._clock = 0  # physics steps since the last seeded reset: the cameras run freely on it
         self._steps = np.zeros(num_envs, int)
         self._returns = np.zeros(num_envs)
         self._started = np.zeros(num_envs)  # s
@@ -345,7 +356,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.physics_errors = np.zeros(num_envs, int)
         self.render_seconds = 0.0  # spent on depth frames
         self._needs_reset = True
-        self.new_frames = False
+        self.new_frames = np.zeros(num_envs, bool)
         self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
         if cameras:
             self._renderer = DepthRenderer(self.model, camera_size, self._heights, device, self._batch.nthread)
@@ -375,7 +386,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return self._reset_all(rngs, restart_clock=seed is not None)
 
     def step(self, actions):
-        """Advance all by one step of 2 ms. Returns `(obs, rewards, terminations, truncations, infos)`."""
+        """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
         obs, rewards, terminations, truncations, infos = self._advance(actions)
         done = terminations | truncations
         if np.count_nonzero(done):
@@ -389,11 +400,15 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             final_obs = np.full(self.num_envs, None, object)
             for i in ids:
                 final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
-            final_info = {"position": np.where(done[:, None], infos["position"], 0.0), "_position": done.copy()}
-            errors = np.where(done, infos["physics_errors"], 0)
-            final_info |= {"physics_errors": errors, "_physics_errors": done.copy()}
+            final_info = {}
+            for key in [key for key in infos if not key.startswith("_")]:
+                where = done[:, None] if infos[key].ndim > 1 else done
+                final_info |= {key: np.where(where, infos[key], 0), f"_{key}": done.copy()}
             self._reset(ids)
-            (obs, _, _), infos = self._observe(), self._infos()
+            obs = self._observe(self._clock)
+            # Of an ended episode the reward's terms are in final_info only
+            going = {} if done.all() else {key: np.where(done, 0, infos[key]) for key in REWARD_TERMS}
+            infos = self._infos() | going | {f"_{key}": ~done for key in going}
             infos |= {"episode": episode, "_episode": done.copy()}
             infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": final_info, "_final_info": done.copy()}
@@ -448,9 +463,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if restart_clock:
             self._clock = 0
         self._needs_reset = False
-        self.new_frames = False
+        self.new_frames[:] = False
         self._reset(np.arange(self.num_envs))
-        return self._observe()[0], self._infos()
+        return self._observe(self._clock), self._infos()
 
     def _reset(self, ids):
         """New start poses for the environments `ids`, and their first frames."""
@@ -465,7 +480,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._steps[ids] = 0
         self._returns[ids] = 0
         self._started[ids] = time.perf_counter()
-        self._take_frames(ids)
+        self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
 
     def _highest(self, x, y):
         """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
@@ -477,20 +492,22 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                     for c in (y, x))  # fmt: skip
         return float(self._heights[row, col].max())
 
-    def _take_frames(self, ids):
+    def _take_frames(self, ids, position, quaternion, clock):
+        """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock`."""
         if self.frames is None:
             return
         started = time.perf_counter()
+        frames = self._renderer.render(position, quaternion)
         if len(ids) == self.num_envs:
-            self.frames.copy_(self._renderer.render(self._position, self._quaternion))
+            self.frames.copy_(frames)
         else:
-            self.frames[torch.from_numpy(ids)] = self._renderer.render(self._position[ids], self._quaternion[ids])
-        self._frame_time[ids] = self._clock
-        self.new_frames = True
+            self.frames[torch.from_numpy(ids)] = frames
+        self._frame_time[ids] = clock
+        self.new_frames[ids] = True
         self.render_seconds += time.perf_counter() - started
 
     def _advance(self, actions):
-        """One step without autoreset."""
+        """Hold actions for `frame_skip` physics steps, without autoreset."""
         if self._needs_reset:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = np.asarray(actions, np.float32)
@@ -500,7 +517,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
         broken = None
         try:
-            self._batch.step()
+            self._batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
         except mujoco.batch.SimulationError as error:
             broken = np.zeros(self.num_envs, bool)
             broken[error.ids] = True
@@ -511,48 +528,73 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if broken is not None:
             broken = np.flatnonzero(broken)
             state[broken] = self._start_state  # finite, whatever the physics left behind
+            self._record["qpos"][broken] = self._batch.qpos[broken, None]
+            self._record["qvel"][broken] = self._batch.qvel[broken, None]
             self._actions[broken] = np.nan_to_num(self._actions[broken])
-        self._clock += 1
-        self._steps += 1
-        self.new_frames = False
-        if self.frames is not None and self._clock % self._frame_interval == 0:
-            self._take_frames(np.arange(self.num_envs))
 
-        obs, velocity, lean = self._observe()
-        terminations = lean > self._max_lean
+        # By physics step held, (num_envs, frame_skip): what ends the episode, and the rewards
+        x, y = self._held_quaternion[:, :, 1], self._held_quaternion[:, :, 2]
+        fell = x * x + y * y > self._max_lean
         if broken is not None:
-            terminations[broken] = True
+            fell[broken, 0] = True
             self.physics_errors[broken] += 1
-        truncations = self._steps >= self.max_episode_steps
-        outside = np.abs(self._position[:, :2]) > TERRAIN_EXTENT - EDGE
+        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps
+        outside = np.abs(self._held_position[:, :, :2]) > TERRAIN_EXTENT - EDGE
         if np.count_nonzero(outside):
-            truncations |= outside.any(1)
-        truncations &= ~terminations
-        forward, ctrl, healthy = self._weights
-        speed = velocity[:, 3] * self._goal[0] + velocity[:, 4] * self._goal[1]
-        effort = np.square(self._actions, dtype=float).sum(1)
-        rewards = forward * speed - ctrl * effort + healthy * ~terminations
-        self._returns += rewards
-        return obs, rewards, terminations, truncations, self._infos()
+            over |= outside.any(2)
+        over &= ~fell
+        taken = np.full(self.num_envs, self.frame_skip)  # physics steps until the episode ends or the next action
+        if np.count_nonzero(fell) or np.count_nonzero(over):
+            ended = fell | over
+            early = np.flatnonzero(ended[:, :-1].any(1))
+            taken[early] = ended[early].argmax(1) + 1
+            self._batch.qpos[early] = self._record["qpos"][early, taken[early] - 1]
+            self._batch.qvel[early] = self._record["qvel"][early, taken[early] - 1]
+            counted = self._step_numbers <= taken[:, None]
+            fell &= counted
+            over &= counted
+            healthy = (counted & ~fell).sum(1)
+        else:
+            counted, healthy = True, taken
+        terminations, truncations = fell.any(1), over.any(1)
+        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self._goal
+        forward_weight, ctrl_weight, healthy_weight = self._weights
+        forward = forward_weight * (speed * counted).sum(1)
+        ctrl = -ctrl_weight * np.square(self._actions, dtype=float).sum(1) * taken
+        healthy = healthy_weight * healthy
+        rewards = forward + ctrl + healthy
 
-    def _observe(self):
-        """The observation; angular, linear and wheel velocities (num_envs, 9), clipped; x² + y² of the quaternions."""
+        due = (self._clock + taken) // self._frame_interval * self._frame_interval  # clock of the newest frame
+        self.new_frames[:] = False
+        if self.frames is not None:
+            ids = np.flatnonzero(due > self._clock)
+            if len(ids):
+                at = ids, due[ids] - self._clock - 1
+                self._take_frames(ids, self._held_position[at], self._held_quaternion[at], due[ids])
+        ended_at = self._clock + taken
+        self._clock += self.frame_skip
+        self._steps += taken
+        self._returns += rewards
+        infos = self._infos()
+        infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
+        return self._observe(ended_at), rewards, terminations, truncations, infos
+
+    def _observe(self, clock):
         w, x, y, z = self._quaternion.T.copy()
-        lean = x * x + y * y
-        sine = np.sqrt(lean + z * z)
+        sine = np.sqrt(x * x + y * y + z * z)
         half_angle = np.arctan2(np.copysign(sine, w), np.abs(w))
         scale = 2 * half_angle / np.maximum(sine, 1e-9)
         velocity = self._qvel[:, self._velocity_columns] * self._velocity_scale
-        np.minimum(np.maximum(velocity, -2, out=velocity), 2, out=velocity)
         values = np.empty((self.num_envs, 15), np.float32)
         np.multiply(self._quaternion[:, 1:], scale[:, None], out=values[:, :3])
+        np.minimum(np.maximum(velocity, -self._velocity_bound), self._velocity_bound, out=velocity)
         values[:, 3:12] = velocity
         values[:, 12:] = self._actions
         obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
         if self.frames is not None:
-            age = (self._clock - self._frame_time) * TIMESTEP
+            age = (clock - self._frame_time) * TIMESTEP
             obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
-        return obs, velocity, lean
+        return obs
 
     def _infos(self):
         infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
@@ -581,7 +623,7 @@ class BallbotEnv(gym.Env):
     ## Description
     A ballbot: a tower of 3.85 kg that balances on a ball of 9 cm radius, which three omniwheels drive. The goal is to
     roll along +y (or another `goal`) over uneven ground for 8 s without falling. Left alone the robot falls in about a
-    second. Actions are taken at 500 Hz, one physics step of 2 ms each.
+    second. Actions are taken at 500 Hz, one for each physics step of 2 ms, or held for `frame_skip` of them.
 
     The task is that of Salehi, ["Reinforcement Learning for Ballbot Navigation in Uneven
     Terrain"](https://arxiv.org/abs/2505.18417), on stock MuJoCo instead of a patched one. What differs from the paper:
@@ -593,7 +635,7 @@ class BallbotEnv(gym.Env):
       paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise
       whose slopes match those of the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
     - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
-      anisotropic friction. Velocities under random torques agree within 10 %.
+      anisotropic friction. Velocities under random torques agree within 5 %.
     - Depth images are computed without OpenGL (see Cameras).
 
     `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
@@ -626,9 +668,9 @@ class BallbotEnv(gym.Env):
     | `vel`                      | 0     | velocity of the base's origin, in the world: x     | -2  | 2    | m/s      |
     |                            | 1     | the same: y                                        | -2  | 2    | m/s      |
     |                            | 2     | the same: z                                        | -2  | 2    | m/s      |
-    | `motor_state`              | 0     | speed of wheel 0 about its axle, divided by 10     | -2  | 2    | 10 rad/s |
-    |                            | 1     | the same: wheel 1                                  | -2  | 2    | 10 rad/s |
-    |                            | 2     | the same: wheel 2                                  | -2  | 2    | 10 rad/s |
+    | `motor_state`              | 0     | speed of wheel 0 about its axle, divided by 10     | -5  | 5    | 10 rad/s |
+    |                            | 1     | the same: wheel 1                                  | -5  | 5    | 10 rad/s |
+    |                            | 2     | the same: wheel 2                                  | -5  | 5    | 10 rad/s |
     | `actions`                  | 0     | last action, clipped; 0 after a reset: motor 0     | -1  | 1    |          |
     |                            | 1     | the same: motor 1                                  | -1  | 1    |          |
     |                            | 2     | the same: motor 2                                  | -1  | 1    |          |
@@ -649,7 +691,8 @@ class BallbotEnv(gym.Env):
       along the pixel's ray. It is clipped to [0, 1] m; where nothing is hit it is 1.
     - Of the robot itself only the ball is in view. It is always drawn where it is while the base rests on it.
     - A new frame is taken every 6 steps (83.3 Hz, the nearest below the nominal 90 Hz), and held in between. Both
-      cameras' frames are taken together, after the physics step, so that `relative_image_timestamp` is then 0.
+      cameras' frames are taken together, after the physics step, so that `relative_image_timestamp` is then 0. With
+      `frame_skip` the cameras keep this clock: a frame taken while an action is held has some age when it is observed.
     - The cameras' clock runs freely across episodes: `reset(seed=...)` restarts it, `reset()` does not. Each reset
       takes a first frame, whatever the clock says, and the next may then follow after fewer than 6 steps.
 
@@ -661,7 +704,7 @@ class BallbotEnv(gym.Env):
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
     - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
 
-    Standing still for 4000 steps returns 80.
+    Standing still for 4000 steps returns 80. With `frame_skip` the rewards of all steps held are summed.
 
     ## Starting State
     The robot stands upright, not moving, facing +y. Its x and y are drawn uniformly from [-10, 10] m, around the middle
@@ -685,6 +728,8 @@ class BallbotEnv(gym.Env):
     1. it has lasted `max_episode_steps` (4000 steps, 8 s, unless given: see Arguments), or
     2. the base's origin is less than 1 m from the terrain's edge, that is |x| or |y| > 19 m (on flat ground too).
 
+    With `frame_skip` an episode ends at the physics step, among those held, at which this happens.
+
     A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`, which may do so at its limit:
     test for termination first.
 
@@ -695,6 +740,9 @@ class BallbotEnv(gym.Env):
     | ---------------- | ------------------ | ------------------------------------------------ | ---- |
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
+
+    `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
+    (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
 
     ## Arguments
     All can be given to `gym.make` and `gym.make_vec`:
@@ -715,6 +763,7 @@ class BallbotEnv(gym.Env):
     | `camera_size`           | **int**       | `64`       | pixels    | Side of the depth images, at least 8       |
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
     | `wheel_damping`         | **float**     | `0.4`      | N·m·s/rad | Damping of the wheels' hinges (paper: 0.8) |
+    | `frame_skip`            | **int**       | `1`        | steps     | Physics steps that an action is held       |
     | `max_episode_steps`     | **int, None** | see below  | steps     | Length at which an episode is truncated    |
     | `max_tilt`              | **float**     | `20.0`     | degrees   | Tilt above which an episode terminates     |
     | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, of any length      |
@@ -726,9 +775,12 @@ class BallbotEnv(gym.Env):
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
 
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
-    - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts the steps, 4000
-      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`: 4000 likewise, `None` for
-      no limit. The class `BallbotEnv` made directly has no limit unless it is given one (default `None`).
+    - `frame_skip`: steps are physics steps of 2 ms everywhere, in `max_episode_steps` and in the lengths of episodes
+      too, so that numbers compare at any value of it.
+    - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts actions, 4000
+      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`: 4000 steps likewise,
+      `None` for no limit. The class `BallbotEnv` has no limit of its own unless it is given one (default `None`) or
+      holds its actions: with a `frame_skip` above 1 it ends at 4000 steps.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
@@ -742,11 +794,20 @@ class BallbotEnv(gym.Env):
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
 
-    def __init__(self, terrain="perlin", *, max_episode_steps=None, num_threads=1, render_mode=None, **kwargs):
+    def __init__(
+        self, terrain="perlin", *, frame_skip=1, max_episode_steps=None, num_threads=1, render_mode=None, **kwargs
+    ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode is {render_mode!r}: use None, "human" or "rgb_array"')
+        if max_episode_steps is None and frame_skip != 1:  # TimeLimit would count actions
+            max_episode_steps = 4000
         self._envs = BallbotVectorEnv(
-            1, terrain, max_episode_steps=max_episode_steps, num_threads=num_threads, **kwargs
+            1,
+            terrain,
+            frame_skip=frame_skip,
+            max_episode_steps=max_episode_steps,
+            num_threads=num_threads,
+            **kwargs,
         )
         self.render_mode = render_mode
         self.model = self._envs.model
@@ -765,12 +826,12 @@ class BallbotEnv(gym.Env):
         return self._single(obs), self._single_info(info)
 
     def step(self, action):
-        """Advance by 2 ms. `action`: (3,). Returns `(obs, reward, terminated, truncated, info)`."""
+        """Hold `action` (3,) for `frame_skip` steps of 2 ms. Returns `(obs, reward, terminated, truncated, info)`."""
         action = np.asarray(action, np.float32)
         if action.shape != (3,):
             raise ValueError(f"action has shape {action.shape}, expected (3,)")
         obs, rewards, terminations, truncations, infos = self._envs._advance(action[None])
-        if self.render_mode == "human" and self._envs._clock % 8 == 0:
+        if self.render_mode == "human" and self._envs._clock % 8 < self._envs.frame_skip:
             self.render()
         return (
             self._single(obs),
@@ -809,7 +870,9 @@ class BallbotEnv(gym.Env):
 
     @staticmethod
     def _single_info(infos):
-        return {"position": infos["position"][0], "physics_errors": int(infos["physics_errors"][0])}
+        return {
+            key: value[0] if key == "position" else value[0].item() for key, value in infos.items() if key[0] != "_"
+        }
 
 
 def check_arguments(given):
@@ -838,6 +901,7 @@ def check_arguments(given):
     whole("camera_size", 8)
     number("camera_rate", 0, "a rate above 0 Hz", strict=True)
     number("wheel_damping", 0, "a damping of 0 N·m·s/rad or more")
+    whole("frame_skip", 1)
     if given["max_episode_steps"] is not None:
         whole("max_episode_steps", 1)
     number("max_tilt", 0, "an angle between 0 and 90 degrees", strict=True)

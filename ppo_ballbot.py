@@ -6,6 +6,10 @@ terrain. It needs ballbot_env.py and assets/ beside it. The defaults are the "ba
 the hyperparameter guide of openballbot-rl; `--help` lists every flag.
 """
 
+import time
+
+STARTED = time.perf_counter()  # the time to the targets counts from here: the imports are part of it
+
 import argparse
 import gc
 import io
@@ -74,8 +78,10 @@ class Args:
     """observe through the two depth cameras"""
     wheel_damping: float = 0.4
     """damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5"""
+    frame_skip: int = 1
+    """physics steps of 2 ms that an action is held. Steps are physics steps everywhere, but for --num-steps"""
     total_timesteps: int = 10_000_000
-    """environment steps to train for, all environments together"""
+    """steps to train for, all environments together"""
     num_envs: int = 10
     """environments stepped together"""
 
@@ -85,9 +91,9 @@ class Args:
     anneal_lr: bool = False
     """let a constant learning rate fall linearly to 0"""
     num_steps: int = 2048
-    """steps per environment and iteration"""
+    """actions per environment and iteration"""
     gamma: float = 0.99
-    """discount factor; at 500 Hz, 0.99 sees 0.2 s ahead and 0.998 a second"""
+    """discount factor per action; at --frame-skip 1, 0.99 sees 0.2 s ahead and 0.998 a second"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation"""
     update_epochs: int = 5
@@ -116,6 +122,8 @@ class Args:
     """normalise proprioception by running mean and variance"""
     norm_reward: bool = False
     """divide rewards by the running standard deviation of the discounted return"""
+    norm_value: bool = False
+    """let the critic predict returns in units of their moving mean and standard deviation (PopArt)"""
 
     # Networks
     body_frame: bool = False
@@ -250,6 +258,11 @@ class Agent(nn.Module):
         self.register_buffer("return_mean", torch.zeros(()))
         self.register_buffer("return_var", torch.ones(()))
         self.register_buffer("return_count", torch.zeros(()))
+        # Moving averages of returns and their squares, and the critic's units that follow from them
+        self.register_buffer("value_moments", torch.zeros(2))
+        self.register_buffer("value_count", torch.zeros(()))
+        self.register_buffer("value_mean", torch.zeros(()))
+        self.register_buffer("value_std", torch.ones(()))
 
     def encode(self, frames):
         """Frames (n, 2, size, size) to depth features (n, 40)."""
@@ -263,6 +276,27 @@ class Agent(nn.Module):
         if self.norm_obs:
             proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8)
         return torch.cat([proprio, depth], -1)
+
+    def value(self, features):
+        """Values (n,) of features (n, 56), in the units of rewards."""
+        return self.critic(features).squeeze(-1) * self.value_std + self.value_mean
+
+    @torch.no_grad()
+    def rescale_values(self, returns):
+        """New units for the critic by an iteration's returns, any shape, such that its values stay as they are.
+
+        PopArt (van Hasselt et al., arXiv 1602.07714, equation 9); the moments move by a tenth, at first by more.
+        """
+        self.value_count += 1
+        moments = torch.stack([returns.mean(), returns.square().mean()])
+        self.value_moments.lerp_(moments, max(0.1, 1 / self.value_count.item()))
+        mean = self.value_moments[0]
+        std = (self.value_moments[1] - mean**2).clamp(min=1e-8).sqrt()
+        *_, weight, bias = self.critic.parameters()
+        weight *= self.value_std / std
+        bias.mul_(self.value_std).add_(self.value_mean - mean).div_(std)
+        self.value_mean.copy_(mean)
+        self.value_std.copy_(std)
 
     @torch.no_grad()
     def update_moments(self, name, samples):
@@ -291,6 +325,7 @@ def make_envs(args, num_envs, terrain_seed, num_processes=1):
         terrain_seed=terrain_seed,
         cameras=args.cameras,
         wheel_damping=args.wheel_damping,
+        frame_skip=args.frame_skip,
         num_threads=args.num_threads or max(1, cores // num_processes),
         device="cuda" if args.cuda else "cpu",
     )
@@ -320,13 +355,13 @@ def in_body_frame(orientation, vel):
 
 
 @torch.no_grad()
-def depth_features(obs, envs, agent, depth):
+def depth_features(envs, agent, depth):
     """Depth features (n, 40 or 0): `depth`, renewed where frames are new; each is encoded once, when it arrives."""
-    if agent.encoder is None or not envs.new_frames:
+    if agent.encoder is None or not envs.new_frames.any():
         return depth
-    new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
-    if new.all():
+    if envs.new_frames.all():
         return agent.encode(envs.frames)
+    new = torch.from_numpy(envs.new_frames)
     return depth.index_put((new.to(depth.device),), agent.encode(envs.frames[new]))
 
 
@@ -396,8 +431,8 @@ def rollout(envs, agent, args, proprio, depth, storage, finished):
         simulating += time.perf_counter() - now
         rewards[step] = reward - args.spin_cost * np.square(obs["angular_vel"][:, 2], dtype=float)
         dones[step] = terminations | truncations
-        if store_frames and envs.new_frames:
-            new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
+        if store_frames and envs.new_frames.any():
+            new = torch.from_numpy(envs.new_frames.copy())
             frames.append(envs.frames[new])
             held = held.clone()
             held[new] = torch.arange(num_frames, num_frames + len(frames[-1]))
@@ -415,17 +450,17 @@ def rollout(envs, agent, args, proprio, depth, storage, finished):
                         seen = agent.encode(seen.to(device))
                     final_steps.append((step, i))
                     final_features.append(agent.features(proprioception(final, agent), seen))
-        proprio, depth = proprioception(obs, agent), depth_features(obs, envs, agent, depth)
+        proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
 
     # One pass over the whole batch is cheaper than one a step.
     x_last = agent.features(proprio, depth)
-    values = agent.critic(x.flatten(0, 1)).view(shape)
-    next_values = torch.cat([values[1:], agent.critic(x_last).squeeze(-1)[None]])
+    values = agent.value(x.flatten(0, 1)).view(shape)
+    next_values = torch.cat([values[1:], agent.value(x_last)[None]])
     for step, i in terminated:
         next_values[step, i] = 0
     if final_steps:
         steps, ids = torch.tensor(final_steps, device=device).T
-        next_values[steps, ids] = agent.critic(torch.cat(final_features)).squeeze(-1)
+        next_values[steps, ids] = agent.value(torch.cat(final_features))
     storage["logprobs"][:] = log_prob(noise * std, 0, agent.log_std)
     storage["values"][:] = values
     storage["next_values"][:] = next_values
@@ -572,7 +607,7 @@ class Runner:
         if state is None:
             obs, _ = self.envs.reset(seed=args.seed + part.start)
             nothing = torch.zeros(self.envs.num_envs, agent.num_depth, device=agent.log_std.device)
-            self.proprio, self.depth = proprioception(obs, agent), depth_features(obs, self.envs, agent, nothing)
+            self.proprio, self.depth = proprioception(obs, agent), depth_features(self.envs, agent, nothing)
         else:
             self.envs.set_state(state["envs"])
             self.proprio, self.depth = (state[key].to(agent.log_std.device) for key in ("proprio", "depth"))
@@ -669,7 +704,7 @@ def play(agent, args, episodes, num_processes):
         obs, _ = envs.reset(seed=1_000_000 + start)
         running = np.arange(start, start + envs.num_envs) < episodes.stop
         while running.any():
-            depth = depth_features(obs, envs, agent, depth)
+            depth = depth_features(envs, agent, depth)
             features = agent.features(proprioception(obs, agent), depth)
             obs, _, terminations, truncations, infos = envs.step(agent.actor(features).cpu().numpy())
             ended = (terminations | truncations) & running
@@ -753,9 +788,9 @@ def check(args):
         if not good:
             sys.exit(f"error: {message}")
 
-    for name in ("total_timesteps", "num_processes", "torch_threads", "num_envs", "num_steps", "update_epochs",
-                 "minibatch_size", "hidden_size", "pi_layers", "vf_layers", "eval_interval", "eval_episodes",
-                 "final_eval_episodes"):  # fmt: skip
+    for name in ("frame_skip", "total_timesteps", "num_processes", "torch_threads", "num_envs", "num_steps",
+                 "update_epochs", "minibatch_size", "hidden_size", "pi_layers", "vf_layers", "eval_interval",
+                 "eval_episodes", "final_eval_episodes"):  # fmt: skip
         value = getattr(args, name)
         need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
     for name in ("num_threads", "seed", "terrain_seed", "eval_terrain_seed", "ent_coef", "vf_coef", "target_kl",
@@ -785,8 +820,9 @@ def check(args):
     )
     need(batch_size % size == 0, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
          f"{batch_size}: the nearest that do are {below}" + (f" and {above}" if above > size else ""))  # fmt: skip
-    need(args.total_timesteps >= batch_size, f"--total-timesteps is {args.total_timesteps}: give at least "
-         f"--num-envs * --num-steps = {batch_size}, one iteration")  # fmt: skip
+    steps = batch_size * args.frame_skip
+    need(args.total_timesteps >= steps, f"--total-timesteps is {args.total_timesteps}: give at least "
+         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration")  # fmt: skip
     need(not args.cuda or torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out")
 
 
@@ -822,8 +858,8 @@ def train(args):
         run_dir = Path("runs") / args.run_name
         if run_dir.exists():
             sys.exit(f"error: {run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
+    iteration_steps = args.num_envs * args.num_steps * args.frame_skip
+    num_iterations = args.total_timesteps // iteration_steps
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -877,7 +913,7 @@ def train(args):
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
         print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value != ""))
-    print(f"{run_dir}: {num_iterations} iterations of {batch_size} steps; tensorboard --logdir runs")
+    print(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
     for worker in workers:
         worker.wait()  # until it is ready
     gc.collect()
@@ -909,8 +945,12 @@ def train(args):
         values = storage["values"]
         advantages = gae(rewards, values, storage["next_values"], storage["dones"], args.gamma, args.gae_lambda)
         storage["advantages"].copy_(advantages)
-        returns = torch.add(advantages, values, out=storage["returns"])
+        returns = advantages + values
         explained = 1 - (returns - values).var() / returns.var()
+        if args.norm_value:
+            agent.rescale_values(returns)
+        storage["returns"].copy_((returns - agent.value_mean) / agent.value_std)
+        storage["values"].copy_((values - agent.value_mean) / agent.value_std)
         losses = update(agent, optimizer, args, batch, frames, workers)
         if not all(map(np.isfinite, losses.values())):
             sys.exit(f"error: the losses after step {global_step} are not finite: lower --learning-rate or "
@@ -920,11 +960,11 @@ def train(args):
         learning = time.perf_counter() - learn_start
 
         for episodic_return, length, step in sorted(episodes, key=lambda episode: episode[2]):
-            at = global_step + (step + 1) * args.num_envs
+            at = global_step + (step + 1) * args.num_envs * args.frame_skip
             writer.add_scalar("charts/episodic_return", episodic_return, at)
             writer.add_scalar("charts/episodic_length", length, at)
             finished.append((episodic_return, length))
-        global_step += batch_size
+        global_step += iteration_steps
         mean_return, mean_length = np.mean(finished, 0) if finished else (np.nan, np.nan)
         seconds = time.perf_counter() - start_time - evaluating
         scalars = {f"losses/{key}": value for key, value in losses.items()} | {
@@ -932,13 +972,13 @@ def train(args):
             "charts/learning_rate": learning_rate,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/SPS": global_step / seconds,
-            "SPS/simulate": batch_size / simulating,
-            "SPS/infer": batch_size / inferring,
-            "SPS/learn": batch_size / learning,
+            "SPS/simulate": iteration_steps / simulating,
+            "SPS/infer": iteration_steps / inferring,
+            "SPS/learn": iteration_steps / learning,
             "charts/physics_errors": sum(state["envs"]["physics_errors"].sum() for state in states),
         }
         if args.cameras:
-            scalars["SPS/render"] = batch_size / rendering
+            scalars["SPS/render"] = iteration_steps / rendering
         if finished:
             scalars["charts/episodic_return_mean100"] = mean_return
             scalars["charts/episodic_length_mean100"] = mean_length

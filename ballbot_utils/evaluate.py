@@ -44,6 +44,7 @@ from ballbot_env import (
     TERRAIN_EXTENT,
     TERRAIN_NODES,
     TIMESTEP,
+    BallbotEnv,
     perlin_terrain,
 )
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, depth_features, proprioception
@@ -54,7 +55,7 @@ PUSH_STEPS = 10  # steps that a push lasts: 20 ms
 PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
 # What a checkpoint's args must have. All else ppo_ballbot.Args has is for training and may differ.
 NEEDED = {"cameras": bool, "hidden_size": int, "pi_layers": int, "vf_layers": int, "terrain": str,
-          "terrain_seed": int, "eval_terrain_seed": int, "wheel_damping": float}  # fmt: skip
+          "terrain_seed": int, "eval_terrain_seed": int, "wheel_damping": float, "frame_skip": int}  # fmt: skip
 
 
 @dataclass
@@ -130,6 +131,8 @@ def load(path):
     need(isinstance(content, dict) and isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict),
          "is no checkpoint of ppo_ballbot.py: it has no model or args")  # fmt: skip
     given = content["args"]
+    need("frame_skip" in given or "num_steps" not in given, "was trained on the robot before its rollers were mended, "
+         "which spun up at speed: train anew")  # fmt: skip
     missing = [name for name in NEEDED if name not in given]
     need(not missing, f"has no {', '.join(missing)} in its args: it is no checkpoint of ppo_ballbot.py")
     need(isinstance(content.get("global_step", 0), int), "has a global_step that is no whole number")
@@ -203,6 +206,7 @@ def conditions(args, train_args, path):
         "terrain": args.terrain or train_args.terrain,
         "cameras": train_args.cameras,
         "wheel_damping": train_args.wheel_damping if args.wheel_damping is None else args.wheel_damping,
+        "frame_skip": train_args.frame_skip,
         "max_episode_steps": args.horizon,
     }
     if task["terrain"] == "perlin":
@@ -237,52 +241,72 @@ def move_back(envs, horizon):
         ground = envs._highest(x, y)
         envs._position[i] = x, y, ground + BASE_START
         envs._ball_position[i] = x, y, ground + BALL_START
-    envs._take_frames(np.arange(envs.num_envs))
+    envs._take_frames(np.arange(envs.num_envs), envs._position, envs._quaternion, envs._clock)
 
 
-@torch.no_grad()
-def act(agent, envs, obs, depth, args, stochastic, generator):
-    """Actions (n, 3) on a batch of observations, and the depth features (n, 40 or 0) to hold until the next frames."""
-    proprio = proprioception(obs, agent)
-    if args.obs_noise:
-        sensors = proprio[:, :12]  # orientation, angular_vel, vel, motor_state
-        sensors += args.obs_noise * torch.randn(sensors.shape, generator=generator)
-        if agent.encoder is not None and envs.new_frames:
-            new = torch.from_numpy(obs["relative_image_timestamp"][:, 0] == 0)
-            noise = args.obs_noise * torch.randn(envs.frames[new].shape, generator=generator)
-            envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
-    depth = depth_features(obs, envs, agent, depth)
-    actions = agent.actor(agent.features(proprio, depth))
-    if stochastic:
-        actions += agent.log_std.exp() * torch.randn(actions.shape, generator=generator)
-    return actions.numpy(), depth
+def disturb(obs, envs, std, generator):
+    """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place."""
+    if not std:
+        return obs
+    noisy = dict(obs)
+    for key in ("orientation", "angular_vel", "vel", "motor_state"):
+        noisy[key] = obs[key] + std * torch.randn(obs[key].shape, generator=generator).numpy()
+    if envs.frames is not None and envs.new_frames.any():
+        new = torch.from_numpy(envs.new_frames.copy())
+        noise = std * torch.randn(envs.frames[new].shape, generator=generator)
+        envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
+    return noisy
+
+
+def trained(agent, stochastic=False):
+    """A trained policy for `run_episodes`; a stochastic one draws its actions."""
+
+    def start(envs, generator):
+        depth = torch.zeros(envs.num_envs, agent.num_depth)
+
+        @torch.no_grad()
+        def act(obs):
+            nonlocal depth
+            depth = depth_features(envs, agent, depth)
+            actions = agent.actor(agent.features(proprioception(obs, agent), depth))
+            if stochastic:
+                actions += agent.log_std.exp() * torch.randn(actions.shape, generator=generator)
+            return actions.numpy()
+
+        return act
+
+    return start
 
 
 def push(envs, args, step, rng):
-    """Apply or end the push that is due before `step` (0 is the first of an episode)."""
+    """Apply or end the push that is due before `step` (0 is the first of an episode).
+
+    Where actions are held, a push lasts as many of them as 20 ms need, at least one, and its impulse stays."""
     if not args.push:
         return
+    held = envs.frame_skip
     forces = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id]
-    phase = step % round(args.push_interval / TIMESTEP)
+    phase = step // held % max(1, round(args.push_interval / TIMESTEP / held))
+    lasts = -(-PUSH_STEPS // held)
     if phase == 0 and step > 0:
         angle = rng.uniform(0, 2 * np.pi, envs.num_envs)
         direction = np.stack([np.cos(angle), np.sin(angle)], 1)
-        forces[:, :2] = args.push / (PUSH_STEPS * TIMESTEP) * direction
-    elif phase == PUSH_STEPS:
+        forces[:, :2] = args.push / (lasts * held * TIMESTEP) * direction
+    elif phase == lasts:
         forces[:] = 0
 
 
-def run_episodes(agent, args, task, stochastic=False, title=""):
+def run_episodes(policy, args, task, title=""):
     """Play `args.episodes` episodes under the conditions `task`.
 
-    Returns a dict of arrays (episodes,), in the order of their seeds: return, length (steps), speed (m/s) and
-    distance (m) along the goal, effort (mean of ||action||² after clipping), and whether it fell or left the terrain.
-    As in ppo_ballbot.play every environment's first episode counts, and no other, so that short ones are not
+    `policy(envs, generator)` begins new episodes and returns a function from observations, a dict of (n, ...), to
+    actions (n, 3). Returns a dict of arrays (episodes,), in the order of their seeds: return, length (steps), speed
+    (m/s) and distance (m) along the goal, effort (mean of ||action||² after clipping), and whether it fell or left the
+    terrain. As in ppo_ballbot.play every environment's first episode counts, and no other, so that short ones are not
     favoured.
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, **task)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
-    depth = torch.zeros(envs.num_envs, agent.num_depth)
     names = ("return", "length", "speed", "distance", "effort", "fell", "left")
     rows, done, rounds = np.empty((args.episodes, len(names))), 0, -(-args.episodes // envs.num_envs)
     for round_ in range(rounds):
@@ -292,22 +316,23 @@ def run_episodes(agent, args, task, stochastic=False, title=""):
         start = envs._position[:, :2].copy()
         effort = np.zeros(envs.num_envs)
         running = first + np.arange(envs.num_envs) < args.episodes
-        step = 0
+        act, step = policy(envs, generator), 0
         while running.any():
-            actions, depth = act(agent, envs, obs, depth, args, stochastic, generator)
+            actions = act(disturb(obs, envs, args.obs_noise, generator))
             push(envs, args, step, rng)
             obs, _, terminations, truncations, infos = envs.step(actions)
             effort += np.square(np.clip(actions, -1, 1)).sum(1)
-            step += 1
+            step += envs.frame_skip
             ended = np.flatnonzero((terminations | truncations) & running)
             for i in ended:
+                length = infos["episode"]["l"][i]
                 distance = (infos["final_info"]["position"][i, :2] - start[i]) @ envs._goal
-                left = truncations[i] and step < args.horizon
-                rows[first + i] = (infos["episode"]["r"][i], step, distance / (step * TIMESTEP), distance,
-                                   effort[i] / step, terminations[i], left)  # fmt: skip
+                left = truncations[i] and length < args.horizon
+                rows[first + i] = (infos["episode"]["r"][i], length, distance / (length * TIMESTEP), distance,
+                                   effort[i] * envs.frame_skip / step, terminations[i], left)  # fmt: skip
             running[ended] = False
             done += len(ended)
-            if step % 50 == 0:
+            if step // envs.frame_skip % 50 == 0:
                 share = (round_ + step / args.horizon) / rounds
                 at = f"step {step:,} of at most {args.horizon:,}"
                 progress(f"{title}: {done:>4} of {args.episodes} episodes, {at}", share)
@@ -361,6 +386,24 @@ def summarise(episodes):
     return summary | {"targets": {name: summary[name]["mean"] > target for name, target in targets}}
 
 
+def column(label, args, task, episodes, global_step=0, stochastic=False):
+    """What `table` shows of the `episodes` (of `run_episodes`) that one policy played, as a dict."""
+    return {
+        "label": label,
+        "global_step": global_step,
+        "stochastic": stochastic,
+        "task": task,
+        "push": args.push,
+        "push_interval": args.push_interval,
+        "obs_noise": args.obs_noise,
+        "seed": args.seed,
+        "summary": summarise(episodes),
+        "gap": None,
+        "no_gap": "",
+        "per_episode": {key: values.tolist() for key, values in episodes.items()},
+    }
+
+
 def table(results, width):
     """The results side by side, in as many blocks as the width (characters) needs."""
 
@@ -388,6 +431,7 @@ def table(results, width):
         "steps trained": lambda r: f"{r['global_step']:,}",
         "actions": lambda r: "drawn" if r["stochastic"] else "mean",
         "terrain, amplitude": ground,
+        "action held for (steps)": lambda r: f"{r['task']['frame_skip']}",
         "wheel damping (N·m·s/rad)": lambda r: f"{r['task']['wheel_damping']:g}",
         "return": interval("return", 1),
         "length (steps)": interval("length", 0),
@@ -419,8 +463,9 @@ def table(results, width):
 def notes(args, results):
     """What a reader of the table should know, a line each."""
     lines = [f"In brackets: 95 % bootstrap intervals of the mean over {args.episodes} episodes."]
-    changed = [f"--{name.replace('_', '-')} {value:g}" for name in ("push", "obs_noise", "terrain_amplitude")
-               if (value := getattr(args, name))]  # fmt: skip
+    usual = {"push": 0, "obs_noise": 0, "terrain_amplitude": 0.1}
+    changed = [f"--{name.replace('_', '-')} {value:g}" for name, default in usual.items()
+               if (value := getattr(args, name)) not in (None, default)]  # fmt: skip
     changed += [f"--horizon {args.horizon}"] if args.horizon != 4000 else []
     if changed:
         lines.append(f"The targets are meant for 4000 steps undisturbed; here: {', '.join(changed)}.")
@@ -450,53 +495,53 @@ def evaluate(args, loaded, tasks):
     for (path, agent, train_args, global_step), task in zip(loaded, tasks):
         for stochastic in modes:
             name = label(path, args.checkpoints)
-            episodes = run_episodes(agent, args, task, stochastic, name)
-            result = {
-                "label": name,
-                "checkpoint": str(path),
-                "global_step": global_step,
-                "stochastic": stochastic,
-                "task": task,
-                "push": args.push,
-                "push_interval": args.push_interval,
-                "obs_noise": args.obs_noise,
-                "seed": args.seed,
-                "summary": summarise(episodes),
-                "gap": None,
-                "no_gap": "",
-                "per_episode": {key: values.tolist() for key, values in episodes.items()},
-            }
+            policy = trained(agent, stochastic)
+            episodes = run_episodes(policy, args, task, name)
+            result = column(name, args, task, episodes, global_step, stochastic) | {"checkpoint": str(path)}
             if train_args.terrain == "flat" or task["terrain"] == "flat":
                 result["no_gap"] = "flat ground is the same everywhere"
             elif task["terrain_seed"] == train_args.terrain_seed:
                 result["no_gap"] = "this is its training terrain"
             elif args.gap:
                 there = task | {"terrain_seed": train_args.terrain_seed}
-                trained = run_episodes(agent, args, there, stochastic, f"{name}, training terrain")["return"]
-                low, high = bootstrap_interval(trained, minus=episodes["return"])
-                mean = float(trained.mean() - episodes["return"].mean())
-                result["gap"] = {"training": float(trained.mean()), "mean": mean, "low": low, "high": high}
+                seen = run_episodes(policy, args, there, f"{name}, training terrain")["return"]
+                low, high = bootstrap_interval(seen, minus=episodes["return"])
+                mean = float(seen.mean() - episodes["return"].mean())
+                result["gap"] = {"training": float(seen.mean()), "mean": mean, "low": low, "high": high}
             results.append(result)
     clear_progress()
     return results
+
+
+def show(args, results):
+    """Print the table and its notes, and write --json."""
+    text = table(results, shutil.get_terminal_size((160, 24)).columns) + "\n" + notes(args, results)
+    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.json == "-":
+        json.dump(results, sys.stdout, indent=1)
+        print()
+    elif args.json:
+        part = Path(args.json + ".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(part, args.json)
 
 
 # Showing
 
 
 def play(agent, env, args, seed):
-    """One episode in a single environment. Yields the reward and whether the robot fell after every step."""
-    envs = env.unwrapped._envs
+    """One episode in a single environment. After each action yields reward, steps so far and whether it fell."""
+    envs = env._envs
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    depth = torch.zeros(1, agent.num_depth)
     obs, _ = env.reset(seed=seed)
     move_back(envs, args.horizon)
-    for step in range(args.horizon):
+    act = trained(agent, args.stochastic)(envs, generator)
+    for step in range(0, args.horizon, envs.frame_skip):
         batch = {key: value[None] for key, value in obs.items()}
-        actions, depth = act(agent, envs, batch, depth, args, args.stochastic, generator)
+        actions = act(disturb(batch, envs, args.obs_noise, generator))
         push(envs, args, step, rng)
         obs, reward, terminated, truncated, _ = env.step(actions[0])
-        yield reward, terminated
+        yield reward, min(step + envs.frame_skip, args.horizon), terminated
         if terminated or truncated:
             return
 
@@ -509,15 +554,15 @@ def check_display():
 
 def render(agent, args, task):
     """Show episodes in MuJoCo's viewer, in real time, until its window is closed."""
-    env = gym.make("Ballbot-v0", render_mode="human", num_threads=1, **task)
+    env = BallbotEnv(render_mode="human", num_threads=1, **task)
     print("episodes follow one another until you close the window or press Ctrl-C")
     try:
         for seed in range(args.seed, args.seed + args.episodes):
             total, fell, started = 0.0, False, time.perf_counter()
-            for step, (reward, fell) in enumerate(play(agent, env, args, seed), 1):
+            for reward, step, fell in play(agent, env, args, seed):
                 total += reward
                 time.sleep(max(0, started + step * TIMESTEP - time.perf_counter()))
-                if not env.unwrapped._viewer.is_running():
+                if not env._viewer.is_running():
                     return
             print(f"start {seed}: return {total:.1f}, {step} steps, {'fell' if fell else 'did not fall'}")
     except KeyboardInterrupt:
@@ -554,15 +599,15 @@ def check_video(path):
 def video(agent, args, task):
     """Write a video of one episode, in real time, the depth images in its corners."""
     fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
-    env = gym.make("Ballbot-v0", num_threads=1, **task)
-    envs = env.unwrapped._envs
+    env = BallbotEnv(num_threads=1, **task)
+    envs = env._envs
     shots, total, fell = [], 0.0, False  # shots: (pose, depth images or None, caption)
 
     def shoot():
         frames = None if envs.frames is None else envs.frames[0].numpy().copy()
         shots.append((envs._batch.qpos[0].copy(), frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}"))
 
-    for step, (reward, fell) in enumerate(play(agent, env, args, args.seed), 1):
+    for reward, step, fell in play(agent, env, args, args.seed):
         total += reward
         if (step - 1) * TIMESTEP * fps >= len(shots):
             shoot()
@@ -712,16 +757,7 @@ def main(args):
         return render(loaded[0][1], args, tasks[0])
     if args.video:
         return video(loaded[0][1], args, tasks[0])
-    results = evaluate(args, loaded, tasks)
-    text = table(results, shutil.get_terminal_size((160, 24)).columns) + "\n" + notes(args, results)
-    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        json.dump(results, sys.stdout, indent=1)
-        print()
-    elif args.json:
-        part = Path(args.json + ".part")
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, args.json)
+    show(args, evaluate(args, loaded, tasks))
 
 
 if __name__ == "__main__":

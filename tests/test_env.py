@@ -402,7 +402,7 @@ def test_depth_of_a_moving_robot():
     actions = random_actions(180, 8, 0.2)
     for action in actions:
         obs, *_ = envs.step(action)
-    assert envs.new_frames and np.all(obs["relative_image_timestamp"] == 0)
+    assert envs.new_frames.all() and np.all(obs["relative_image_timestamp"] == 0)
     rotations = ballbot_env.rotation_matrix(envs._quaternion)
     expected, geoms = ray_depth(envs.model, envs._batch.qpos.copy(), rotations, 64)
     depth = np.concatenate([obs["depth_0"], obs["depth_1"]], 1)
@@ -428,13 +428,13 @@ def test_observations_stay_in_their_space_when_lying_on_the_ground():
 def test_new_frames_come_at_the_cameras_rate(rate, interval):
     envs = make(2, cameras=True, camera_rate=rate, camera_size=16)
     obs, _ = envs.reset(seed=0)
-    assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames
+    assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames.all()
     before, held = copied(obs), obs
     for step in range(1, 3 * interval + 8):
         obs, *_ = envs.step(np.zeros((2, 3)))
         age = np.full((2, 1), step % interval * 0.002, np.float32)
         np.testing.assert_array_almost_equal_nulp(obs["relative_image_timestamp"], age, 1)
-        assert envs.new_frames == (step % interval == 0)
+        assert envs.new_frames.tolist() == [step % interval == 0] * 2
         assert obs["relative_image_timestamp"] in envs.observation_space["relative_image_timestamp"]
         for key in ("depth_0", "depth_1"):
             assert np.shares_memory(obs[key], held[key])  # a held frame is not copied
@@ -485,7 +485,7 @@ def test_a_step_is_one_step_of_mujoco():
             "orientation": rotation,
             "vel": np.clip(data.qvel[dof : dof + 3], -2, 2),
             "angular_vel": np.clip(data.qvel[dof + 3 : dof + 6], -2, 2),
-            "motor_state": np.clip(data.qvel[wheels] / 10, -2, 2),
+            "motor_state": np.clip(data.qvel[wheels] / 10, -5, 5),
             "actions": np.clip(action[1], -1, 1),
         }
         for key, value in expected.items():
@@ -537,7 +537,7 @@ def test_reward(kwargs):
     for step, action in enumerate(random_actions(300, 3, 1.2)):
         if step == 100:
             envs._qvel[0, envs._velocity_columns[3:6]] = 3, 4, 0  # beyond what is observed
-        obs, rewards, terminations, _, infos = envs.step(action)
+        obs, rewards, terminations, truncations, infos = envs.step(action)
         obs = copied(obs)
         for i in np.flatnonzero(terminations):
             for key in obs:
@@ -545,9 +545,77 @@ def test_reward(kwargs):
         falls += terminations.sum()
         fast += np.all(obs["vel"][0, :2] == 2)
         effort = np.sum(np.clip(action, -1, 1).astype(float) ** 2, 1)
-        expected = forward * obs["vel"][:, :2] @ goal - ctrl * effort + healthy * ~terminations
-        np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-6 * max(forward, ctrl, 0.01))
+        terms = forward * obs["vel"][:, :2] @ goal, -ctrl * effort, healthy * ~terminations
+        np.testing.assert_allclose(rewards, sum(terms), rtol=0, atol=1e-6 * max(forward, ctrl, 0.01))
+        ended = terminations | truncations
+        for key, expected in zip(("reward_forward", "reward_ctrl", "reward_healthy"), terms):
+            final = infos["final_info"][key] if ended.any() else 0
+            np.testing.assert_allclose(
+                np.where(ended, final, infos.get(key, 0)), expected, atol=1e-6 * max(forward, 0.01)
+            )
     assert falls > 0 and fast > 0
+
+
+@pytest.mark.parametrize("frame_skip", [2, 4, 7])
+def test_frame_skip_is_the_action_repeated(frame_skip):
+    """Bit for bit, frames and the reward's terms included, to the physics step at which the episode ends."""
+    kwargs = dict(max_tilt=8.0, max_episode_steps=301, camera_size=16)
+    holding, single = BallbotEnv(frame_skip=frame_skip, **kwargs), BallbotEnv(**kwargs)
+    rng, ends = np.random.default_rng(0), []
+    for episode in range(4):
+        obs, _ = holding.reset(seed=episode)
+        assert_same(obs, single.reset(seed=episode)[0])
+        terminated = truncated = False
+        while not (terminated or truncated):
+            action = rng.uniform(-1, 1, 3) * (0.3 if episode else 0)
+            obs, reward, *end, info = holding.step(action)
+            total = dict.fromkeys(("reward", *ballbot_env.REWARD_TERMS), 0.0)
+            for _ in range(frame_skip):
+                expected, step_reward, terminated, truncated, step_info = single.step(action)
+                for key, value in (step_info | {"reward": step_reward}).items():
+                    if key in total:
+                        total[key] += value
+                if terminated or truncated:
+                    break
+            assert_same(obs, expected)
+            assert end == [terminated, truncated]
+            for key, value in (info | {"reward": reward}).items():
+                if key in total:
+                    assert value == pytest.approx(total[key], abs=1e-12), key
+        ends.append((terminated, int(single._envs._steps[0])))
+        assert holding._envs._steps[0] == single._envs._steps[0]  # the length is in physics steps
+    assert (False, 301) in ends and any(terminated for terminated, _ in ends), ends
+
+
+def test_many_with_frame_skip_are_the_single_ones():
+    n, kwargs = 3, dict(SHORT, frame_skip=4, camera_size=16)
+    many, singles = BallbotVectorEnv(n, num_threads=1, **kwargs), [BallbotEnv(**kwargs) for _ in range(n)]
+    obs, _ = many.reset(seed=0)
+    starts = [single.reset(seed=i)[0] for i, single in enumerate(singles)]
+    assert_same(obs, {key: np.stack([start[key] for start in starts]) for key in obs})
+    lengths = []
+    for actions in random_actions(150, n, 0.3):
+        obs, rewards, terminations, truncations, infos = many.step(actions)
+        for i, single in enumerate(singles):
+            obs_i, reward, terminated, truncated, _ = single.step(actions[i])
+            assert (reward, terminated, truncated) == (rewards[i], terminations[i], truncations[i])
+            if terminated or truncated:
+                lengths.append(int(infos["episode"]["l"][i]))
+                assert lengths[-1] == single._envs._steps[0]
+                assert_same(infos["final_obs"][i], obs_i)
+                obs_i, _ = single.reset()
+            assert_same({key: value[i] for key, value in obs.items()}, obs_i)
+    assert any(length % 4 for length in lengths) and 100 in lengths, lengths
+
+
+def test_held_actions_end_at_4000_physics_steps():
+    for env in (
+        gym.make("Ballbot-v0", terrain="flat", cameras=False, frame_skip=10),
+        BallbotEnv("flat", frame_skip=10),
+    ):
+        env.reset(seed=0)
+        env.unwrapped._envs._steps[:] = 3980
+        assert [env.step(np.zeros(3))[3] for _ in range(2)] == [False, True]
 
 
 def test_goal_changes_the_reward_alone():
@@ -653,14 +721,16 @@ def test_arguments_change_the_model():
 
 def fail_in_simulation(envs, monkeypatch):
     """As MuJoCo does when it raises in simulation 1: that one is not stepped, the others are."""
-    step = envs._batch.step
+    rollout = envs._batch.rollout
 
-    def failing(*args, **kwargs):
-        monkeypatch.setattr(envs._batch, "step", step)
-        step(np.array([0, 2]))
+    def failing(nstep, record, out):
+        monkeypatch.setattr(envs._batch, "rollout", rollout)
+        others = np.array([0, 2])
+        for key, value in rollout(nstep, record=record, ids=others).items():
+            out[key][others] = value
         raise mujoco.batch.SimulationError(np.array([1]), "made to fail", 3)
 
-    monkeypatch.setattr(envs._batch, "step", failing)
+    monkeypatch.setattr(envs._batch, "rollout", failing)
 
 
 @pytest.mark.parametrize("failure", ["nan qpos", "nan qvel", "inf qvel", "huge qvel", "nan action", "error"])
@@ -735,6 +805,8 @@ BAD = [
     (dict(camera_rate=0), "camera_rate is 0"),
     (dict(wheel_damping=-1), "wheel_damping is -1"),
     (dict(wheel_damping=math.nan), "wheel_damping is nan"),
+    (dict(frame_skip=0), "frame_skip is 0: give a whole number from 1 on"),
+    (dict(frame_skip=2.5), r"frame_skip is 2\.5"),
     (dict(max_tilt=100), "max_tilt is 100: give an angle between 0 and 90 degrees"),
     (dict(max_tilt=0), "max_tilt is 0"),
     (dict(goal=(0, 0)), r"goal is \(0, 0\)"),

@@ -45,7 +45,7 @@ def test_gae_by_hand():
 class ScriptedEnvs:
     """Two environments whose `vel` counts steps; at step 1 the first terminates and the second is truncated."""
 
-    num_envs, new_frames = 2, False
+    num_envs, new_frames = 2, np.zeros(2, bool)
 
     def __init__(self):
         self.clock = 0
@@ -192,7 +192,7 @@ def test_end_to_end_update_starts_from_the_features_of_the_rollout():
     args = replace(SMALL, freeze_encoder=False, depth_scale=0.3, num_steps=16, update_epochs=1)
     envs, agent = ppo.make_envs(args, 4, 0), ppo.Agent(args)
     obs, _ = envs.reset(seed=0)
-    depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40))
+    depth = ppo.depth_features(envs, agent, torch.zeros(4, 40))
     storage = ppo.make_storage(args, agent)
     storage["noise"].normal_()
     _, _, frames, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, storage, [])
@@ -205,10 +205,10 @@ def test_held_frames_keep_their_features():
     envs = ppo.make_envs(SMALL, 3, 0)
     agent = ppo.Agent(SMALL)
     obs, _ = envs.reset(seed=0)
-    depth = ppo.depth_features(obs, envs, agent, torch.zeros(3, 40))
+    depth = ppo.depth_features(envs, agent, torch.zeros(3, 40))
     for step in range(1, 8):
         obs, *_ = envs.step(np.zeros((3, 3)))
-        renewed = ppo.depth_features(obs, envs, agent, depth)
+        renewed = ppo.depth_features(envs, agent, depth)
         assert (renewed is depth) == (step != 6)
         depth = renewed
         seen = torch.from_numpy(np.concatenate([obs["depth_0"], obs["depth_1"]], 1))
@@ -271,7 +271,7 @@ def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     optimizer = torch.optim.AdamW([ppo.flatten([p for p in agent.parameters() if p.requires_grad])])
     obs, _ = envs.reset(seed=0)
     assert obs["depth_0"].device.type == "meta"
-    depth = ppo.depth_features(obs, envs, agent, torch.zeros(4, 40, device="meta"))
+    depth = ppo.depth_features(envs, agent, torch.zeros(4, 40, device="meta"))
     storage = ppo.make_storage(args, agent)
     storage["noise"].normal_()
     _, _, frames, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth, storage, [])

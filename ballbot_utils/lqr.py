@@ -1,0 +1,190 @@
+"""A yardstick that learns nothing: `python -m ballbot_utils.lqr --speed 0.6`.
+
+A linear-quadratic regulator drives the robot along the goal, as a textbook would: a linear model is fitted to random
+motion, the discrete-time Riccati equation gives the feedback, and a table shows what it reaches on unseen terrain, in
+the manner of `python -m ballbot_utils.evaluate`, whose disturbances it takes too. It sees proprioception alone.
+
+State, (n, 8): lean (x, y of the upward direction in the robot's frame), heading (rad), angular velocity (rad/s), and
+horizontal velocity in the heading's frame (m/s). The wheels' speeds follow from these, as the wheels do not slip.
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+from ballbot_env import TIMESTEP, rotation_matrix
+from ballbot_utils import evaluate
+
+HOLD = 2  # steps that an action is held
+# Costs of the state's squares, of those of the integrals of the two velocities' errors, and of the actions'
+STATE_COST = np.diag([100, 100, 1, 0.1, 0.1, 0.1, 30, 30, 5, 5.0])
+ACTION_COST = 0.05 * np.eye(3)
+RAMP = 0.8  # s to reach the speed
+
+
+@dataclass
+class Args:
+    speed: float = 0.6
+    """speed along the goal, m/s"""
+    heading: float = 0.0
+    """heading to keep while driving, rad, 0 facing the goal; at 0.25 the wheels share the load best"""
+    episodes: int = 100
+    """episodes"""
+    horizon: int = 4000
+    """steps at which an episode ends"""
+    seed: int = 1_000_000
+    """seed of start poses, pushes and noise"""
+    num_threads: int = 0
+    """CPU threads of the physics, 0: one per core"""
+    terrain: str = "perlin"
+    """ground: perlin or flat"""
+    terrain_seed: int = 1_000_000
+    """which Perlin terrain"""
+    terrain_amplitude: float = 0.1
+    """height of the hills, m"""
+    wheel_damping: float = 0.4
+    """damping of the wheels' axles, N·m·s/rad"""
+    push: float = 0.0
+    """impulse of random horizontal pushes on the base, N·s"""
+    push_interval: float = 1.0
+    """seconds from one push to the next, and from the start to the first"""
+    obs_noise: float = 0.0
+    """standard deviation of Gaussian noise on the observations, each in its own unit"""
+    json: str = ""
+    """file for all figures, every episode's too; - is standard output, and the table then goes to standard error"""
+    overwrite: bool = False
+    """replace a --json file that exists"""
+
+
+def state_of(obs):
+    """The state (n, 8) of a batch of observations."""
+    vector = obs["orientation"].astype(float)
+    angle = np.linalg.norm(vector, axis=1, keepdims=True)
+    quaternion = np.concatenate([np.cos(angle / 2), vector * np.sinc(angle / (2 * np.pi)) / 2], 1)
+    rotation = rotation_matrix(quaternion)
+    heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
+    velocity = turned(obs["vel"].astype(float), -heading)
+    return np.concatenate([rotation[:, 2, :2], heading[:, None], obs["angular_vel"], velocity], 1)
+
+
+def turned(vectors, angle):
+    """x and y of `vectors` (n, 2 or 3), turned about z by `angle` (n,) in rad: (n, 2)."""
+    x, y, cos, sin = vectors[:, 0], vectors[:, 1], np.cos(angle), np.sin(angle)
+    return np.stack([cos * x - sin * y, sin * x + cos * y], 1)
+
+
+def fit(inputs, outputs):
+    """The matrix (outputs, inputs) that maps rows of `inputs` to rows of `outputs` with the least squares of errors."""
+    return np.linalg.lstsq(inputs, outputs, rcond=None)[0].T
+
+
+def identify(wheel_damping, num_envs=256, actions=50):
+    """A (8, 8) and B (8, 3) of the state after an action is held, by random actions from rest on level ground."""
+    envs = gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain="flat", cameras=False, wheel_damping=wheel_damping,
+                        frame_skip=HOLD, max_tilt=60.0)  # fmt: skip
+    rng, action = np.random.default_rng(0), np.zeros((num_envs, 3))
+    obs, _ = envs.reset(seed=0)
+    for _ in range(50):  # until it has settled on its ball
+        obs, *_ = envs.step(action)
+    samples = []
+    for _ in range(actions):
+        changed = rng.random(num_envs) < 0.2
+        action[changed] = rng.uniform(-0.3, 0.3, (changed.sum(), 3))
+        before, (obs, *_) = state_of(obs), envs.step(action)
+        samples.append(np.concatenate([before, action, state_of(obs)], 1))
+    samples = np.concatenate(samples)
+    samples = samples[np.linalg.norm(samples[:, :2], axis=1) < 0.1]  # where it is about linear
+    return np.split(fit(samples[:, :11], samples[:, 11:]), [8], axis=1)
+
+
+def feedback(a, b):
+    """The gain (3, 10): action = -gain @ (state, integrals), by iterating the Riccati equation."""
+    with_integrals = np.eye(10)
+    with_integrals[:8, :8], with_integrals[8:, 6:8] = a, HOLD * TIMESTEP * np.eye(2)
+    a, b = with_integrals, np.concatenate([b, np.zeros((2, 3))])
+    cost = STATE_COST
+    for _ in range(20_000):
+        gain = np.linalg.solve(ACTION_COST + b.T @ cost @ b, b.T @ cost @ a)
+        before, cost = cost, STATE_COST + a.T @ cost @ (a - b @ gain)
+        if np.abs(cost - before).max() < 1e-9 * cost.max():
+            return gain
+    sys.exit("error: the Riccati equation did not converge: no feedback balances this robot")
+
+
+def regulator(gain, feedforward, goals, heading=0.0):
+    """A policy for `evaluate.run_episodes`: drives at velocities `goals`, m/s, (2,) or (n, 2).
+
+    `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the heading's frame.
+    """
+
+    def start(envs, generator=None):
+        integrals, actions = np.zeros((envs.num_envs, 2)), 0
+
+        def act(obs):
+            nonlocal integrals, actions
+            share = min(1, actions * HOLD * TIMESTEP / RAMP)
+            actions += 1
+            error = state_of(obs)
+            wanted = turned(np.broadcast_to(goals, integrals.shape) * share, -error[:, 2])
+            error[:, 2] -= heading * share
+            error[:, 6:8] -= wanted
+            integrals += error[:, 6:8] * HOLD * TIMESTEP
+            return wanted @ feedforward.T - np.concatenate([error, integrals], 1) @ gain.T
+
+        return act
+
+    return start
+
+
+def steady_actions(gain, wheel_damping, num_envs=64):
+    """Actions (3, 2) of a steady drive by velocity in the heading's frame, measured on level ground."""
+    envs = gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain="flat", cameras=False, wheel_damping=wheel_damping,
+                        frame_skip=HOLD)  # fmt: skip
+    top = 0.2 / wheel_damping if wheel_damping > 0.3 else 0.6  # m/s, well below what the motors can
+    goals = np.random.default_rng(1).uniform(-top, top, (num_envs, 2))
+    act = regulator(gain, np.zeros((3, 2)), goals)(envs)
+    obs, _ = envs.reset(seed=0)
+    samples, upright = [], np.ones(num_envs, bool)
+    for step in range(1800):
+        action = act(obs)
+        if step >= 1500:
+            samples.append(np.concatenate([state_of(obs)[:, 6:8], action], 1))
+        obs, _, terminations, *_ = envs.step(action)
+        upright &= ~terminations
+    means = np.mean(samples, 0)[upright]
+    return fit(means[:, :2], means[:, 2:])
+
+
+def design(wheel_damping):
+    """Feedback gain (3, 10) and feedforward (3, 2) for a robot of the given wheel damping, N·m·s/rad."""
+    gain = feedback(*identify(wheel_damping))
+    return gain, steady_actions(gain, wheel_damping)
+
+
+def main(args):
+    for name in ("speed", "heading"):
+        if not np.isfinite(getattr(args, name)):
+            sys.exit(f"error: --{name} is {getattr(args, name)}: give a finite number")
+    shared = {field.name: getattr(args, field.name) for field in fields(Args) if field.name not in ("speed", "heading")}
+    if args.terrain == "flat":
+        shared |= {"terrain_seed": None, "terrain_amplitude": None}
+    checked = evaluate.Args(checkpoints=(Path("LQR"),), gap=False, **shared)
+    evaluate.check(checked)
+    task = dict(terrain=args.terrain, cameras=False, wheel_damping=args.wheel_damping, frame_skip=HOLD,
+                max_episode_steps=args.horizon)  # fmt: skip
+    if args.terrain == "perlin":
+        task |= dict(terrain_seed=args.terrain_seed, terrain_amplitude=args.terrain_amplitude)
+    gain, feedforward = design(args.wheel_damping)
+    policy = regulator(gain, feedforward, (0.0, args.speed), args.heading)
+    label = f"LQR, {args.speed:g} m/s" + (f", heading {args.heading:g}" if args.heading else "")
+    episodes = evaluate.run_episodes(policy, checked, task, label)
+    evaluate.clear_progress()
+    evaluate.show(checked, [evaluate.column(label, checked, task, episodes)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
