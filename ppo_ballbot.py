@@ -120,14 +120,12 @@ class Args:
     """learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same"""
     norm_obs: bool = False
     """normalise proprioception by running mean and variance"""
-    norm_reward: bool = False
-    """divide rewards by the running standard deviation of the discounted return"""
     norm_value: bool = False
     """let the critic predict returns in units of their moving mean and standard deviation (PopArt)"""
 
     # Networks
     body_frame: bool = False
-    """see orientation and velocity in the robot's frame, not the world's: control is then alike at any heading"""
+    """see lean, velocity and the world's +y in the robot's frame: control is then alike at any heading"""
     hidden_size: int = 128
     """units per hidden layer"""
     pi_layers: int = 4
@@ -164,7 +162,7 @@ PRESETS = {
     "balanced": {},
     "tuned": dict(
         learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0, num_envs=32, num_steps=128,
-        minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_reward=True,
+        minibatch_size=1024, gamma=0.998, gae_lambda=0.99, norm_adv=True, norm_obs=True, norm_value=True,
         target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005,
         total_timesteps=1_500_000, eval_interval=125_000,
     ),
@@ -237,13 +235,13 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
-    An observation is split in `proprio` (n, 15), or (n, 16) with the frames' age, and `depth` (n, 40), the
-    encoder's features of both cameras' frames: 56 features in all. Without cameras `depth` is (n, 0).
+    An observation is split in `proprio` (n, 15), one more with the frames' age and one more with --body-frame, and
+    `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
     """
 
     def __init__(self, args):
         super().__init__()
-        self.num_proprio = 16 if args.cameras else 15
+        self.num_proprio = 15 + args.body_frame + args.cameras
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         # channels_last: a quarter faster on a CPU
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
@@ -255,9 +253,6 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
         self.register_buffer("obs_count", torch.zeros(()))
-        self.register_buffer("return_mean", torch.zeros(()))
-        self.register_buffer("return_var", torch.ones(()))
-        self.register_buffer("return_count", torch.zeros(()))
         # Moving averages of returns and their squares, and the critic's units that follow from them
         self.register_buffer("value_moments", torch.zeros(2))
         self.register_buffer("value_count", torch.zeros(()))
@@ -332,10 +327,11 @@ def make_envs(args, num_envs, terrain_seed, num_processes=1):
 
 
 def proprioception(obs, agent):
-    """Proprioception (n, 15), with cameras also the frames' age (n, 16), of a batch of observations."""
+    """Proprioception (n, 15 to 17), in the parts that `Agent` names, of a batch of observations."""
     if agent.body_frame:
-        orientation, vel = in_body_frame(obs["orientation"], obs["vel"])
-        obs = obs | {"orientation": orientation, "vel": vel}
+        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
+        orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
+        obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
     keys = ballbot_env.PROPRIOCEPTION + (("relative_image_timestamp",) if agent.encoder is not None else ())
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
 
@@ -343,15 +339,14 @@ def proprioception(obs, agent):
 def in_body_frame(orientation, vel):
     """Rotation vectors (n, 3) in rad and velocities (n, 3) in the world, as the robot sees them.
 
-    Returns float32 (n, 3): x and y of the upward direction in its frame and its heading (rad, 0 facing +y,
-    from -π to π), and (n, 3): the velocity in its frame.
+    Returns lean (n, 2), x and y of the upward direction in its frame, heading (n, 1) in rad, 0 facing +y, from -π to π,
+    and the velocity in its frame (n, 3).
     """
     angle = np.linalg.norm(orientation, axis=1, keepdims=True)
     quaternion = np.concatenate([np.cos(angle / 2), orientation * np.sinc(angle / (2 * np.pi)) / 2], 1)
     rotation = ballbot_env.rotation_matrix(quaternion)  # columns: the robot's axes in the world
     heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
-    tilt = np.stack([rotation[:, 2, 0], rotation[:, 2, 1], heading], 1)
-    return tilt.astype(np.float32), (rotation * vel[:, :, None]).sum(1).astype(np.float32)
+    return rotation[:, 2, :2], heading[:, None], (rotation * vel[:, :, None]).sum(1)
 
 
 @torch.no_grad()
@@ -429,7 +424,7 @@ def rollout(envs, agent, args, proprio, depth, storage, finished):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         simulating += time.perf_counter() - now
-        rewards[step] = reward - args.spin_cost * np.square(obs["angular_vel"][:, 2], dtype=float)
+        rewards[step] = reward - args.frame_skip * args.spin_cost * np.square(obs["angular_vel"][:, 2], dtype=float)
         dones[step] = terminations | truncations
         if store_frames and envs.new_frames.any():
             new = torch.from_numpy(envs.new_frames.copy())
@@ -888,12 +883,12 @@ def train(args):
     batch = as_batch(storage)
 
     finished = deque(maxlen=100)  # (return, length) of the last episodes
-    discounted = torch.zeros(args.num_envs, device=device)  # return so far, for --norm-reward
     if run is None:
         run_dir.mkdir(parents=True)
         settings = {key: value for key, value in asdict(args).items() if key not in ("run_name", "config", "resume")}
         (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         first_iteration, global_step, best_return, next_eval, seconds = 1, 0, -np.inf, args.eval_interval, 0.0
+        targets_met, before = None, 0.0
     else:
         try:
             agent.load_state_dict(run["model"])
@@ -902,8 +897,8 @@ def train(args):
             sys.exit(f"error: {path} was written by another version: its networks or optimizer are stored otherwise")
         first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
         best_return, next_eval = run["best_return"], run["next_eval"]
+        targets_met, before = run["targets_met"], run["elapsed"]
         finished.extend(run["finished"])
-        discounted = run["discounted"].to(device)
         torch.set_rng_state(run["rng"])
         if args.cuda:
             torch.cuda.set_rng_state(run["cuda_rng"])
@@ -935,13 +930,6 @@ def train(args):
             states.append(state)
         learn_start = time.perf_counter()
         rewards = storage["rewards"]
-        if args.norm_reward:
-            returns = torch.empty_like(rewards)
-            for t in range(args.num_steps):
-                returns[t] = discounted = discounted * args.gamma + rewards[t]
-                discounted = discounted * (1 - storage["dones"][t])
-            agent.update_moments("return", returns.flatten())
-            rewards *= torch.rsqrt(agent.return_var + 1e-8)
         values = storage["values"]
         advantages = gae(rewards, values, storage["next_values"], storage["dones"], args.gamma, args.gae_lambda)
         storage["advantages"].copy_(advantages)
@@ -1001,12 +989,16 @@ def train(args):
             next_eval += args.eval_interval
             result = evaluate(agent, args, args.eval_episodes, workers)
             report(f"evaluation at {global_step:,} steps", result, writer, global_step)
+            if targets_met is None and all(reached(result)):
+                targets_met = f"{global_step:,} steps, {minutes(before + time.perf_counter() - STARTED)}"
+                print(f"targets met after {targets_met}", flush=True)
             if result["episodic_return"] > best_return:
                 best_return = result["episodic_return"]
                 save(run_dir / "best.pt", policy | {"eval": result})
         checkpoint = policy | dict(
             optimizer=optimizer.state_dict(), iteration=iteration, best_return=best_return, next_eval=next_eval,
-            seconds=seconds, finished=list(finished), discounted=discounted, runners=states, rng=torch.get_rng_state(),
+            targets_met=targets_met, elapsed=before + time.perf_counter() - STARTED, seconds=seconds,
+            finished=list(finished), runners=states, rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if args.cuda else None,
         )  # fmt: skip
         if (run_dir / "last.pt").exists():
@@ -1027,15 +1019,24 @@ def train(args):
         best_result = result
         last = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
         save(run_dir / "best.pt", {key: last[key] for key in ("model", "args", "global_step")} | {"eval": result})
-    reached = best_result["episodic_return"] > TARGET_RETURN, best_result["episodic_length"] > TARGET_LENGTH
-    print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: "
-          f"return > {TARGET_RETURN} {'reached' if reached[0] else 'missed'}, "
-          f"length > {TARGET_LENGTH} {'reached' if reached[1] else 'missed'} ({run_dir}/best.pt)")  # fmt: skip
+    on_return, on_length = ("reached" if yes else "missed" for yes in reached(best_result))
+    print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: return > {TARGET_RETURN} "
+          f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
+          + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
     for worker in workers:
         worker.close()
     writer.close()
     gc.unfreeze()
     return run_dir
+
+
+def reached(result):
+    """Whether an evaluation meets the targets: that of the return, that of the length."""
+    return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
+
+
+def minutes(seconds):
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
 
 
 def report(title, result, writer=None, global_step=None):

@@ -250,14 +250,14 @@ def remedies(params):
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
     norm_adv = {} if params.get("norm_adv") == "True" else {"--norm-adv": ""}
-    norm_reward = {} if params.get("norm_reward") == "True" else {"--norm-reward": ""}
+    norm_value = {} if params.get("norm_value") == "True" else {"--norm-value": ""}
     guard = {"--target-kl": "0.02"} if value("target_kl") > 0.02 and params.get("lr_schedule") != "kl" else {}
     smaller_net = scaled("hidden_size", 1 / 2, 64, 512)
     small_std = {"--init-log-std": "-0.5"} if value("init_log_std") < -0.5 else {}
     return {
         "unstable": learning_rate(1 / 10) | smaller_clip | more_value,
         "KL too large": learning_rate(1 / 10) | guard,
-        "value function lagging": more_value | norm_reward,
+        "value function lagging": more_value | norm_value,
         "entropy collapse": more_entropy | small_std,
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": learning_rate(10) | larger_clip | norm_adv,

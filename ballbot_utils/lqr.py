@@ -5,7 +5,7 @@ motion, the discrete-time Riccati equation gives the feedback, and a table shows
 the manner of `python -m ballbot_utils.evaluate`, whose disturbances it takes too. It sees proprioception alone.
 
 State, (n, 8): lean (x, y of the upward direction in the robot's frame), heading (rad), angular velocity (rad/s), and
-horizontal velocity in the heading's frame (m/s). The wheels' speeds follow from these, as the wheels do not slip.
+x and y of the velocity in the robot's frame (m/s). The wheels' speeds follow from these, as the wheels do not slip.
 """
 
 import sys
@@ -16,8 +16,9 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from ballbot_env import TIMESTEP, rotation_matrix
+from ballbot_env import TIMESTEP
 from ballbot_utils import evaluate
+from ppo_ballbot import in_body_frame
 
 HOLD = 2  # steps that an action is held
 # Costs of the state's squares, of those of the integrals of the two velocities' errors, and of the actions'
@@ -62,18 +63,13 @@ class Args:
 
 def state_of(obs):
     """The state (n, 8) of a batch of observations."""
-    vector = obs["orientation"].astype(float)
-    angle = np.linalg.norm(vector, axis=1, keepdims=True)
-    quaternion = np.concatenate([np.cos(angle / 2), vector * np.sinc(angle / (2 * np.pi)) / 2], 1)
-    rotation = rotation_matrix(quaternion)
-    heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
-    velocity = turned(obs["vel"].astype(float), -heading)
-    return np.concatenate([rotation[:, 2, :2], heading[:, None], obs["angular_vel"], velocity], 1)
+    lean, heading, velocity = in_body_frame(obs["orientation"], obs["vel"])
+    return np.concatenate([lean, heading, obs["angular_vel"], velocity[:, :2]], 1)
 
 
 def turned(vectors, angle):
-    """x and y of `vectors` (n, 2 or 3), turned about z by `angle` (n,) in rad: (n, 2)."""
-    x, y, cos, sin = vectors[:, 0], vectors[:, 1], np.cos(angle), np.sin(angle)
+    """`vectors` (n, 2), turned about z by `angle` (n,) in rad."""
+    x, y, cos, sin = *vectors.T, np.cos(angle), np.sin(angle)
     return np.stack([cos * x - sin * y, sin * x + cos * y], 1)
 
 
@@ -98,7 +94,10 @@ def identify(wheel_damping, num_envs=256, actions=50):
         samples.append(np.concatenate([before, action, state_of(obs)], 1))
     samples = np.concatenate(samples)
     samples = samples[np.linalg.norm(samples[:, :2], axis=1) < 0.1]  # where it is about linear
-    return np.split(fit(samples[:, :11], samples[:, 11:]), [8], axis=1)
+    samples[:, [2, 13]] -= samples[:, [2]]  # on level ground nothing depends on the heading but the next one
+    a, b = np.split(fit(samples[:, :11], samples[:, 11:]), [8], axis=1)
+    a[:, 2] = np.eye(8)[2]
+    return a, b
 
 
 def feedback(a, b):
@@ -118,7 +117,7 @@ def feedback(a, b):
 def regulator(gain, feedforward, goals, heading=0.0):
     """A policy for `evaluate.run_episodes`: drives at velocities `goals`, m/s, (2,) or (n, 2).
 
-    `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the heading's frame.
+    `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the robot's frame.
     """
 
     def start(envs, generator=None):
@@ -141,7 +140,7 @@ def regulator(gain, feedforward, goals, heading=0.0):
 
 
 def steady_actions(gain, wheel_damping, num_envs=64):
-    """Actions (3, 2) of a steady drive by velocity in the heading's frame, measured on level ground."""
+    """Actions (3, 2) of a steady drive by velocity in the robot's frame, measured on level ground."""
     envs = gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain="flat", cameras=False, wheel_damping=wheel_damping,
                         frame_skip=HOLD)  # fmt: skip
     top = 0.2 / wheel_damping if wheel_damping > 0.3 else 0.6  # m/s, well below what the motors can

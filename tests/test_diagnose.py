@@ -29,7 +29,7 @@ BROKEN = {
     "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),
     "KL too small": dict(learning_rate=1e-8),
     "overfitting": dict(terrain="perlin", total_timesteps=65_536, eval_interval=20_480, eval_episodes=8,
-                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, norm_reward=True, vf_coef=1.0),
+                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, norm_value=True, vf_coef=1.0),
     "slow learning": dict(learning_rate=1e-5, total_timesteps=98_304),
     "not learning": dict(learning_rate=1e-8, total_timesteps=262_144, num_envs=128, update_epochs=1,
                          minibatch_size=16_384),

@@ -20,9 +20,9 @@ from ballbot_utils import evaluate
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
 ARGS = evaluate.Args(checkpoints=(), num_threads=1, episodes=3, horizon=600, seed=7)
-FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "max_episode_steps": 600}
+FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "frame_skip": 1, "max_episode_steps": 600}
 PERLIN = {"terrain": "perlin", "terrain_seed": 1_000_000, "terrain_amplitude": 0.1, "cameras": True,
-          "wheel_damping": 0.4, "max_episode_steps": 600}  # fmt: skip
+          "wheel_damping": 0.4, "frame_skip": 1, "max_episode_steps": 600}  # fmt: skip
 
 
 def make_agent(**train_args):
@@ -56,7 +56,7 @@ def equal(a, b):
 
 def test_statistics_are_those_of_a_plain_loop():
     agent, _ = make_agent()
-    found = evaluate.run_episodes(agent, ARGS, PERLIN)
+    found = evaluate.run_episodes(evaluate.trained(agent), ARGS, PERLIN)
     rows = []
     for seed in (7, 8, 9):
         env = gym.make("Ballbot-v0", **PERLIN)
@@ -88,7 +88,7 @@ def test_same_figures_as_the_training_scripts_own_evaluation():
     agent, train_args = make_agent(cameras=False)
     expected = ppo.evaluate(agent, train_args, 3)
     args = replace(ARGS, seed=1_000_000, horizon=4000)
-    found = evaluate.run_episodes(agent, args, evaluate.conditions(args, train_args, "run"))
+    found = evaluate.run_episodes(evaluate.trained(agent), args, evaluate.conditions(args, train_args, "run"))
     assert found["return"].mean() == expected["episodic_return"]
     assert found["length"].mean() == expected["episodic_length"]
     assert found["fell"].mean() == expected["falls"]
@@ -97,9 +97,9 @@ def test_same_figures_as_the_training_scripts_own_evaluation():
 def test_more_episodes_than_environments(monkeypatch):
     agent, _ = make_agent(cameras=False)
     task = PERLIN | {"cameras": False}
-    at_once = evaluate.run_episodes(agent, replace(ARGS, episodes=5), task)
+    at_once = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, episodes=5), task)
     monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
-    in_rounds = evaluate.run_episodes(agent, replace(ARGS, episodes=5), task)
+    in_rounds = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, episodes=5), task)
     for key in at_once:
         np.testing.assert_allclose(in_rounds[key], at_once[key], rtol=1e-3, atol=1e-4)
 
@@ -117,14 +117,14 @@ def test_bootstrap_by_known_numbers():
 
 def test_pushes():
     agent, _ = make_agent(cameras=False)
-    plain = evaluate.run_episodes(agent, ARGS, FLAT)
-    none = evaluate.run_episodes(agent, replace(ARGS, push=0.0, push_interval=0.1), FLAT)
+    plain = evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)
+    none = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, push=0.0, push_interval=0.1), FLAT)
     assert equal(plain, none)
     args = replace(ARGS, push=0.2, push_interval=0.1)
-    pushed = evaluate.run_episodes(agent, args, FLAT)
+    pushed = evaluate.run_episodes(evaluate.trained(agent), args, FLAT)
     assert (pushed["return"] != plain["return"]).all()
     assert len(set(pushed["return"])) == 3  # each its own direction
-    assert equal(pushed, evaluate.run_episodes(agent, args, FLAT))
+    assert equal(pushed, evaluate.run_episodes(evaluate.trained(agent), args, FLAT))
 
     # The force times its duration is the impulse, and none is left after it.
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT)
@@ -141,36 +141,70 @@ def test_pushes():
     assert not impulse[:, 2:].any()
 
 
+@pytest.mark.parametrize("frame_skip, lasts", [(1, 10), (4, 12), (25, 25)])
+def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
+    envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT | {"frame_skip": frame_skip})
+    envs.reset(seed=0)
+    args, rng, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), np.random.default_rng(0), 0, 0
+    for step in range(0, 200, frame_skip):  # one push, at 0.2 s
+        evaluate.push(envs, args, step, rng)
+        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        forced += frame_skip * force.any()
+        impulse = impulse + 0.002 * frame_skip * force
+        envs.step(np.zeros((2, 3)))
+    assert forced == lasts
+    np.testing.assert_allclose(np.linalg.norm(impulse[:, :2], axis=1), 0.2)
+
+
+def test_held_actions_are_counted_in_physics_steps():
+    agent, train_args = make_agent(cameras=False, frame_skip=4)
+    args = replace(ARGS, horizon=402)
+    task = evaluate.conditions(args, train_args, "run") | {"terrain": "flat"}
+    found = evaluate.run_episodes(evaluate.trained(agent), args, task)
+    assert task["frame_skip"] == 4 and (found["length"] == 402).all() and not found["fell"].any()
+    env = ballbot_env.BallbotEnv(**task)
+    obs, _ = env.reset(seed=args.seed)
+    total, effort, over = 0.0, [], False
+    while not over:
+        with torch.no_grad():
+            batch = {key: value[None] for key, value in obs.items()}
+            action = agent.actor(ppo.proprioception(batch, agent)).numpy()[0]
+        obs, reward, fell, truncated, _ = env.step(action)
+        total, over = total + reward, fell or truncated
+        effort.append((action.clip(-1, 1) ** 2).sum())
+    assert found["return"][0] == pytest.approx(total, rel=1e-4)
+    assert found["effort"][0] == pytest.approx(np.mean(effort), rel=1e-3)
+
+
 def test_observation_noise():
     agent, _ = make_agent()
     task = PERLIN | {"max_episode_steps": 60}
     args = replace(ARGS, horizon=60)
-    plain = evaluate.run_episodes(agent, args, task)
-    assert equal(plain, evaluate.run_episodes(agent, replace(args, obs_noise=0.0), task))
-    noisy = evaluate.run_episodes(agent, replace(args, obs_noise=0.05), task)
+    plain = evaluate.run_episodes(evaluate.trained(agent), args, task)
+    assert equal(plain, evaluate.run_episodes(evaluate.trained(agent), replace(args, obs_noise=0.0), task))
+    noisy = evaluate.run_episodes(evaluate.trained(agent), replace(args, obs_noise=0.05), task)
     assert (noisy["effort"] != plain["effort"]).all()
 
     envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
     obs, _ = envs.reset(seed=0)
-    frames, seen = envs.frames.clone(), []
-    agent.actor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    args = replace(args, obs_noise=0.05)
-    _, depth = evaluate.act(agent, envs, obs, torch.zeros(200, 40), args, False, torch.Generator().manual_seed(0))
-    noise = (seen[0][:, :16] - ppo.proprioception(obs, agent)).numpy()
+    frames, generator = envs.frames.clone(), torch.Generator().manual_seed(0)
+    noisy = evaluate.disturb(obs, envs, 0.05, generator)
+    noise = (ppo.proprioception(noisy, agent) - ppo.proprioception(obs, agent)).numpy()
     assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
     assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
     # A frame is drawn upon once, when it is new.
     frames = envs.frames.clone()
     obs, *_ = envs.step(np.zeros((200, 3)))
-    _, held = evaluate.act(agent, envs, obs, depth, args, False, torch.Generator().manual_seed(0))
-    assert torch.equal(envs.frames, frames) and torch.equal(held, depth)
+    evaluate.disturb(obs, envs, 0.05, generator)
+    assert torch.equal(envs.frames, frames)
+    assert evaluate.disturb(obs, envs, 0.0, generator) is obs
 
 
 def test_drawn_actions():
     agent, _ = make_agent(cameras=False)
-    drawn = evaluate.run_episodes(agent, ARGS, FLAT, stochastic=True)
-    assert equal(drawn, evaluate.run_episodes(agent, ARGS, FLAT, stochastic=True))
-    assert drawn["effort"].mean() > evaluate.run_episodes(agent, ARGS, FLAT)["effort"].mean() + 0.5
+    drawn = evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT)
+    assert equal(drawn, evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT))
+    assert drawn["effort"].mean() > evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)["effort"].mean() + 0.5
 
 
 def test_long_episodes_start_further_back():
@@ -200,7 +234,7 @@ def test_long_episodes_by_the_edge_are_counted():
     envs.reset = reset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.gym, "make_vec", lambda *args, **kwargs: envs)
-        episodes = evaluate.run_episodes(agent, ARGS, FLAT)
+        episodes = evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)
     assert episodes["left"].tolist() == [1, 0, 0] and episodes["fell"].tolist() == [0, 1, 1]
     assert episodes["length"][0] == 1
 

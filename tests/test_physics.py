@@ -1,10 +1,14 @@
-"""Tests of the robot in assets/ballbot.xml: masses, geometry, omniwheels, agreement with the reference."""
+"""Tests of the robot in assets/ballbot.xml: masses, geometry, omniwheels, driving, agreement with the reference."""
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import mujoco
 import numpy as np
 import pytest
+
+from ballbot_utils import lqr
 
 ROOT = Path(__file__).resolve().parents[1]
 BALL_RADIUS, ROLLER_RADIUS = 0.09, 0.025  # m
@@ -97,6 +101,12 @@ def test_cameras_are_clear_of_the_robot():
 
 
 # The omniwheel
+
+
+def not_upright(spec):
+    """As the robot was before its rollers were mended."""
+    for i in WHEELS:
+        spec.delete(spec.actuator(f"upright_{i}"))
 
 
 def rigid_roller(spec):
@@ -234,7 +244,136 @@ def test_without_control_it_falls():
     assert tilts.max() > 20
 
 
-def errors_against_reference(change=None):
+@functools.cache
+def driver():
+    return lqr.design(wheel_damping=0.4)
+
+
+def drive(speed, change=None, seconds=8):
+    """The LQR drives along +y on level ground. Per action from 0.1 s on, each (n, 3), by wheel: the hub's speed, rad/s,
+    the speed at which its roller moves as fast along the rim as the ball where they touch, and the slip, m/s, along the
+    axle.
+    """
+    spec = load()
+    if change:
+        change(spec)
+    model = spec.compile()
+    data = mujoco.MjData(model)
+    base, hubs = data.joint("base"), [data.joint(f"wheel_{i}") for i in WHEELS]
+    act = lqr.regulator(*driver(), (0.0, speed))(SimpleNamespace(num_envs=1))
+
+    def velocity(body, point):
+        """Of the body's material at `point`, in the world."""
+        spin = np.zeros(6)
+        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_BODY, model.body(body).id, spin, 0)
+        return spin[3:] + np.cross(spin[:3], point - data.body(body).xpos)
+
+    rows = []
+    for action in range(int(seconds / 0.004)):
+        orientation = np.zeros(3)
+        mujoco.mju_quat2Vel(orientation, base.qpos[3:], 1)
+        obs = {"orientation": orientation[None], "angular_vel": base.qvel[None, 3:], "vel": base.qvel[None, :3]}
+        data.ctrl[:3] = -10 * np.clip(act(obs)[0], -1, 1)
+        mujoco.mj_step(model, data, nstep=lqr.HOLD)
+        mujoco.mj_forward(model, data)
+        if data.body("base").xmat[8] < np.cos(np.radians(20)):
+            break
+        if action < 25:  # it drops, and its wheels are in the air
+            continue
+        row = []
+        for i in WHEELS:
+            contact = next(c for c in data.contact if model.geom(f"roller_{i}").id in c.geom)
+            axle = data.xaxis[model.joint(f"wheel_{i}").id]
+            rim = np.cross(axle, contact.frame[:3])
+            rim /= np.linalg.norm(rim)
+            ball, roller, mount = (velocity(body, contact.pos) for body in ("ball", f"roller_{i}", "base"))
+            along_rim = np.cross(axle, contact.pos - data.body(f"roller_{i}").xpos) @ rim  # m/s at 1 rad/s
+            slip = (ball - roller) @ np.cross(contact.frame[:3], rim)
+            row.append((hubs[i].qvel[0], (ball - mount) @ rim / along_rim, slip))
+        rows.append(row)
+    return np.array(rows).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("speed", [0.2, 0.4, 0.6])
+def test_wheels_do_not_slip_in_a_steady_drive(speed):
+    hub, needed, slip = drive(speed)
+    assert len(hub) == 8 / 0.004 - 25  # it did not fall
+    assert np.abs(slip).max() < 0.05
+    steady = slice(len(hub) // 2, None)
+    np.testing.assert_allclose(hub[steady].mean(0), needed[steady].mean(0), rtol=0.1)
+    assert np.abs(needed[steady].mean(0)).max() > 25 * speed  # it drives
+
+
+def test_rollers_that_may_spin_about_the_line_from_the_ball_drag_the_wheels_along():
+    """Positive control: the defect that kept the robot from driving."""
+    hub, needed, slip = drive(0.4, not_upright, seconds=3)
+    assert np.abs(slip).max() > 0.5
+    assert np.abs(hub[-100:].mean(0) / needed[-100:].mean(0) - 1).max() > 0.2
+
+
+def energy_risen(torque):
+    """By how much the energy (J) rises above its minimum so far as the robot falls, motors 1 and 2 at ∓torque (N m)."""
+    spec = load()
+    spec.option.enableflags |= mujoco.mjtEnableBit.mjENBL_ENERGY
+    model = spec.compile()
+    data, rng, risen = mujoco.MjData(model), np.random.default_rng(0), []
+    for _ in range(4):
+        mujoco.mj_resetData(model, data)
+        mujoco.mj_step(model, data, nstep=100)
+        for _ in range(100):
+            data.ctrl[:3] = rng.uniform(-8, 8, 3)
+            mujoco.mj_step(model, data, nstep=2)
+        data.ctrl[:3] = 0, -torque, torque
+        energies = []
+        while data.body("base").xmat[8] > np.cos(np.radians(20)) and len(energies) < 1000:
+            mujoco.mj_step(model, data)
+            mujoco.mj_energyPos(model, data)
+            mujoco.mj_energyVel(model, data)
+            energies.append(data.energy.sum())
+        risen.append(np.max(energies - np.minimum.accumulate(energies)))
+    return max(risen)
+
+
+def test_without_motor_torque_the_energy_never_rises():
+    """But by what the soft contacts give back: they store some 0.05 J, a roller pressed 2 mm into the ball by 15 N."""
+    assert energy_risen(0) < 0.02
+    assert energy_risen(0.5) > 0.05  # positive control
+
+
+def reference_model(ground, change=None):
+    """The robot with the reference's wheel damping, on a plane or on a height field of zeros, and settled data."""
+    reference = np.load(ROOT / "tests" / "data" / "aligned_capsule_rk4.npz")
+    spec = load()
+    for i in WHEELS:
+        spec.joint(f"wheel_{i}").damping = [0.8, 0, 0]
+    if ground == "height field":
+        cells = 20
+        half = cells / 2 * 10 / 292  # m; the reference's cells are 10/292 m
+        size = [half, half, 0.1, 0.1]
+        nodes = np.zeros((cells + 1, cells + 1))
+        spec.add_hfield(name="flat", nrow=cells + 1, ncol=cells + 1, size=size, userdata=nodes.ravel())
+        spec.geom("ground").type = mujoco.mjtGeom.mjGEOM_HFIELD
+        spec.geom("ground").hfieldname = "flat"
+    if change:
+        change(spec)
+    model = spec.compile()
+    assert model.opt.timestep == reference["timestep"]
+    settled = mujoco.MjData(model)
+    mujoco.mj_step(model, settled, nstep=int(reference["settle_steps"]))
+    return model, settled, reference
+
+
+def sideways(model, data):
+    """The part across gravity (N, (2,)) of the normal forces between ground and ball."""
+    total, force = np.zeros(3), np.zeros(6)
+    for i, contact in enumerate(data.contact):
+        if model.geom("ground").id in contact.geom:
+            mujoco.mj_contactForce(model, data, i, force)
+            total += force[0] * contact.frame[:3]
+    return total[:2]
+
+
+def errors_against_reference(change=None, ground="height field", with_forces_of_height_field=False):
     """Mean relative errors of the base's angular and linear velocity, as compared in x and y.
 
     tests/data/aligned_capsule_rk4.npz holds 8 trajectories of the reference's model with its patch emulated
@@ -242,33 +381,22 @@ def errors_against_reference(change=None):
     `base_linear_velocity` in m/s (world frame), `base_angular_velocity` in rad/s (body frame). Row k is the
     state after step k + 1; the start is the initial pose after `settle_steps` steps with zero torque.
 
-    The ground is a height field of zeros, cells of 10/292 m, with the robot above a node. On a plane or above
-    another point the linear velocities differ more: they are about 0.01 m/s, and MuJoCo's height fields push
-    a ball sideways with about a hundredth of the weight on it.
+    The reference stood on a height field of zeros, cells of 10/292 m, with the robot above a node.
     """
-    reference = np.load(ROOT / "tests" / "data" / "aligned_capsule_rk4.npz")
-    spec = load()
-    for i in WHEELS:
-        spec.joint(f"wheel_{i}").damping = [0.8, 0, 0]
-    cells = 20
-    half = cells / 2 * 10 / 292  # m; the reference's cells are 10/292 m
-    size = [half, half, 0.1, 0.1]
-    nodes = np.zeros((cells + 1, cells + 1))
-    spec.add_hfield(name="flat", nrow=cells + 1, ncol=cells + 1, size=size, userdata=nodes.ravel())
-    spec.geom("ground").type = mujoco.mjtGeom.mjGEOM_HFIELD
-    spec.geom("ground").hfieldname = "flat"
-    if change:
-        change(spec)
-    model = spec.compile()
-    assert model.opt.timestep == reference["timestep"]
-    data, settled = mujoco.MjData(model), mujoco.MjData(model)
-    mujoco.mj_step(model, settled, nstep=int(reference["settle_steps"]))
+    model, settled, reference = reference_model(ground, change)
+    bumpy, bumpy_settled, _ = reference_model("height field", change)
+    data, bumpy_data = mujoco.MjData(model), mujoco.MjData(bumpy)
     errors = []
     for trajectory, torques in enumerate(reference["motor_torque"]):
-        mujoco.mj_resetData(model, data)
-        data.qpos, data.qvel = settled.qpos, settled.qvel
+        for m, d, start in ((model, data, settled), (bumpy, bumpy_data, bumpy_settled)):
+            mujoco.mj_resetData(m, d)
+            d.qpos, d.qvel = start.qpos, start.qvel
         linear, angular = [], []
         for torque in torques:
+            if with_forces_of_height_field:
+                bumpy_data.ctrl[:3] = torque
+                mujoco.mj_step(bumpy, bumpy_data)
+                data.xfrc_applied[model.body("ball").id, :2] = sideways(bumpy, bumpy_data)
             data.ctrl[:3] = torque
             mujoco.mj_step(model, data)
             linear.append(data.joint("base").qvel[:2].copy())
@@ -284,7 +412,15 @@ def test_velocities_agree_with_the_reference():
     angular, linear = errors_against_reference()
     message = f"mean relative error of angular velocity {angular:.1%}, of linear velocity {linear:.1%}"
     print(message)
-    assert angular < 0.1 and linear < 0.1, message
+    assert angular < 0.05 and linear < 0.05, message
+
+
+def test_what_differs_on_a_plane_is_what_the_height_field_pushes():
+    """The linear velocities, of about 0.01 m/s, differ by 30 % on a plane: a ball on a height field, flat as it may be,
+    touches neighbouring cells at tilted normals, and is pushed sideways by a hundredth of the weight on it. With these
+    forces added the plane agrees as well."""
+    assert errors_against_reference(ground="plane")[1] > 0.25
+    assert max(errors_against_reference(ground="plane", with_forces_of_height_field=True)) < 0.05
 
 
 def test_another_integrator_does_not_agree_with_the_reference():

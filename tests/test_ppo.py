@@ -288,7 +288,7 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
     weights = []
     for name, seed, num_threads in (("a", 1, 1), ("b", 1, 1), ("c", 1, 2), ("d", 2, 1)):
         run = ppo.train(
-            replace(SMALL, run_name=name, seed=seed, num_threads=num_threads, norm_obs=True, norm_reward=True)
+            replace(SMALL, run_name=name, seed=seed, num_threads=num_threads, norm_obs=True, norm_value=True)
         )
         model = torch.load(run / "last.pt", weights_only=True)["model"]
         weights.append(torch.cat([value.flatten().double() for value in model.values()]))
@@ -319,7 +319,7 @@ def test_it_learns(tmp_path, monkeypatch):
     args = ppo.Args(
         num_threads=1, cameras=False, num_envs=32, num_steps=128, minibatch_size=1024, learning_rate=5e-4,
         clip_coef=0.2, gamma=0.998, gae_lambda=0.99, vf_coef=1.0, ent_coef=0.0, weight_decay=0.0, target_kl=0.02,
-        init_log_std=-0.5, norm_adv=True, norm_obs=True, norm_reward=True, total_timesteps=163_840,
+        init_log_std=-0.5, norm_adv=True, norm_obs=True, norm_value=True, total_timesteps=163_840,
         final_eval_episodes=4, run_name="run",
     )  # fmt: skip
     log = EventAccumulator(str(ppo.train(args))).Reload()
@@ -333,7 +333,7 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"minibatch_size": 100}, "nearest that do are 64 and 128"),
         ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
         ({"num_processes": 0}, "--num-processes is 0: give 1 or more"),
-        ({"total_timesteps": 100}, "give at least --num-envs * --num-steps = 256"),
+        ({"total_timesteps": 100}, "give at least --num-envs * --num-steps * --frame-skip = 256"),
         ({"terrain": "hills"}, "--terrain is hills: give perlin or flat"),
         ({"learning_rate": -2.0}, "give -1 for the schedule"),
         ({"learning_rate": float("nan")}, "give -1 for the schedule"),
@@ -387,16 +387,61 @@ def test_every_field_has_a_flag_with_help():
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
-    tilt, vel = ppo.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
-    assert tilt == pytest.approx(np.array([[0, 0, -np.pi / 2]]), abs=1e-6)
+    lean, heading, vel = ppo.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    assert lean == pytest.approx(np.zeros((1, 2)), abs=1e-6) and heading == pytest.approx(-np.pi / 2)
     assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
     # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
-    for heading in (0.0, 1.0, -2.5):
-        turn, lean = ([np.cos(a / 2), *(np.sin(a / 2) * np.array(axis))] for a, axis in
-                      ((heading, (0, 0, 1)), (0.1, (1, 0, 0))))  # fmt: skip
+    for turned in (0.0, 1.0, -2.5):
+        turn, tilt = ([np.cos(a / 2), *(np.sin(a / 2) * np.array(axis))] for a, axis in
+                      ((turned, (0, 0, 1)), (0.1, (1, 0, 0))))  # fmt: skip
         rotation = np.zeros(4)
-        mujoco.mju_mulQuat(rotation, np.array(turn), np.array(lean))
+        mujoco.mju_mulQuat(rotation, np.array(turn), np.array(tilt))
         vector = np.zeros(3)
         mujoco.mju_quat2Vel(vector, rotation, 1.0)
-        tilt, _ = ppo.in_body_frame(vector[None], np.zeros((1, 3)))
-        assert tilt == pytest.approx(np.array([[0, np.sin(0.1), heading]]), abs=1e-6)
+        lean, heading, _ = ppo.in_body_frame(vector[None], np.zeros((1, 3)))
+        assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
+
+
+def test_new_units_of_the_critic_leave_its_values():
+    torch.manual_seed(0)
+    agent, x = ppo.Agent(replace(SMALL, cameras=False)), torch.randn(50, 15)
+    with torch.no_grad():
+        before = agent.value(x)
+        first, second = 20 + 3 * torch.randn(1000), 30 + torch.randn(8, 125)
+        agent.rescale_values(first)
+        assert agent.value_mean == pytest.approx(first.mean().item()) and agent.value_std == pytest.approx(3, rel=0.1)
+        agent.rescale_values(second)
+        # The second iteration's share is a half: a mixture of the two.
+        assert agent.value_mean == pytest.approx(25, abs=0.2)
+        assert agent.value_std == pytest.approx((0.5 * (9 + 1) + 25) ** 0.5, rel=0.02)
+        assert torch.allclose(agent.value(x), before, atol=1e-4)
+        for _ in range(200):
+            agent.rescale_values(second)
+        assert agent.value_mean == pytest.approx(second.mean().item(), abs=0.01)
+        assert torch.allclose(agent.value(x), before, atol=1e-3)
+        assert not torch.allclose(agent.critic(x).squeeze(-1), before, atol=1)
+
+
+def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SMALL, cameras=False, frame_skip=4, num_steps=50, minibatch_size=50, total_timesteps=1700,
+                   eval_interval=800, norm_value=True, body_frame=True)  # fmt: skip
+    run = ppo.train(args)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert checkpoint["global_step"] == 1600 and checkpoint["iteration"] == 2
+    log = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in log.Scalars("eval/episodic_return")][0] == 800
+    lengths = log.Scalars("charts/episodic_length")
+    assert all(100 < event.value <= 400 and event.step <= 1600 for event in lengths) and lengths
+    assert "2 iterations of 800 steps" in capsys.readouterr().out
+
+
+def test_the_time_to_the_targets_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo, "TARGET_RETURN", 1)
+    monkeypatch.setattr(ppo, "TARGET_LENGTH", 10)
+    run = ppo.train(replace(SMALL, cameras=False))
+    output = capsys.readouterr().out
+    assert re.search(r"^targets met after 256 steps, \d+ min \d\d s$", output, re.M)
+    assert output.count("targets met after") == 1 and "first met after 256 steps" in output
+    assert torch.load(run / "last.pt", weights_only=True)["targets_met"].startswith("256 steps, ")

@@ -1,0 +1,69 @@
+"""The yardstick: a linear-quadratic regulator drives the robot, and its program says what it reaches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ballbot_utils import evaluate, lqr
+
+UNSEEN = dict(terrain="perlin", terrain_seed=1_000_000, cameras=False, wheel_damping=0.4, frame_skip=lqr.HOLD,
+              max_episode_steps=4000)  # fmt: skip
+
+
+def test_it_reaches_both_targets_on_unseen_terrain():
+    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=32, num_threads=1)
+    policy = lqr.regulator(*lqr.design(wheel_damping=0.4), (0.0, 0.6))
+    episodes = evaluate.run_episodes(policy, args, UNSEEN)
+    assert episodes["return"].mean() > 100 and episodes["fell"].sum() == 0
+    assert (episodes["length"] == 4000).all()
+
+
+def test_it_follows_a_goal_at_any_heading():
+    """Turned towards 0.5 rad (the ball's friction keeps it short of that) it drives as far along +y."""
+    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=2, num_threads=1, horizon=2000)
+    task = dict(terrain="flat", cameras=False, wheel_damping=0.4, frame_skip=lqr.HOLD, max_episode_steps=2000)
+    gain, feedforward = lqr.design(wheel_damping=0.4)
+    headings, distances = [], []
+    for heading in (0.0, 0.5):
+        start = lqr.regulator(gain, feedforward, (0.0, 0.4), heading)
+
+        def watched(envs, generator):
+            act = start(envs, generator)
+
+            def watching(obs):
+                headings.append(lqr.state_of(obs)[0, 2])
+                return act(obs)
+
+            return watching
+
+        distances.append(evaluate.run_episodes(watched, args, task)["distance"][0])
+    assert headings[999] == pytest.approx(0, abs=0.05) and 0.2 < headings[-1] < 0.5
+    assert distances[0] == pytest.approx(distances[1], rel=0.1) and distances[0] > 1.2
+
+
+def run(*flags, cwd):
+    command = [sys.executable, "-m", "ballbot_utils.lqr", *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_program_prints_the_table(tmp_path):
+    result = run("--episodes", "2", "--horizon", "300", "--push", "0.2", "--json", "out.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "LQR, 0.6 m/s" in result.stdout and "target: return > 100" in result.stdout
+    assert json.loads((tmp_path / "out.json").read_text())[0]["summary"]["episodes"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--speed", "nan"], "--speed is nan"), (["--episodes", "0"], "--episodes is 0"),
+     (["--terrain", "moon"], "--terrain is moon"), (["--push", "-1"], "--push is -1")],
+)  # fmt: skip
+def test_bad_flags_end_in_one_line(flags, message, tmp_path):
+    result = run(*flags, cwd=tmp_path)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1 and message in result.stderr
