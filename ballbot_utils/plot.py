@@ -41,6 +41,8 @@ class Args:
     """replace outputs that exist"""
     labels: tuple[str, ...] = ()
     """names of the groups in the legend, in the order of their first runs; default: the flags that differ"""
+    lqr: float | None = None
+    """return that a classic controller reaches, by python -m ballbot_utils.lqr: a line to compare with"""
 
 
 def check(args):
@@ -147,8 +149,8 @@ def evaluations(curves):
     return np.array(steps), np.median(minutes, 0), values
 
 
-def draw(groups, labels):
-    """The figure. `groups`: for each a list of its runs' curves, as `read` returns them."""
+def draw(groups, labels, lqr=None):
+    """The figure. `groups`: for each a list of its runs' curves, as `read` returns them; `lqr`: a return to mark."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -186,6 +188,11 @@ def draw(groups, labels):
             ax.spines[["top", "right"]].set_visible(False)
         right.annotate(f"target\n> {target}", (1, target), (4, 0), right.get_yaxis_transform(), "offset points",
                        va="center", color="0.35", size=8)  # fmt: skip
+        if lqr is not None and name == ROWS[0][0]:
+            for ax in (left, right):
+                ax.axhline(lqr, color="0.35", ls=":", lw=1, zorder=1)
+            left.annotate(f"LQR: {lqr:g}", (1, lqr), (-4, 3), left.get_yaxis_transform(), "offset points", ha="right",
+                          color="0.35", size=8)  # fmt: skip
         bottom, top = left.get_ylim()  # of both
         left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, max(top, 1.05 * target))
     for ax, name in zip(axes[1], ("environment steps", "wall-clock time (minutes)")):
@@ -250,7 +257,7 @@ def main(args):
 
     import matplotlib
 
-    fig = draw([[curves[i] for i in group] for group in groups], labels)
+    fig = draw([[curves[i] for i in group] for group in groups], labels, args.lqr)
     with matplotlib.rc_context({"svg.hashsalt": "ballbot"}):  # the same curves make the same file
         for file in files:
             fig.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)

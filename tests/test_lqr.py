@@ -30,7 +30,7 @@ def test_it_follows_a_goal_at_any_heading():
     for heading in (0.0, 0.5):
         start = lqr.regulator(gain, feedforward, (0.0, 0.4), heading)
 
-        def watched(envs, generator):
+        def watched(envs, generator, start=start):
             act = start(envs, generator)
 
             def watching(obs):

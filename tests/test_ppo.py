@@ -430,7 +430,7 @@ def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     assert checkpoint["global_step"] == 1600 and checkpoint["iteration"] == 2
     log = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in log.Scalars("eval/episodic_return")][0] == 800
+    assert log.Scalars("eval/episodic_return")[0].step == 800
     lengths = log.Scalars("charts/episodic_length")
     assert all(100 < event.value <= 400 and event.step <= 1600 for event in lengths) and lengths
     assert "2 iterations of 800 steps" in capsys.readouterr().out
