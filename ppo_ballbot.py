@@ -769,6 +769,9 @@ def load(path):
     if missing:
         sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
     fields, given = set(vars(Args())), set(content["args"])
+    if "frame_skip" not in given:
+        sys.exit(f"error: {path} was trained on the robot before its rollers were mended, which spun up at speed: "
+                 "train anew")  # fmt: skip
     if fields != given:
         sys.exit(
             f"error: {path} was written by another program or version: its flags differ in {sorted(fields ^ given)}"

@@ -322,8 +322,12 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     assert "code, which is never run" in saved(**good | {"optimizer": code})
     assert not (tmp_path / "ran").exists()
     assert "no model or args" in saved(weights=torch.zeros(3))
+    args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
+    assert "was trained on the robot before its rollers were mended" in saved(**good | {"args": args})
     args = {key: value for key, value in good["args"].items() if key != "cameras"}
     assert "has no cameras in its args" in saved(**good | {"args": args})
+    args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
+    assert "before its rollers were mended" in saved(**good | {"args": args})
     assert "expected int" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
     assert "expected perlin or flat" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
     assert "weights that do not fit its args" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})

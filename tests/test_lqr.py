@@ -44,6 +44,15 @@ def test_it_follows_a_goal_at_any_heading():
     assert distances[0] == pytest.approx(distances[1], rel=0.1) and distances[0] > 1.2
 
 
+@pytest.mark.parametrize("wheel_damping", [0.0, 3.0])
+def test_it_balances_at_extreme_dampings(wheel_damping):
+    """Where the Riccati equation takes longest to converge."""
+    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=2, num_threads=1, horizon=1000)
+    task = dict(terrain="flat", cameras=False, wheel_damping=wheel_damping, frame_skip=lqr.HOLD, max_episode_steps=1000)
+    episodes = evaluate.run_episodes(lqr.regulator(*lqr.design(wheel_damping), (0.0, 0.05)), args, task)
+    assert not episodes["fell"].any()
+
+
 def run(*flags, cwd):
     command = [sys.executable, "-m", "ballbot_utils.lqr", *flags]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
@@ -62,7 +71,8 @@ def test_program_prints_the_table(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [(["--speed", "nan"], "--speed is nan"), (["--episodes", "0"], "--episodes is 0"),
-     (["--terrain", "moon"], "--terrain is moon"), (["--push", "-1"], "--push is -1")],
+     (["--terrain", "moon"], "--terrain is moon"), (["--push", "-1"], "--push is -1"),
+     (["--terrain", "flat", "--terrain-seed", "3"], "--terrain-seed means nothing on --terrain flat")],
 )  # fmt: skip
 def test_bad_flags_end_in_one_line(flags, message, tmp_path):
     result = run(*flags, cwd=tmp_path)

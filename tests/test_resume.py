@@ -21,7 +21,7 @@ SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 FLAGS = (
     "--run-name run --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
-    "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-reward --norm-adv --learning-rate 3e-4 --anneal-lr "
+    "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv --learning-rate 3e-4 --anneal-lr "
     f"--total-timesteps {256 * max(20, 6 * KILLS)}"
 ).split()
 
@@ -39,9 +39,10 @@ def uninterrupted(tmp_path_factory):
 
 def assert_same_end(run, other):
     """Bit for bit the same policies, optimizer, environments and generators, and the same curves."""
-    for name in ("last.pt", "best.pt"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (run, other))
-        a.pop("seconds", None), b.pop("seconds", None)  # wall time
+    for file in ("last.pt", "best.pt"):
+        a, b = (torch.load(folder / file, weights_only=True) for folder in (run, other))
+        for name in ("seconds", "elapsed"):  # wall time
+            a.pop(name, None), b.pop(name, None)
         assert_equal(a, b)
     curves = [EventAccumulator(str(folder)).Reload().Scalars("losses/value_loss") for folder in (run, other)]
     assert [(e.step, e.value) for e in curves[0]] == [(e.step, e.value) for e in curves[1]]
@@ -194,6 +195,13 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="damaged or not a checkpoint"):
         ppo.load(Path("last.pt"))
     assert not Path("harm").exists()
+
+
+def test_checkpoints_of_the_robot_before_it_was_mended_are_refused(tmp_path):
+    args = {key: value for key, value in vars(ppo.Args()).items() if key != "frame_skip"}
+    torch.save({"model": {}, "optimizer": {}, "args": args}, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="before its rollers were mended, which spun up at speed: train anew"):
+        ppo.load(tmp_path / "last.pt")
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
