@@ -75,6 +75,8 @@ class Args:
     """ground: perlin or flat"""
     terrain_seed: int = 0
     """the training terrain"""
+    terrain_amplitude: float = 0.1
+    """height of the training terrain's hills, m; evaluations have the task's 0.1"""
     eval_terrain_seed: int = 1_000_000
     """the terrain of evaluations, never trained on"""
     cameras: bool = True
@@ -176,11 +178,11 @@ PRESETS = {
     ),
     "balanced": dict(clip_coef=0.015, clip_schedule="constant", ent_coef=0.001, ent_schedule="constant"),
     "tuned": dict(
-        frame_skip=4, body_frame=True, learning_rate=5e-4, lr_schedule="linear", clip_coef=0.2, ent_coef=0.0,
-        vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733,
-        norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5,
-        depth_scale=0.1, spin_cost=0.005, total_timesteps=2_000_000, eval_interval=125_000, clip_schedule="constant",
-        ent_schedule="constant",
+        terrain_amplitude=0.15, frame_skip=4, body_frame=True, learning_rate=5e-4, lr_schedule="linear", clip_coef=0.2,
+        ent_coef=0.0, vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996,
+        gae_lambda=0.9733, norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0,
+        init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, total_timesteps=2_000_000, eval_interval=250_000,
+        clip_schedule="constant", ent_schedule="constant",
     ),
 }  # fmt: skip
 
@@ -334,6 +336,7 @@ def make_envs(args, num_envs, terrain_seed, num_processes=1):
         num_envs=num_envs,
         terrain=args.terrain,
         terrain_seed=terrain_seed,
+        terrain_amplitude=args.terrain_amplitude if terrain_seed == args.terrain_seed else 0.1,
         cameras=args.cameras,
         wheel_damping=args.wheel_damping,
         frame_skip=args.frame_skip,
@@ -822,7 +825,7 @@ def check(args):
                  "weight_decay", "spin_cost", "wheel_damping"):  # fmt: skip
         value = getattr(args, name)
         need(value >= 0, f"--{name.replace('_', '-')} is {value}: give 0 or more")
-    for name in ("clip_coef", "max_grad_norm"):
+    for name in ("terrain_amplitude", "clip_coef", "max_grad_norm"):
         value = getattr(args, name)
         need(value > 0, f"--{name.replace('_', '-')} is {value}: give more than 0")
     for name in ("gamma", "gae_lambda"):

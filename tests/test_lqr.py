@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ballbot_utils import evaluate, lqr
@@ -44,13 +45,11 @@ def test_it_follows_a_goal_at_any_heading():
     assert distances[0] == pytest.approx(distances[1], rel=0.1) and distances[0] > 1.2
 
 
-@pytest.mark.parametrize("wheel_damping", [0.0, 3.0])
-def test_it_balances_at_extreme_dampings(wheel_damping):
-    """Where the Riccati equation takes longest to converge."""
-    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=2, num_threads=1, horizon=1000)
-    task = dict(terrain="flat", cameras=False, wheel_damping=wheel_damping, frame_skip=lqr.HOLD, max_episode_steps=1000)
-    episodes = evaluate.run_episodes(lqr.regulator(*lqr.design(wheel_damping), (0.0, 0.05)), args, task)
-    assert not episodes["fell"].any()
+def test_a_robot_it_cannot_balance_is_refused():
+    with pytest.raises(SystemExit, match="error: the iteration of the Riccati equation did not converge"):
+        lqr.design(wheel_damping=3.0)
+    with pytest.raises(SystemExit, match="error: the regulator does not keep this robot upright"):
+        lqr.steady_actions(np.zeros((3, 10)), wheel_damping=0.4)
 
 
 def run(*flags, cwd):
