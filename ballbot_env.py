@@ -789,7 +789,9 @@ class BallbotEnv(gym.Env):
       which nothing else here does. `gym.make_vec` has `"rgb_array"` only.
 
     ## Version History
-    * v0: initial version
+    * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
+      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip` and the
+      reward's terms in `info` are new.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}

@@ -32,7 +32,7 @@ class Args:
     speed: float = 0.6
     """speed along the goal, m/s"""
     heading: float = 0.0
-    """heading to keep while driving, rad, 0 facing the goal; at 0.25 the wheels share the load best"""
+    """heading to keep while driving, rad, 0 facing the goal"""
     episodes: int = 100
     """episodes"""
     horizon: int = 4000

@@ -335,7 +335,7 @@ def energy_risen(torque):
 
 
 def test_without_motor_torque_the_energy_never_rises():
-    """But by what the soft contacts give back: they store some 0.05 J, a roller pressed 2 mm into the ball by 15 N."""
+    """But by what the soft contacts give back: they store some 0.2 J, most of it under the ball."""
     assert energy_risen(0) < 0.02
     assert energy_risen(0.5) > 0.05  # positive control
 
