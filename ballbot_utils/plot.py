@@ -24,7 +24,7 @@ ROWS = (
     ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
 )
 TAGS = tuple(tag for row in ROWS for tag in row[1:3])
-IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_threads")  # no differences within a group
+IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads")  # no differences within a group
 QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
