@@ -24,7 +24,7 @@ ROWS = (
     ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
 )
 TAGS = tuple(tag for row in ROWS for tag in row[1:3])
-IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads")  # no differences within a group
+IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads")  # within a group
 QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
@@ -191,7 +191,7 @@ def draw(groups, labels, lqr=None):
         if lqr is not None and name == ROWS[0][0]:
             for ax in (left, right):
                 ax.axhline(lqr, color="0.35", ls=":", lw=1, zorder=1)
-            left.annotate(f"LQR: {lqr:g}", (1, lqr), (-4, 3), left.get_yaxis_transform(), "offset points", ha="right",
+            left.annotate(f"LQR: {lqr:g}", (0, lqr), (4, 3), left.get_yaxis_transform(), "offset points",
                           color="0.35", size=8)  # fmt: skip
         bottom, top = left.get_ylim()  # of both
         left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, max(top, 1.05 * target))
