@@ -7,6 +7,10 @@ Proximal Policy Optimization (Schulman et al., arXiv 1707.06347) with generalize
 (Schulman et al., arXiv 1506.02438) on Ballbot-v0: proprioception and two depth cameras over uneven
 terrain. It needs ballbot_env.py and assets/ beside it. The defaults are the "balanced" configuration of
 the hyperparameter guide of openballbot-rl; `--help` lists every flag.
+
+It runs on --num-processes ranks of this machine, or on those that torchrun starts, on many:
+`torchrun --nnodes 2 --nproc-per-node 4 ... ppo_ballbot.py --num-envs 64`. Each rank has its share of the
+environments and of every minibatch; all have the same networks, as gradients are averaged.
 """
 
 import time
@@ -14,23 +18,23 @@ import time
 STARTED = time.perf_counter()  # the time to the targets counts from here: the imports are part of it
 
 import argparse
-import gc
+import copy
 import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
-import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,152 +44,115 @@ from torch.utils.tensorboard import SummaryWriter
 import ballbot_env
 
 CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
-MIN_PART = 256  # samples: smaller parts of a minibatch are not worth another process
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment, part of the default run name"""
-    run_name: str = ""
-    """folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}"""
-    preset: str = ""
-    """start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know"""
-    config: str = ""
-    """start from a run's config.json; flags given beside it win, as they do over --preset"""
-    resume: str = ""
-    """go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. Takes no other flags"""
-    seed: int = 1
-    """seed of networks, action noise, minibatches and start poses"""
-    torch_deterministic: bool = True
-    """use only deterministic algorithms on the GPU (the CPU's are)"""
-    cuda: bool = False
-    """render and run networks on the GPU; the physics stays on the CPU"""
+    exp_name: str = Path(__file__).stem  # the name of this experiment, part of the default run name
+    run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}
+    # start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know
+    preset: Literal["", "aggressive", "conservative", "balanced", "tuned"] = ""
+    config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
+    resume: str = ""  # go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags
+    seed: int = 1  # seed of networks, action noise, minibatches and start poses
+    torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
+    cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
+    # processes that share environments and minibatches, with --cuda no more than GPUs. Under torchrun, it decides
     num_processes: int = 2
-    """processes that share environments, learning and evaluations, up to one per core; results depend on it by no
-    more than rounding. With --cuda or --no-freeze-encoder there is one"""
+    # CPU threads of physics and renderer in each process, 0: its share of the cores; results do not depend on it
     num_threads: int = 0
-    """CPU threads of physics and renderer in each process, 0: its share of the cores; results do not depend on it"""
-    torch_threads: int = 1
-    """CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine"""
+    torch_threads: int = 1  # CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine
 
     # The task
-    terrain: str = "perlin"
-    """ground: perlin or flat"""
-    terrain_seed: int = 0
-    """the training terrain"""
-    terrain_amplitude: float = 0.1
-    """height of the training terrain's hills, m; evaluations have the task's 0.1"""
-    eval_terrain_seed: int = 1_000_000
-    """the terrain of evaluations, never trained on"""
-    cameras: bool = True
-    """observe through the two depth cameras"""
+
+    terrain: Literal["perlin", "flat"] = "perlin"  # ground: perlin or flat
+    terrain_seed: int = 0  # the training terrain
+    terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
+    eval_terrain_seed: int = 1_000_000  # the terrain of evaluations, never trained on
+    cameras: bool = True  # observe through the two depth cameras
+    # damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5
     wheel_damping: float = 0.4
-    """damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5"""
+    # physics steps of 2 ms that an action is held. Steps are physics steps everywhere, but for --num-steps
     frame_skip: int = 1
-    """physics steps of 2 ms that an action is held. Steps are physics steps everywhere, but for --num-steps"""
-    total_timesteps: int = 10_000_000
-    """steps to train for, all environments together"""
-    num_envs: int = 10
-    """environments stepped together"""
+    total_timesteps: int = 10_000_000  # steps to train for, all environments together
+    num_envs: int = 10  # environments stepped together, over all processes
 
     # PPO
-    learning_rate: float = -1.0
-    """where the learning rate starts; -1: the guide's steps, 1e-4, then 5e-5 and 1e-5 in the second and last third"""
-    lr_schedule: str = "guide"
-    """guide (with --learning-rate -1), constant, linear, cosine, or kl: times or by 1.5 where KL leaves its band"""
-    lr_end: float = 0.0
-    """where a linear or cosine learning rate ends"""
-    num_steps: int = 2048
-    """actions per environment and iteration"""
-    gamma: float = 0.99
-    """discount factor per action; at --frame-skip 1, 0.99 sees 0.2 s ahead and 0.998 a second"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation"""
-    update_epochs: int = 5
-    """passes over the data of an iteration"""
-    minibatch_size: int = 256
-    """samples per gradient step; must divide num_envs * num_steps"""
-    norm_adv: bool = False
-    """normalise advantages in each minibatch"""
-    clip_coef: float = 0.04
-    """clipping range of the probability ratio, where it starts"""
-    clip_schedule: str = "linear"
-    """constant, linear or cosine; the guide's is 0.03 * progress remaining + 0.01, the default"""
-    clip_end: float = 0.01
-    """where a linear or cosine clip coefficient ends"""
-    clip_vloss: bool = False
-    """clip the value loss with clip_coef too"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus, where it starts"""
-    ent_schedule: str = "linear"
-    """constant, linear or cosine; the guide's is 0.01 * progress remaining, the default"""
-    ent_end: float = 0.0
-    """where a linear or cosine entropy coefficient ends"""
+
+    learning_rate: float = -1.0  # where it starts; -1: as the schedule needs it, 1e-4 for guide, else 3e-4
+    # guide: 1e-4, then 5e-5 and 1e-5 in the second and last third; kl: times or by 1.5 where KL leaves its band
+    lr_schedule: Literal["guide", "constant", "linear", "cosine", "kl"] = "guide"
+    lr_end: float = 0.0  # where a linear or cosine learning rate ends
+    num_steps: int = 2048  # actions per environment and iteration
+    gamma: float = 0.99  # discount factor per action; at --frame-skip 1, 0.99 sees 0.2 s ahead and 0.998 a second
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    update_epochs: int = 5  # passes over the data of an iteration
+    minibatch_size: int = 256  # samples per gradient step, over all processes; must divide num_envs * num_steps
+    norm_adv: bool = False  # normalise advantages in each minibatch
+    clip_coef: float = 0.04  # clipping range of the probability ratio, where it starts
+    # the guide's is 0.03 * progress remaining + 0.01, the default
+    clip_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    clip_end: float = 0.01  # where a linear or cosine clip coefficient ends
+    clip_vloss: bool = False  # clip the value loss with clip_coef too
+    ent_coef: float = 0.01  # weight of the entropy bonus, where it starts
+    # the guide's is 0.01 * progress remaining, the default
+    ent_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    ent_end: float = 0.0  # where a linear or cosine entropy coefficient ends
+    # weight of the value loss, a mean squared error without CleanRL's factor 0.5 (as in Stable-Baselines3)
     vf_coef: float = 2.0
-    """weight of the value loss, a mean squared error without CleanRL's factor 0.5 (as in Stable-Baselines3)"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    # end an iteration's updates once the approximate KL divergence of an epoch exceeds this; with --lr-schedule kl
+    # the learning rate keeps it between half and twice this instead
     target_kl: float = 0.3
-    """end an iteration's updates once the approximate KL divergence of an epoch exceeds this; with --lr-schedule kl
-    the learning rate keeps it between half and twice this instead"""
-    weight_decay: float = 0.01
-    """decoupled weight decay (AdamW)"""
+    weight_decay: float = 0.01  # decoupled weight decay (AdamW)
+    # learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same
     spin_cost: float = 0.0
-    """learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same"""
-    norm_obs: bool = False
-    """normalise proprioception by running mean and variance"""
-    norm_value: bool = False
-    """let the critic predict returns in units of their moving mean and standard deviation (PopArt)"""
+    drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²)
+    norm_obs: bool = False  # normalise proprioception by running mean and variance
+    norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
     # Networks
+
+    # see lean, velocity and the world's +y in the robot's frame: control is then alike at any heading
     body_frame: bool = False
-    """see lean, velocity and the world's +y in the robot's frame: control is then alike at any heading"""
-    hidden_size: int = 128
-    """units per hidden layer"""
-    pi_layers: int = 4
-    """hidden layers of the actor"""
-    vf_layers: int = 4
-    """hidden layers of the critic"""
-    depth_scale: float = 1.0
-    """factor on the depth features; below 1, proprioception is learnt from first"""
-    init_log_std: float = 0.0
-    """initial logarithm of the actions' standard deviation"""
-    freeze_encoder: bool = True
-    """keep the pretrained depth encoder as it is, else train one end to end"""
-    encoder_path: str = "assets/depth_encoder.pt"
-    """the pretrained depth encoder, relative to this file"""
+    hidden_size: int = 128  # units per hidden layer
+    pi_layers: int = 4  # hidden layers of the actor
+    vf_layers: int = 4  # hidden layers of the critic
+    depth_scale: float = 1.0  # factor on the depth features; below 1, proprioception is learnt from first
+    init_log_std: float = 0.0  # initial logarithm of the actions' standard deviation
+    log_std_lr_scale: float = 1.0  # factor on that logarithm's learning rate; above 1, noise falls when less of it pays
+    freeze_encoder: bool = True  # keep the pretrained depth encoder as it is, else train one end to end
+    encoder_path: str = "assets/depth_encoder.pt"  # the pretrained depth encoder, relative to this file
 
     # Evaluation
-    eval_interval: int = 500_000
-    """steps between deterministic evaluations"""
-    eval_episodes: int = 16
-    """episodes of each"""
-    final_eval_episodes: int = 100
-    """episodes of the one at the end"""
+
+    eval_interval: int = 500_000  # steps between deterministic evaluations
+    eval_episodes: int = 16  # episodes of each
+    final_eval_episodes: int = 100  # episodes of the one at the end
 
 
 # The guide's three configurations, and the best that we know.
 PRESETS = {
     "aggressive": dict(
         learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=1024, update_epochs=3, hidden_size=64, num_envs=16,
-        lr_schedule="constant", clip_schedule="constant", ent_schedule="constant",
     ),
     "conservative": dict(
         learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=4096, update_epochs=10,
-        hidden_size=256, num_envs=8, clip_schedule="constant", ent_schedule="constant",
+        hidden_size=256, num_envs=8,
     ),
-    "balanced": dict(clip_coef=0.015, clip_schedule="constant", ent_coef=0.001, ent_schedule="constant"),
+    "balanced": dict(clip_coef=0.015, ent_coef=0.001),
     "tuned": dict(
-        frame_skip=4, body_frame=True, learning_rate=5e-4, lr_schedule="linear", clip_coef=0.2, ent_coef=0.0,
-        vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733,
-        norm_adv=True,
+        frame_skip=4, body_frame=True, learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0,
+        num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733, norm_adv=True,
         norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_scale=0.1,
         spin_cost=0.005, total_timesteps=2_000_000, eval_interval=250_000,
-        clip_schedule="constant", ent_schedule="constant",
     ),
 }  # fmt: skip
+for settings in PRESETS.values():
+    settings |= dict(clip_schedule="constant", ent_schedule="constant")
+    if settings.pop("anneal_lr", False):
+        settings["lr_schedule"] = "linear"
 
 
 def parse():
@@ -194,8 +161,6 @@ def parse():
     early.add_argument("--preset", default="")
     early.add_argument("--config", default="")
     start, _ = early.parse_known_args()
-    if start.preset and start.preset not in PRESETS:
-        sys.exit(f"error: --preset is {start.preset}: give {', '.join(PRESETS)}")
     default = replace(Args(), **PRESETS.get(start.preset, {}))
     if start.config:
         try:
@@ -207,6 +172,41 @@ def parse():
     if args.resume and args != Args(resume=args.resume):
         sys.exit("error: --resume takes its flags from the run: give no others")
     return args
+
+
+def check(args, world_size):
+    """Exit with one line on the first flag that cannot be, before any work starts."""
+    for allowed, good, names in (
+        ("1 or more", lambda value: value >= 1, "frame_skip total_timesteps num_processes torch_threads num_envs "
+         "num_steps update_epochs minibatch_size hidden_size pi_layers vf_layers eval_interval eval_episodes "
+         "final_eval_episodes"),
+        ("0 or more", lambda value: 0 <= value < np.inf, "num_threads seed terrain_seed eval_terrain_seed ent_coef "
+         "vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale lr_end ent_end"),
+        ("more than 0", lambda value: value > 0, "terrain_amplitude clip_coef clip_end max_grad_norm "
+         "target_kl"),
+        ("a number from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
+        ("a finite number", np.isfinite, "init_log_std depth_scale"),
+        ("-1 for the schedule, or a positive constant", lambda value: value == -1 or 0 < value < np.inf,
+         "learning_rate"),
+    ):  # fmt: skip
+        for name in names.split():
+            if not good(getattr(args, name)):
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {allowed}")
+    batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
+    steps = batch_size * args.frame_skip
+    for wrong, message in (
+        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
+         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
+        (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
+         f"{batch_size}: {max(d for d in range(1, size + 1) if batch_size % d == 0)} does"),
+        (args.num_envs % world_size or size % world_size, f"{world_size} processes cannot share --num-envs "
+         f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
+        (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
+         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
+    ):  # fmt: skip
+        if wrong:
+            stop(message)
 
 
 class DepthEncoder(nn.Module):
@@ -261,10 +261,10 @@ class Agent(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.num_proprio = 15 + args.body_frame + args.cameras
+        self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         # channels_last: a quarter faster on a CPU
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
-        self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = MLP(num_features, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
@@ -296,13 +296,12 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1) * self.value_std + self.value_mean
 
     @torch.no_grad()
-    def rescale_values(self, returns):
-        """New units for the critic by an iteration's returns, any shape, such that its values stay as they are.
+    def rescale_values(self, moments):
+        """New units for the critic, its values staying as they are, by `moments` (2,): means of returns and squares.
 
         PopArt (van Hasselt et al., arXiv 1602.07714, equation 9); the moments move by a tenth, at first by more.
         """
         self.value_count += 1
-        moments = torch.stack([returns.mean(), returns.square().mean()])
         self.value_moments.lerp_(moments, max(0.1, 1 / self.value_count.item()))
         mean = self.value_moments[0]
         std = (self.value_moments[1] - mean**2).clamp(min=1e-8).sqrt()
@@ -313,15 +312,15 @@ class Agent(nn.Module):
         self.value_std.copy_(std)
 
     @torch.no_grad()
-    def update_moments(self, name, samples):
-        """Merge samples (n, ...) into the running mean and variance (Chan, Golub & LeVeque, 1979)."""
-        mean, var, count = (getattr(self, f"{name}_{moment}") for moment in ("mean", "var", "count"))
-        new = len(samples)
-        delta = samples.mean(0) - mean
-        total = count + new
-        var.mul_(count).add_(samples.var(0, correction=0) * new).add_(delta**2 * count * new / total).div_(total)
-        mean.add_(delta * new / total)
-        count.copy_(total)
+    def update_obs_moments(self, proprio):
+        """Merge proprioception (n, 15), all ranks', into its running moments (Chan, Golub & LeVeque, 1979)."""
+        mean = average(proprio.mean(0))
+        var = average((proprio - mean).square().mean(0))
+        count, delta = len(proprio) * world_size(), mean - self.obs_mean
+        total = self.obs_count + count
+        self.obs_var.mul_(self.obs_count).add_(var * count).add_(delta**2 * self.obs_count * count / total).div_(total)
+        self.obs_mean += delta * count / total
+        self.obs_count.copy_(total)
 
 
 def log_prob(actions, mean, log_std):
@@ -330,20 +329,43 @@ def log_prob(actions, mean, log_std):
     return -(0.5 * normalised.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
 
 
-def make_envs(args, num_envs, terrain_seed, num_processes=1):
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def average(tensor):
+    """The mean of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def gather(thing, to_all=False):
+    """A list of what each rank has, in their order; on ranks other than 0 it holds None, unless it goes `to_all`."""
+    things = [thing] * world_size()
+    if dist.is_initialized():
+        if to_all:
+            dist.all_gather_object(things, thing)
+        else:
+            dist.gather_object(thing, things if rank() == 0 else None)
+    return things
+
+
+def make_envs(args, num_envs, evaluation=False):
+    """`num_envs` environments of the training task, or of the evaluation's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return gym.make_vec(
-        "Ballbot-v0",
-        num_envs=num_envs,
-        terrain=args.terrain,
-        terrain_seed=terrain_seed,
-        terrain_amplitude=args.terrain_amplitude if terrain_seed == args.terrain_seed else 0.1,
-        cameras=args.cameras,
-        wheel_damping=args.wheel_damping,
-        frame_skip=args.frame_skip,
-        num_threads=args.num_threads or max(1, cores // num_processes),
-        device="cuda" if args.cuda else "cpu",
-    )
+        "Ballbot-v0", num_envs=num_envs, terrain=args.terrain, cameras=args.cameras, wheel_damping=args.wheel_damping,
+        terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
+        terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
+        num_threads=args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
+    )  # fmt: skip
 
 
 def proprioception(obs, agent):
@@ -380,6 +402,75 @@ def depth_features(envs, agent, depth):
     return depth.index_put((new.to(depth.device),), agent.encode(envs.frames[new]))
 
 
+@torch.no_grad()
+def rollout(envs, agent, args, proprio, depth):
+    """Act `num_steps` times in every environment, from the observation `proprio` (envs, 15), `depth` (envs, 40).
+
+    Returns a dict of tensors (steps, envs, ...); the observation to go on from, as it was given; a list of (return,
+    length, step) of the episodes that ended; and the seconds spent in the environments. The frames to train an encoder
+    on are batch["frames"] (n, 2, size, size): each is kept once, and batch["frame_index"] tells which a step saw.
+    """
+    shape, device = (args.num_steps, envs.num_envs), agent.log_std.device
+    names = {"proprio": agent.num_proprio, "depth": agent.num_depth, "actions": 3}
+    batch = {name: torch.empty(*shape, width, device=device) for name, width in names.items()}
+    noise = agent.log_std.exp() * torch.randn(*shape, 3, device=device)
+    rewards, dones = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    episodes, seconds = [], 0.0
+    terminated, truncated, final_features = [], [], []  # a truncated episode's final observation is worth something
+    keep_frames = agent.encoder is not None and not args.freeze_encoder
+    if keep_frames:
+        frames, seen, num_frames = [envs.frames.clone()], torch.arange(shape[1]), shape[1]
+        batch["frame_index"] = torch.empty(shape, dtype=torch.long, device=device)
+
+    for step in range(args.num_steps):
+        batch["proprio"][step], batch["depth"][step] = proprio, depth
+        action = agent.actor(agent.features(proprio, depth)) + noise[step]
+        batch["actions"][step] = action
+        if keep_frames:
+            batch["frame_index"][step] = seen
+
+        now = time.perf_counter()
+        obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
+        seconds += time.perf_counter() - now
+        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + args.drift_cost * obs["vel"][:, 0] ** 2
+        rewards[step] = reward - args.frame_skip * cost
+        dones[step] = terminations | truncations
+        if keep_frames and envs.new_frames.any():
+            new = torch.from_numpy(envs.new_frames.copy())
+            frames.append(envs.frames[new])
+            seen = seen.clone()
+            seen[new] = torch.arange(num_frames, num_frames + len(frames[-1]))
+            num_frames += len(frames[-1])
+        if "episode" in infos:
+            for i in np.flatnonzero(infos["_episode"]):
+                episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
+                if terminations[i]:
+                    terminated.append((step, i))
+                    continue
+                final = {key: value[None] for key, value in infos["final_obs"][i].items()}
+                final_depth = depth[:1]
+                if agent.encoder is not None:
+                    final_frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
+                    final_depth = agent.encode(final_frames.to(device))
+                truncated.append((step, i))
+                final_features.append(agent.features(proprioception(final, agent), final_depth))
+        proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
+
+    # One pass over the whole batch is cheaper than one a step.
+    values = agent.value(agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)).view(shape)
+    next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth))[None]])
+    for step, i in terminated:
+        next_values[step, i] = 0
+    if truncated:
+        steps, ids = torch.tensor(truncated, device=device).T
+        next_values[steps, ids] = agent.value(torch.cat(final_features))
+    batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values, "next_values": next_values,
+              "rewards": torch.from_numpy(rewards).to(device), "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
+    if keep_frames:
+        batch["frames"] = torch.cat(frames)
+    return batch, (proprio, depth), episodes, seconds
+
+
 def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     """Advantages (steps, envs) by generalized advantage estimation, equation 16 of arXiv 1506.02438.
 
@@ -387,380 +478,135 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     episode terminated, the value of its final observation where it was truncated. `dones` (either) end the sum.
     """
     deltas = rewards + gamma * next_values - values
-    carry = gamma * gae_lambda * (1 - dones)
     advantages = torch.empty_like(rewards)
     last = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        last = deltas[t] + carry[t] * last
+        last = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * last
         advantages[t] = last
     return advantages
 
 
-def make_storage(args, agent):
-    """Tensors (steps, envs, ...) for what an iteration learns from; those of `rollout` and its noise, and of `gae`."""
-    widths = {"x": agent.num_proprio + agent.num_depth, "raw": agent.num_proprio, "actions": 3, "noise": 3}
-    names = ("logprobs", "values", "next_values", "rewards", "dones", "advantages", "returns")
-    shape, device = (args.num_steps, args.num_envs), agent.log_std.device
-    storage = {name: torch.zeros(*shape, width, device=device) for name, width in widths.items()}
-    storage |= {name: torch.zeros(shape, device=device) for name in names}
-    if agent.encoder is not None and not args.freeze_encoder:
-        storage["frame_index"] = torch.zeros(shape, dtype=torch.long, device=device)
-    return storage
+def update(agent, optimizer, args, batch, frames=None):
+    """`update_epochs` passes of minibatch gradient steps over this rank's samples, a dict of (samples, ...) tensors.
 
-
-def as_batch(storage):
-    """What `update` learns from: a dict of (steps * envs, ...) views of the storage."""
-    names = ("x", "actions", "logprobs", "values", "advantages", "returns", "frame_index")
-    return {name: storage[name].flatten(0, 1) for name in names if name in storage}
-
-
-@torch.no_grad()
-def rollout(envs, agent, args, proprio, depth, storage, finished):
-    """Act for `num_steps` steps in every environment, with action noise storage["noise"].
-
-    Fills `storage`, a dict of (steps, envs, ...) tensors, but for advantages and returns, and appends (return,
-    length, step) of ended episodes to `finished`. Returns the observation to go on from (`proprio`, `depth`), the
-    frames to train an encoder on (None if it is frozen), and the seconds spent in the environments and in all.
+    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained.
+    Returns the means of losses and diagnostics over the last epoch's minibatches and all ranks, a dict of floats.
     """
-    started, simulating = time.perf_counter(), 0.0
-    device, shape = agent.log_std.device, storage["values"].shape
-    x, raw, actions, noise = (storage[name] for name in ("x", "raw", "actions", "noise"))
-    std = torch.exp(agent.log_std)
-    rewards, dones = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    final_steps, final_features = [], []  # of truncated episodes: their final observation is worth something
-    terminated = []
-    # Training the encoder needs the frames too: each is kept once, and every step knows which it saw.
-    store_frames = agent.encoder is not None and not args.freeze_encoder
-    if store_frames:
-        frames, held, num_frames = [envs.frames.clone()], torch.arange(shape[1]), shape[1]
-
-    for step in range(args.num_steps):
-        raw[step] = proprio
-        x[step] = features = agent.features(proprio, depth)
-        actions[step] = action = torch.addcmul(agent.actor(features), std, noise[step])
-        if store_frames:
-            storage["frame_index"][step] = held
-
-        now = time.perf_counter()
-        obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
-        simulating += time.perf_counter() - now
-        rewards[step] = reward - args.frame_skip * args.spin_cost * np.square(obs["angular_vel"][:, 2], dtype=float)
-        dones[step] = terminations | truncations
-        if store_frames and envs.new_frames.any():
-            new = torch.from_numpy(envs.new_frames.copy())
-            frames.append(envs.frames[new])
-            held = held.clone()
-            held[new] = torch.arange(num_frames, num_frames + len(frames[-1]))
-            num_frames += len(frames[-1])
-        if "episode" in infos:
-            for i in np.flatnonzero(infos["_episode"]):
-                finished.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
-                if terminations[i]:
-                    terminated.append((step, i))
-                else:
-                    final = {key: value[None] for key, value in infos["final_obs"][i].items()}
-                    seen = depth[:1, :0]
-                    if agent.encoder is not None:
-                        seen = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
-                        seen = agent.encode(seen.to(device))
-                    final_steps.append((step, i))
-                    final_features.append(agent.features(proprioception(final, agent), seen))
-        proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
-
-    # One pass over the whole batch is cheaper than one a step.
-    x_last = agent.features(proprio, depth)
-    values = agent.value(x.flatten(0, 1)).view(shape)
-    next_values = torch.cat([values[1:], agent.value(x_last)[None]])
-    for step, i in terminated:
-        next_values[step, i] = 0
-    if final_steps:
-        steps, ids = torch.tensor(final_steps, device=device).T
-        next_values[steps, ids] = agent.value(torch.cat(final_features))
-    storage["logprobs"][:] = log_prob(noise * std, 0, agent.log_std)
-    storage["values"][:] = values
-    storage["next_values"][:] = next_values
-    storage["rewards"][:] = torch.from_numpy(rewards)
-    storage["dones"][:] = torch.from_numpy(dones)
-    return proprio, depth, torch.cat(frames) if store_frames else None, simulating, time.perf_counter() - started
-
-
-def flatten(parameters):
-    """One tensor that holds all `parameters`; they become views of it, and their gradients of its gradient.
-
-    The optimizer then takes one tensor's time, not that of two dozen.
-    """
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    offset = flat.numel()
-    for p in sorted(parameters, key=torch.numel):  # the small ones last, so that the large ones are aligned
-        offset -= p.numel()
-        place = p.size(), p.stride(), offset
-        p.data = flat.data.as_strided(*place).copy_(p.data)
-        p.grad = flat.grad.as_strided(*place)
-    return flat
-
-
-def policy_loss(agent, args, mb):
-    """By sample, (n,): the clipped objective (arXiv 1707.06347, equation 7), negated, and the log ratios."""
-    logratio = log_prob(mb["actions"], agent.actor(mb["x"]), agent.log_std) - mb["logprobs"]
-    ratio = logratio.exp()
-    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    return -torch.min(mb["advantages"] * ratio, mb["advantages"] * clipped), logratio
-
-
-def value_loss(agent, args, mb):
-    """The squared error of the value, by sample: (n,)."""
-    newvalue = agent.critic(mb["x"]).squeeze(-1)
-    v_loss = (newvalue - mb["returns"]).square()
-    if args.clip_vloss:
-        change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
-        v_loss = torch.max(v_loss, (mb["values"] + change - mb["returns"]).square())
-    return v_loss
-
-
-def learn(agent, args, batch, order, task, step, frames=None):
-    """One epoch: `step` is called after the gradients of each minibatch, or of this process's `task` in it.
-
-    `batch` is a dict of (samples, ...) tensors; the rows of `order` (minibatches, minibatch_size) are the minibatches'
-    samples. A task is whether the policy's loss is its own, whether the value's is, and a slice of the columns of
-    `order`. Gradients of all tasks add up to those of the minibatch, and so do the statistics returned, (6,): policy
-    loss, value loss, entropy, two estimates of the KL divergence, and the clipped fraction.
-    """
-    policy, value, columns = task
-    mine, size = order[:, columns], order.shape[1]
-    advantages = batch["advantages"][order]
-    if args.norm_adv:
-        std, mean = torch.std_mean(advantages, 1, keepdim=True)
-        advantages = (advantages - mean) / (std + 1e-8)
-    shuffled = {key: samples[mine] for key, samples in batch.items()} | {"advantages": advantages[:, columns]}
-    pg_loss, v_loss, entropy = nothing = torch.zeros(3, device=order.device)
-    losses, logratios = [], [nothing[:0]]
-    for i in range(len(order)):
-        mb = {key: samples[i] for key, samples in shuffled.items()}
-        if frames is not None:
-            depth = agent.encode(frames[mb["frame_index"]])
-            mb["x"] = torch.cat([mb["x"][:, : agent.num_proprio], depth], 1)
-        if policy:
-            pg_losses, logratio = policy_loss(agent, args, mb)
-            logratios.append(logratio.detach())
-            pg_loss = pg_losses.sum() / size
-            entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum() * (len(logratio) / size)
-        if value:
-            v_loss = value_loss(agent, args, mb).sum() / size
-        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-        loss.backward()
-        step()
-        losses.append(torch.stack([pg_loss, v_loss, entropy]).detach())
-    logratio = torch.cat(logratios)
-    ratio = logratio.exp()
-    clipped = ((ratio - 1).abs() > args.clip_coef).float()
-    kl = torch.stack([-logratio, ratio - 1 - logratio, clipped])  # http://joschu.net/blog/kl-approx.html
-    return torch.cat([torch.stack(losses).mean(0), kl.sum(1) / order.numel()])
-
-
-def tasks(size, processes):
-    """Who learns what of a minibatch of `size` samples: tasks of `learn`, for at most so many processes."""
-    if processes == 1:
-        return [(True, True, slice(size))]
-    parts = max(1, min(processes // 2, size // MIN_PART))
-    return [(policy, not policy, share(size, k, parts)) for k in range(parts) for policy in (True, False)]
-
-
-def update(agent, optimizer, args, batch, frames=None, workers=()):
-    """`update_epochs` passes of minibatch gradient steps over a flat batch, a dict of (samples, ...) tensors.
-
-    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained end to end. `workers` take
-    their tasks; the batch is then that of the storage they share.
-
-    Returns the means of losses and diagnostics over the last epoch's minibatches, as a dict of floats.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    task, *other_tasks = tasks(args.minibatch_size, 1 + len(workers))
-    workers = workers[: len(other_tasks)]
-    grad_norms = []
-
-    def step():
-        for worker in workers:
-            worker.wait()
-            parameters[0].grad.add_(worker.grad)
-        grad_norms.append(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        for worker in workers:
-            worker.go_on()
-
-    optimizer.zero_grad(set_to_none=False)
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    entropy_constant = 0.5 * np.log(2 * np.pi * np.e)
     for epoch in range(1, args.update_epochs + 1):
-        grad_norms.clear()
-        order = torch.randperm(len(batch["x"]), device=batch["x"].device).view(-1, args.minibatch_size)
-        for worker, its_task in zip(workers, other_tasks):
-            worker.tell("learn", args, order, its_task)
-        stats = learn(agent, args, batch, order, task, step, frames)
-        stats = sum([worker.answer() for worker in workers], stats)
-        stats = torch.cat([stats, torch.stack(grad_norms).mean(0, keepdim=True)]).tolist()  # waits for the device
-        if stats[4] > args.target_kl and args.lr_schedule != "kl":
+        minibatches = torch.randperm(len(batch["actions"]), device=batch["actions"].device)
+        minibatches = minibatches.view(-1, args.minibatch_size // world_size())
+        advantages = batch["advantages"][minibatches]
+        if args.norm_adv:  # in each minibatch, over all ranks
+            advantages = advantages - average(advantages.mean(1, keepdim=True))
+            advantages = advantages / (average(advantages.square().mean(1, keepdim=True)).sqrt() + 1e-8)
+        stats = []
+        for samples, mb_advantages in zip(minibatches, advantages):
+            mb = {key: value[samples] for key, value in batch.items()}
+            depth = mb["depth"] if frames is None else agent.encode(frames[mb["frame_index"]])
+            features = agent.features(mb["proprio"], depth)
+
+            # Clipped objective: arXiv 1707.06347, equation 7
+            logratio = log_prob(mb["actions"], agent.actor(features), agent.log_std) - mb["logprobs"]
+            ratio = logratio.exp()
+            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
+
+            newvalue = agent.critic(features).squeeze(-1)
+            v_loss = (newvalue - mb["returns"]).square()
+            if args.clip_vloss:
+                v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+                v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
+            v_loss = v_loss.mean()
+
+            entropy = (agent.log_std + entropy_constant).sum()
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+
+            optimizer.zero_grad()
+            loss.backward()
+            if dist.is_initialized():  # one all-reduce of all gradients
+                flat = average(torch.cat([p.grad.flatten() for p in parameters]))
+                for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+                    p.grad = grad.view_as(p)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+
+            with torch.no_grad():  # KL divergence: http://joschu.net/blog/kl-approx.html
+                old_approx_kl, approx_kl = -logratio.mean(), (ratio - 1 - logratio).mean()
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                stats.append(torch.stack([pg_loss, v_loss, entropy, old_approx_kl, approx_kl, clipfrac, grad_norm]))
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+        stats = dict(zip(names, average(torch.stack(stats).mean(0)).tolist()))  # the same on all ranks
+        if stats["approx_kl"] > args.target_kl and args.lr_schedule != "kl":
             break
-    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-    return dict(zip(names, stats)) | {"epochs": epoch}
-
-
-def share(number, rank, size):
-    """The slice of `number` things that process `rank` of `size` has."""
-    return slice(number * rank // size, number * (rank + 1) // size)
-
-
-class Runner:
-    """A process's share of the environments, and the observations to go on from."""
-
-    def __init__(self, args, agent, storage, rank, state=None):
-        """`state`: what `run` returned, to go on from there."""
-        size = num_processes(args)
-        part = share(args.num_envs, rank, size)
-        self.args, self.agent = args, agent
-        self.storage = {name: value[:, part] for name, value in storage.items()}
-        self.envs = make_envs(args, part.stop - part.start, args.terrain_seed, size)
-        if state is None:
-            obs, _ = self.envs.reset(seed=args.seed + part.start)
-            nothing = torch.zeros(self.envs.num_envs, agent.num_depth, device=agent.log_std.device)
-            self.proprio, self.depth = proprioception(obs, agent), depth_features(self.envs, agent, nothing)
-        else:
-            self.envs.set_state(state["envs"])
-            self.proprio, self.depth = (state[key].to(agent.log_std.device) for key in ("proprio", "depth"))
-
-    def run(self):
-        """One rollout into the storage. Returns ended episodes (return, length, step), state, frames and seconds."""
-        episodes, rendered = [], self.envs.render_seconds
-        self.proprio, self.depth, frames, simulating, rolling = rollout(
-            self.envs, self.agent, self.args, self.proprio, self.depth, self.storage, episodes
-        )
-        rendering = self.envs.render_seconds - rendered
-        state = {"envs": self.envs.get_state(), "proprio": self.proprio, "depth": self.depth}
-        return episodes, state, frames, (simulating - rendering, rendering, rolling - simulating)
-
-
-def num_processes(args):
-    """Processes of a run: a GPU has one, and so has an encoder that is trained."""
-    alone = args.cuda or (args.cameras and not args.freeze_encoder)
-    return 1 if alone else min(args.num_processes, args.num_envs)
-
-
-class Worker:
-    """One of the further processes. Networks, storage and gradients are in shared memory, orders go through a pipe."""
-
-    def __init__(self, args, agent, storage, grad, rank, state):
-        context = mp.get_context("spawn")
-        self.grad = torch.zeros_like(grad).share_memory_()
-        self.pipe, pipe = context.Pipe()
-        # The state, and what goes through the pipe, as bytes: tensors as such would be shared too, a file each
-        given = rank, args, agent, storage, self.grad, pickle.dumps(state), pipe
-        self.process = context.Process(target=work, args=given, daemon=True)
-        self.process.start()
-        pipe.close()
-
-    def tell(self, *order):
-        self.pipe.send_bytes(pickle.dumps(order))
-
-    def wait(self):
-        return self.pipe.recv_bytes()
-
-    def answer(self):
-        return pickle.loads(self.wait())
-
-    def go_on(self):
-        self.pipe.send_bytes(b"")
-
-    def close(self):
-        self.pipe.close()  # at which it ends
-        self.process.join()
-
-
-def work(rank, args, agent, storage, grad, state, pipe):
-    """What a further process does: rollouts in its environments, its tasks of minibatches, its part of evaluations."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the first process ends it
-    torch.set_num_threads(args.torch_threads)
-    for p in agent.parameters():
-        if p.requires_grad:  # a view of the flat tensor; its gradient is the same view of ours
-            p.grad = grad.as_strided(p.size(), p.stride(), p.storage_offset())
-    runner = Runner(args, agent, storage, rank, pickle.loads(state))
-    batch = as_batch(storage)
-
-    def step():
-        pipe.send_bytes(b"")
-        pipe.recv_bytes()
-        grad.zero_()
-
-    try:
-        pipe.send_bytes(b"")  # ready
-        gc.freeze()
-        while True:
-            order, *given = pickle.loads(pipe.recv_bytes())
-            if order == "run":
-                answer = runner.run()
-            elif order == "learn":
-                answer = learn(agent, given[0], batch, *given[1:], step)
-            else:
-                answer = play(agent, args, *given)
-            pipe.send_bytes(pickle.dumps(answer))
-    except (EOFError, ConnectionError):  # the first process is gone
-        pass
+    return stats | {"epochs": epoch}
 
 
 @torch.no_grad()
-def play(agent, args, episodes, num_processes):
-    """Deterministic episodes, a range of numbers, on the evaluation terrain, up to 100 at a time.
+def evaluate(agent, args, episodes):
+    """Deterministic episodes on the evaluation terrain, shared by the ranks: a dict of means and deviations over them.
 
-    Returns a list of (return, length, whether it fell). Every environment's first episode counts, and no other, so
-    that short ones are not favoured.
+    Every environment's first episode counts, and no other, so that short ones are not favoured.
     """
-    envs = make_envs(args, min(len(episodes), 100), args.eval_terrain_seed, num_processes)
-    depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
-    results = []
-    for start in range(episodes.start, episodes.stop, envs.num_envs):
+    mine = range(episodes * rank() // world_size(), episodes * (rank() + 1) // world_size())
+    results = []  # (return, length, whether it fell)
+    for start in range(mine.start, mine.stop, 100):
+        envs = make_envs(args, min(mine.stop - start, 100), evaluation=True)
         obs, _ = envs.reset(seed=1_000_000 + start)
-        running = np.arange(start, start + envs.num_envs) < episodes.stop
+        depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
+        running = np.ones(envs.num_envs, bool)
         while running.any():
             depth = depth_features(envs, agent, depth)
-            features = agent.features(proprioception(obs, agent), depth)
-            obs, _, terminations, truncations, infos = envs.step(agent.actor(features).cpu().numpy())
+            action = agent.actor(agent.features(proprioception(obs, agent), depth))
+            obs, _, terminations, truncations, infos = envs.step(action.cpu().numpy())
             ended = (terminations | truncations) & running
             if ended.any():
                 columns = infos["episode"]["r"], infos["episode"]["l"], terminations
                 results += zip(*(column[ended].tolist() for column in columns))
                 running &= ~ended
-    envs.close()
-    return results
+        envs.close()
+    columns = zip(*chain(*gather(results, to_all=True)))
+    result = {"episodes": episodes}
+    for name, values in zip(("episodic_return", "episodic_length", "falls"), columns):
+        result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    return result
 
 
-def evaluate(agent, args, episodes, workers=()):
-    """Deterministic episodes on the evaluation terrain: a dict of means and standard deviations over them."""
-    size = min(1 + len(workers), episodes)
-    parts = [range(episodes)[share(episodes, rank, size)] for rank in range(size)]
-    workers = workers[: size - 1]
-    for worker, part in zip(workers, parts[1:]):
-        worker.tell("play", part, size)
-    results = play(agent, args, parts[0], size)
-    for worker in workers:
-        results += worker.answer()
-    returns, lengths, falls = np.array(results).T
-    return {
-        "episodic_return": float(returns.mean()),
-        "episodic_return_std": float(returns.std()),
-        "episodic_length": float(lengths.mean()),
-        "episodic_length_std": float(lengths.std()),
-        "falls": float(falls.mean()),
-        "episodes": len(results),
-    }
+def reached(result):
+    """Whether an evaluation meets the targets: that of the return, that of the length."""
+    return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
+
+
+def summary(result):
+    columns = (
+        "{episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± {episodic_length_std:.0f}"
+    )
+    return f"return {columns}, falls {{falls:.0%}} ({{episodes}} episodes)".format(**result)
+
+
+def say(text, end="\n"):
+    """Print it, on rank 0, in place of the line of progress."""
+    if rank() == 0:
+        print(CLEAR_LINE + text, end=end, flush=True)
 
 
 def scheduled(kind, start, end, progress_remaining):
     """The value in force at a share of the training left, from 1 to 0."""
-    if kind == "constant":
-        return start
     if kind == "linear":
         return end + (start - end) * progress_remaining
     if kind == "cosine":  # Loshchilov & Hutter, arXiv 1608.03983, equation 5, without restarts
         return end + (start - end) * (1 - np.cos(np.pi * progress_remaining)) / 2
-    return 1e-4 if progress_remaining > 0.66 else 5e-5 if progress_remaining > 0.33 else 1e-5  # the guide's
+    return start
+
+
+def learning_rate_now(args, progress_remaining):
+    """The learning rate at a share of the training left, from 1 to 0."""
+    if args.lr_schedule == "guide" and args.learning_rate < 0:
+        return 1e-4 if progress_remaining > 0.66 else 5e-5 if progress_remaining > 0.33 else 1e-5
+    return scheduled(
+        args.lr_schedule, 3e-4 if args.learning_rate < 0 else args.learning_rate, args.lr_end, progress_remaining
+    )
 
 
 def kl_adapted(learning_rate, approx_kl, target_kl):
@@ -792,75 +638,17 @@ def load(path):
     offer = f"; {other} is there too: --resume {other}" if other.is_file() else ""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = set(vars(Args())) ^ set(content["args"])
+        content["model"], content["optimizer"]  # a policy alone cannot go on
     except FileNotFoundError:
-        sys.exit(f"error: {path} is missing{offer}")
+        stop(f"{path} is missing{offer}")
     except Exception:  # torch.load raises many kinds on damaged files
-        sys.exit(f"error: {path} is damaged or not a checkpoint{offer}")
-    missing = [key for key in ("model", "optimizer", "args") if not isinstance(content, dict) or key not in content]
-    if missing:
-        sys.exit(f"error: {path} is not a checkpoint to resume from, it has no {missing[0]!r}{offer}")
-    fields, given = set(vars(Args())), set(content["args"])
-    if "frame_skip" not in given:
-        sys.exit(f"error: {path} was trained on the robot before its rollers were mended, which spun up at speed: "
-                 "train anew")  # fmt: skip
-    if fields != given:
-        sys.exit(
-            f"error: {path} was written by another program or version: its flags differ in {sorted(fields ^ given)}"
-        )
+        stop(f"{path} is damaged, or not a checkpoint to go on from{offer}")
+    if "frame_skip" in wrong:
+        stop(f"{path} was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+    if wrong:
+        stop(f"{path} is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
     return content
-
-
-def check(args):
-    """Exit with one line on the first flag that cannot be, before any work starts."""
-
-    def need(good, message):
-        if not good:
-            sys.exit(f"error: {message}")
-
-    for name in ("frame_skip", "total_timesteps", "num_processes", "torch_threads", "num_envs", "num_steps",
-                 "update_epochs", "minibatch_size", "hidden_size", "pi_layers", "vf_layers", "eval_interval",
-                 "eval_episodes", "final_eval_episodes"):  # fmt: skip
-        value = getattr(args, name)
-        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    for name in ("num_threads", "seed", "terrain_seed", "eval_terrain_seed", "ent_coef", "vf_coef", "target_kl",
-                 "weight_decay", "spin_cost", "wheel_damping"):  # fmt: skip
-        value = getattr(args, name)
-        need(value >= 0, f"--{name.replace('_', '-')} is {value}: give 0 or more")
-    for name in ("terrain_amplitude", "clip_coef", "max_grad_norm"):
-        value = getattr(args, name)
-        need(value > 0, f"--{name.replace('_', '-')} is {value}: give more than 0")
-    for name in ("gamma", "gae_lambda"):
-        value = getattr(args, name)
-        need(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
-    for name in ("init_log_std", "depth_scale"):
-        value = getattr(args, name)
-        need(np.isfinite(value), f"--{name.replace('_', '-')} is {value}: give a finite number")
-    kinds = {"lr": ("guide", "constant", "linear", "cosine", "kl")}
-    for name in ("lr", "clip", "ent"):
-        kind, end = getattr(args, f"{name}_schedule"), getattr(args, f"{name}_end")
-        choice = kinds.get(name, ("constant", "linear", "cosine"))
-        need(kind in choice, f"--{name}-schedule is {kind}: give {', '.join(choice)}")
-        need(0 <= end < np.inf, f"--{name}-end is {end}: give 0 or more")
-    need(args.clip_schedule == "constant" or args.clip_end > 0, f"--clip-end is {args.clip_end}: give more than 0")
-    lr = args.learning_rate
-    need(lr == -1 or 0 < lr < np.inf, f"--learning-rate is {lr}: give -1 for the guide's steps, or a positive start")
-    need((lr == -1) == (args.lr_schedule == "guide"), "--learning-rate -1 and --lr-schedule guide go together: "
-         "give both, or a positive rate with constant, linear, cosine or kl")  # fmt: skip
-    need(args.terrain in ("perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
-    need(args.terrain == "flat" or args.terrain_seed != args.eval_terrain_seed,
-         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on")  # fmt: skip
-    batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
-    divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
-    below, above = (
-        max((d for d in divisors if d < size), default=1),
-        min((d for d in divisors if d > size), default=size),
-    )
-    need(batch_size % size == 0, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
-         f"{batch_size}: the nearest that do are {below}" + (f" and {above}" if above > size else ""))  # fmt: skip
-    steps = batch_size * args.frame_skip
-    need(args.total_timesteps >= steps, f"--total-timesteps is {args.total_timesteps}: give at least "
-         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration")  # fmt: skip
-    need(not args.cuda or torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out")
 
 
 def load_encoder(path):
@@ -873,8 +661,13 @@ def load_encoder(path):
         problem = "is missing"
     except Exception:  # torch.load and load_state_dict raise many kinds on damaged or foreign files
         problem = "is damaged or not a depth encoder"
-    sys.exit(f"error: {path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, "
-             "or train one with --no-freeze-encoder")  # fmt: skip
+    stop(f"{path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, or train one with "
+         "--no-freeze-encoder")  # fmt: skip
+
+
+def stop(message):
+    """Exit with one line. All ranks come to the same end: the first says it."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 0)
 
 
 def train(args):
@@ -882,236 +675,251 @@ def train(args):
 
     A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
     """
-    run = None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
+    if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
+        args.resume = str(Path("runs") / args.run_name)
+    run = encoder = None
     if args.resume:
-        run_dir = Path(args.resume)
-        path = run_dir if run_dir.suffix == ".pt" else run_dir / "last.pt"
+        path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
-        vars(args).update(run["args"])
-        check(args)
-    else:
-        check(args)
+        vars(args).update(run["args"] | {"resume": args.resume})
+    size = min(args.num_processes, torch.cuda.device_count()) if args.cuda else args.num_processes
+    size = int(os.environ.get("WORLD_SIZE", size))
+    check(args, size)
+    if run is None:
+        if args.cameras and args.freeze_encoder:
+            encoder = load_encoder(Path(__file__).resolve().parent / args.encoder_path)
+        if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
         args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
         run_dir = Path("runs") / args.run_name
-        if run_dir.exists():
-            sys.exit(f"error: {run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
-    iteration_steps = args.num_envs * args.num_steps * args.frame_skip
-    num_iterations = args.total_timesteps // iteration_steps
+        if run_dir.exists() and os.environ.get("RANK", "0") == "0" and not restarted:
+            stop(f"{run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
+    elif size != args.num_processes:
+        stop(f"{path} is of a run on {args.num_processes} processes, here are {size}: give it as many")
+    args.num_processes = size
 
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
+        learn(args, run_dir, run, encoder)
+        dist.destroy_process_group()
+    elif size == 1:
+        learn(args, run_dir, run, encoder)
+    else:  # start the ranks as torchrun does
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = mp.spawn(be_rank, (args, store.port, STARTED), size, join=False, daemon=True)
+        try:
+            while not ranks.join(grace_period=2):
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if getattr(error, "exit_code", 0) > 0:
+                sys.exit(1)  # it has said why
+            raise ConnectionError(str(error)) from None
+    return run_dir
+
+
+def be_rank(rank, args, port, started):
+    """What the processes do that `train` starts."""
+    global STARTED
+    STARTED = started
+    size = args.num_processes
+    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    train(args)
+
+
+def learn(args, run_dir, run, encoder):
+    """What each rank does for `train`, from the pretrained encoder's state or from a checkpoint `run`."""
+    iteration_steps = args.num_envs * args.num_steps * args.frame_skip
+    num_iterations, num_envs = args.total_timesteps // iteration_steps, args.num_envs // world_size()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda else "cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
 
-    agent = Agent(args)
+    agent = Agent(args).to(device)
     if agent.encoder is not None and args.freeze_encoder:
-        if run is None:
-            agent.encoder.load_state_dict(load_encoder(Path(__file__).resolve().parent / args.encoder_path))
         agent.encoder.requires_grad_(False)
-    agent.to(device)
-    parameters = flatten([p for p in agent.parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW([parameters], lr=1.0, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    networks = [p for p in agent.parameters() if p.requires_grad and p is not agent.log_std]
+    groups = [dict(params=networks, lr_scale=1.0), dict(params=[agent.log_std], lr_scale=args.log_std_lr_scale)]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    envs = make_envs(args, num_envs)
 
-    storage, size = make_storage(args, agent), num_processes(args)
-    states = run["runners"] if run else [None] * size
-    try:
-        if size > 1:
-            agent.share_memory()
-            for value in storage.values():
-                value.share_memory_()
-        workers = [Worker(args, agent, storage, parameters.grad, rank, states[rank]) for rank in range(1, size)]
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {size} processes cannot share memory ({error}): give --num-processes 1")
-    batch = as_batch(storage)
-
+    global_step = iteration = 0
+    best = targets_met = None  # the policy best evaluated so far; when both targets were met first
+    elapsed = seconds = 0.0  # since the start, and of these, in rollouts and updates
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
-        run_dir.mkdir(parents=True)
-        settings = {key: value for key, value in asdict(args).items() if key not in ("run_name", "config", "resume")}
-        (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        learning_rate = args.learning_rate
-        first_iteration, global_step, best_return, next_eval, seconds = 1, 0, -np.inf, args.eval_interval, 0.0
-        targets_met, before = None, 0.0
+        if encoder is not None:
+            agent.encoder.load_state_dict(encoder)
+        torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
+        obs, _ = envs.reset(seed=args.seed + num_envs * rank())
+        depth = depth_features(envs, agent, torch.zeros(num_envs, agent.num_depth, device=device))
+        observation = proprioception(obs, agent), depth
     else:
         try:
             agent.load_state_dict(run["model"])
             optimizer.load_state_dict(run["optimizer"])
         except (RuntimeError, ValueError, KeyError):
-            sys.exit(f"error: {path} was written by another version: its networks or optimizer are stored otherwise")
-        first_iteration, global_step, seconds = run["iteration"] + 1, run["global_step"], run["seconds"]
-        best_return, next_eval = run["best_return"], run["next_eval"]
-        targets_met, before = run["targets_met"], run["elapsed"]
+            stop(f"{args.resume} is of another version: its networks or optimizer are stored otherwise")
+        iteration, global_step, best, targets_met, elapsed, seconds = (
+            run[name] for name in ("iteration", "global_step", "best", "targets_met", "elapsed", "seconds")
+        )
         finished.extend(run["finished"])
-        learning_rate = run["learning_rate"]
-        torch.set_rng_state(run["rng"])
+        state = run["ranks"][rank()]
+        envs.set_state(state["envs"])
+        observation = state["proprio"].to(device), state["depth"].to(device)
+        torch.set_rng_state(state["rng"])
         if args.cuda:
-            torch.cuda.set_rng_state(run["cuda_rng"])
-    runner = Runner(args, agent, storage, 0, states[0])
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
-    if run is None:
-        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
-        print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value != ""))
-    print(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
-    for worker in workers:
-        worker.wait()  # until it is ready
-    gc.collect()
-    gc.freeze()  # what is there now stays: later collections need not look at it
-    start_time, evaluating = time.perf_counter() - seconds, 0.0
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    started = STARTED if run is None else time.perf_counter()
+    result = None
+    gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
+    if rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
+        if run is None:
+            settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
+            (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+            writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
 
-    for iteration in range(first_iteration, num_iterations + 1):
+    while iteration < num_iterations:
+        iteration += 1
         progress_remaining = 1 - (iteration - 1) / num_iterations
+        learning_rate = learning_rate_now(args, progress_remaining)
+        if args.lr_schedule == "kl" and iteration > 1:
+            learning_rate = optimizer.param_groups[0]["lr"]  # as the last update left it
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+
+        start, rendering = time.perf_counter(), -envs.render_seconds
+        batch, observation, episodes, simulating = rollout(envs, agent, args, *observation)
+        rendering += envs.render_seconds
+        inferring = time.perf_counter() - start - simulating
+
+        frames, values = batch.pop("frames", None), batch["values"]
+        advantages = gae(batch["rewards"], values, batch["next_values"], batch["dones"], args.gamma, args.gae_lambda)
+        returns = advantages + values
+        squares = [returns.mean(), returns.square().mean(), advantages.mean(), advantages.square().mean()]
+        mean, square, error, square_error = moments = average(torch.stack(squares))
+        if args.norm_value:
+            agent.rescale_values(moments[:2])
+        batch |= {"advantages": advantages, "values": (values - agent.value_mean) / agent.value_std,
+                  "returns": (returns - agent.value_mean) / agent.value_std}  # fmt: skip
+        batch = {name: value.flatten(0, 1) for name, value in batch.items()}
         now = replace(
             args,
             clip_coef=scheduled(args.clip_schedule, args.clip_coef, args.clip_end, progress_remaining),
             ent_coef=scheduled(args.ent_schedule, args.ent_coef, args.ent_end, progress_remaining),
         )
-        if args.lr_schedule != "kl":
-            learning_rate = scheduled(args.lr_schedule, args.learning_rate, args.lr_end, progress_remaining)
-        optimizer.param_groups[0]["lr"] = learning_rate
-
-        storage["noise"].normal_()
-        for worker in workers:
-            worker.tell("run")
-        episodes, state, frames, (simulating, rendering, inferring) = runner.run()
-        states = [state]
-        for worker in workers:
-            its_episodes, state, *_ = worker.answer()
-            episodes += its_episodes
-            states.append(state)
-        learn_start = time.perf_counter()
-        rewards = storage["rewards"]
-        values = storage["values"]
-        advantages = gae(rewards, values, storage["next_values"], storage["dones"], args.gamma, args.gae_lambda)
-        storage["advantages"].copy_(advantages)
-        returns = advantages + values
-        explained = 1 - (returns - values).var() / returns.var()
-        if args.norm_value:
-            agent.rescale_values(returns)
-        storage["returns"].copy_((returns - agent.value_mean) / agent.value_std)
-        storage["values"].copy_((values - agent.value_mean) / agent.value_std)
-        losses = update(agent, optimizer, now, batch, frames, workers)
+        losses = update(agent, optimizer, now, batch, frames)
+        if args.lr_schedule == "kl":
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * kl_adapted(learning_rate, losses["approx_kl"], args.target_kl)
         if not all(map(np.isfinite, losses.values())):
-            sys.exit(f"error: the losses after step {global_step} are not finite: lower --learning-rate or "
-                     f"--max-grad-norm; {run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
+            stop(f"the losses after step {global_step} are not finite: lower --learning-rate or --max-grad-norm; "
+                 f"{run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
         if args.norm_obs:
-            agent.update_moments("obs", storage["raw"].flatten(0, 1))
-        learning = time.perf_counter() - learn_start
+            agent.update_obs_moments(batch["proprio"])
+        spent = time.perf_counter() - start
+        seconds += spent
+
+        global_step += iteration_steps
+        state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
+                     cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
+        states, episodes = gather(state), chain(*gather(episodes, to_all=True))
+        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
+        result, is_best = None, False
+        if global_step // args.eval_interval > (global_step - iteration_steps) // args.eval_interval:
+            result = evaluate(agent, args, args.eval_episodes)
+            is_best = best is None or result["episodic_return"] > best["eval"]["episodic_return"]
+            best = copy.deepcopy(policy | {"eval": result}) if is_best else best
+        if rank() > 0:
+            continue
 
         for episodic_return, length, step in sorted(episodes, key=lambda episode: episode[2]):
-            at = global_step + (step + 1) * args.num_envs * args.frame_skip
+            at = global_step - iteration_steps + (step + 1) * args.num_envs * args.frame_skip
             writer.add_scalar("charts/episodic_return", episodic_return, at)
             writer.add_scalar("charts/episodic_length", length, at)
             finished.append((episodic_return, length))
-        global_step += iteration_steps
         mean_return, mean_length = np.mean(finished, 0) if finished else (np.nan, np.nan)
-        seconds = time.perf_counter() - start_time - evaluating
+        parts = {"simulate": simulating - rendering, "render": rendering, "infer": inferring}
+        parts["learn"] = spent - sum(parts.values())
         scalars = {f"losses/{key}": value for key, value in losses.items()} | {
-            "losses/explained_variance": explained.item(),
+            "losses/explained_variance": 1 - (square_error - error**2).item() / (square - mean**2).item(),
             "charts/learning_rate": learning_rate,
             "charts/clip_coef": now.clip_coef,
             "charts/ent_coef": now.ent_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/SPS": global_step / seconds,
-            "SPS/simulate": iteration_steps / simulating,
-            "SPS/infer": iteration_steps / inferring,
-            "SPS/learn": iteration_steps / learning,
-            "charts/physics_errors": sum(state["envs"]["physics_errors"].sum() for state in states),
+            "charts/physics_errors": sum(state["envs"]["physics_errors"].sum().item() for state in states),
         }
-        if args.cameras:
-            scalars["SPS/render"] = iteration_steps / rendering
+        scalars |= {f"SPS/{key}": iteration_steps / part for key, part in parts.items() if part}
         if finished:
-            scalars["charts/episodic_return_mean100"] = mean_return
-            scalars["charts/episodic_length_mean100"] = mean_length
+            scalars |= {"charts/episodic_return_mean100": mean_return, "charts/episodic_length_mean100": mean_length}
+        if result:
+            scalars |= {f"eval/{key}": result[key] for key in ("episodic_return", "episodic_length", "falls")}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds / iteration * (num_iterations - iteration)))
-        parts = [simulating, rendering, inferring, learning]
-        shares = "/".join(f"{100 * part / sum(parts):.0f}" for part in parts)
-        bar = "#" * (20 * iteration // num_iterations)
-        line = (f"[{bar:<20}] {global_step:,} steps, {global_step / seconds:,.0f} SPS, {left} left, return "
-                f"{mean_return:.1f}, length {mean_length:.0f}, simulate/render/infer/learn {shares} %")  # fmt: skip
+        shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())
+        line = (
+            f"[{'#' * (20 * iteration // num_iterations):<20}] {global_step:,} steps, {global_step / seconds:,.0f} "
+            f"SPS, {left} left, return {mean_return:.1f}, length {mean_length:.0f}, {'/'.join(parts)} {shares} %"
+        )
         if sys.stdout.isatty():
-            print(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            say(line[: shutil.get_terminal_size().columns - 1], end="")
         else:
-            print(line, flush=True)
-
-        eval_start = time.perf_counter()
-        if args.lr_schedule == "kl":
-            learning_rate = kl_adapted(learning_rate, losses["approx_kl"], args.target_kl)
-        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
-        if global_step >= next_eval:
-            next_eval += args.eval_interval
-            result = evaluate(agent, args, args.eval_episodes, workers)
-            report(f"evaluation at {global_step:,} steps", result, writer, global_step)
+            say(line)
+        now = elapsed + time.perf_counter() - started
+        if result:
+            say(f"evaluation at {global_step:,} steps: {summary(result)}")
             if targets_met is None and all(reached(result)):
-                targets_met = f"{global_step:,} steps, {minutes(before + time.perf_counter() - STARTED)}"
-                print(f"targets met after {targets_met}", flush=True)
-            if result["episodic_return"] > best_return:
-                best_return = result["episodic_return"]
-                save(run_dir / "best.pt", policy | {"eval": result})
-        checkpoint = policy | dict(
-            optimizer=optimizer.state_dict(), iteration=iteration, best_return=best_return, next_eval=next_eval,
-            targets_met=targets_met, elapsed=before + time.perf_counter() - STARTED, seconds=seconds,
-            finished=list(finished), runners=states, rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state() if args.cuda else None,
-            learning_rate=learning_rate,
-        )  # fmt: skip
+                targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
+                say(f"targets met after {targets_met}")
+        if is_best:
+            save(run_dir / "best.pt", best)
         if (run_dir / "last.pt").exists():
             shutil.copyfile(run_dir / "last.pt", run_dir / "previous.pt")
-        save(run_dir / "last.pt", checkpoint)
-        evaluating += time.perf_counter() - eval_start
+        save(run_dir / "last.pt", policy | dict(
+            optimizer=optimizer.state_dict(), iteration=iteration, best=best, targets_met=targets_met, elapsed=now,
+            seconds=seconds, finished=list(finished), ranks=states,
+        ))  # fmt: skip
 
-    runner.envs.close()
-    result = evaluate(agent, args, args.final_eval_episodes, workers)
-    report("final policy", result, writer, global_step)
-    best_result = {"episodic_return": -np.inf}
-    if best_return > -np.inf:
-        best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
-        agent.load_state_dict(best["model"])
-        best_result = evaluate(agent, args, args.final_eval_episodes, workers)
-        report(f"policy of {best['global_step']:,} steps, the best evaluated on the way", best_result)
-    if result["episodic_return"] > best_result["episodic_return"]:
-        best_result = result
-        last = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
-        save(run_dir / "best.pt", {key: last[key] for key in ("model", "args", "global_step")} | {"eval": result})
-    on_return, on_length = ("reached" if yes else "missed" for yes in reached(best_result))
-    print(f"targets, mean over {best_result['episodes']} episodes on unseen terrain: return > {TARGET_RETURN} "
-          f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
-          + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
-    for worker in workers:
-        worker.close()
-    writer.close()
-    gc.unfreeze()
-    return run_dir
-
-
-def reached(result):
-    """Whether an evaluation meets the targets: that of the return, that of the length."""
-    return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
-
-
-def minutes(seconds):
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
-
-
-def report(title, result, writer=None, global_step=None):
-    """Print an evaluation and log it."""
-    print(f"{CLEAR_LINE}{title}: return {result['episodic_return']:.1f} ± {result['episodic_return_std']:.1f}, length "
-          f"{result['episodic_length']:.0f} ± {result['episodic_length_std']:.0f}, falls {100 * result['falls']:.0f} % "
-          f"({result['episodes']} episodes)", flush=True)  # fmt: skip
-    if writer is not None:
+    envs.close()
+    policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
+    final = policy | {"eval": evaluate(agent, args, args.final_eval_episodes)}
+    say(f"final policy: {summary(final['eval'])}")
+    if rank() == 0 and not result:
         for key in ("episodic_return", "episodic_length", "falls"):
-            writer.add_scalar(f"eval/{key}", result[key], global_step)
+            writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
+    if best is not None and best["global_step"] < global_step:
+        agent.load_state_dict(best["model"])
+        best["eval"] = evaluate(agent, args, args.final_eval_episodes)
+        say(f"policy of {best['global_step']:,} steps, the best evaluated on the way: {summary(best['eval'])}")
+        if best["eval"]["episodic_return"] > final["eval"]["episodic_return"]:
+            final = best
+    if rank() == 0:
+        save(run_dir / "best.pt", final)
+        writer.close()
+    on_return, on_length = ("reached" if yes else "missed" for yes in reached(final["eval"]))
+    say(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "
+        f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
+        + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
 
 
 if __name__ == "__main__":
     arguments = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
+    go_on = f"to go on: python {sys.argv[0]} --resume runs/"
     try:
         train(arguments)
-    except (EOFError, ConnectionError):  # said by a pipe
-        sys.exit(f"{CLEAR_LINE}error: a process of this run was killed, or has ended for what it says above; to go on: "
-                 f"python {sys.argv[0]} --resume runs/{arguments.run_name}")  # fmt: skip
     except KeyboardInterrupt:
-        sys.exit(f"{CLEAR_LINE}stopped; to go on: python {sys.argv[0]} --resume runs/{arguments.run_name}")
+        sys.exit(f"{CLEAR_LINE}stopped; {go_on}{arguments.run_name}")
+    except (RuntimeError, ConnectionError) as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
+            raise
+        stop(f"a process of this run is gone; {go_on}{arguments.run_name}")

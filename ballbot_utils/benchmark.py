@@ -119,7 +119,7 @@ def measure_steps(num_envs, threads, seconds):
     actions = rng.normal(0, 0.3, (100, num_envs, 3)).astype(np.float32)
     for cameras in (False, True):
         args = replace(args, cameras=cameras)
-        envs = ppo_ballbot.make_envs(args, num_envs, 0)
+        envs = ppo_ballbot.make_envs(args, num_envs)
         envs.reset(seed=0)
         if not cameras:
             batch = envs._batch
@@ -148,7 +148,7 @@ def measure_floor(num_envs, seconds):
     largest operations of rendering, encoding and updating, with the shapes that the defaults give them.
     """
     args = ppo_ballbot.Args(num_threads=1)
-    envs = ppo_ballbot.make_envs(args, num_envs, 0)
+    envs = ppo_ballbot.make_envs(args, num_envs)
     envs.reset(seed=0)
     batch, start = envs._batch, envs._batch.state.copy()
     controls = batch.bind("ctrl")[:, :3]

@@ -93,7 +93,7 @@ def test_broken_run(runs, name, capsys, monkeypatch):
     assert command[:3] == ["python", "ppo_ballbot.py", "--config"] and command[3] == f"{run}/config.json"
     monkeypatch.setattr(sys, "argv", command[1:])
     args = ppo.parse()
-    ppo.check(args)
+    ppo.check(args, world_size=2)
     before = vars(ppo.Args(**HEALTHY | BROKEN[name]))
     changed = {key for key, value in vars(args).items() if key not in ("config", "run_name") and value != before[key]}
     assert changed and len(changed) <= len(flags.split())

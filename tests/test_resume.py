@@ -97,26 +97,59 @@ def state_and_parent(pid):
         return "X", 0
 
 
-def workers_of(pid):
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+def ranks_of(pid, mark=b"spawn_main"):
+    """Processes that `pid` started, but for helpers, in order: the ranks 0, 1, ..."""
+    pids = sorted(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
     children = [child for child in pids if state_and_parent(child)[1] == pid]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children if mark in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def until_first_checkpoint(process, folder):
+    while process.poll() is None and not (folder / "runs" / "run" / "last.pt").exists():
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
-@pytest.mark.parametrize("victim", ["first", "worker"])
-def test_no_process_outlives_another(victim, tmp_path):
+@pytest.mark.parametrize("victim", ["parent", 0, 1])
+def test_no_process_outlives_another_and_the_run_goes_on_bit_for_bit(victim, uninterrupted, tmp_path):
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
+    until_first_checkpoint(process, tmp_path)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    killed = time.time()
+    os.kill(process.pid if victim == "parent" else ranks[victim], signal.SIGKILL)
+    error = process.communicate(timeout=30)[1].decode()  # the ranks have these pipes too
+    while any(state_and_parent(rank)[0] not in "XZ" for rank in ranks):
         time.sleep(0.01)
-    (worker,) = workers_of(process.pid)
-    os.kill(process.pid if victim == "first" else worker, signal.SIGKILL)
-    error = process.communicate(timeout=30)[1].decode()  # the worker has these pipes too
-    while state_and_parent(worker)[0] not in "XZ":
-        time.sleep(0.01)
-    if victim == "worker":
+    assert time.time() - killed < 30
+    if victim != "parent":
         assert process.returncode == 1
-        assert error.strip().splitlines()[-1].endswith("--resume runs/run") and "Traceback" not in error
+        (line,) = error.strip().splitlines()
+        assert line.startswith("error: a process of this run is gone") and line.endswith("--resume runs/run")
+    subprocess.run(command("--resume", "runs/run"), cwd=tmp_path, check=True, capture_output=True)
+    assert_same_end(tmp_path / "runs" / "run", uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
+def test_torchrun_starts_lost_ranks_again_and_goes_on_bit_for_bit(uninterrupted, tmp_path):
+    torchrun = (
+        "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1".split()
+    )
+    process = subprocess.Popen([sys.executable, *torchrun, str(SCRIPT), *FLAGS], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+    until_first_checkpoint(process, tmp_path)
+    os.kill(ranks_of(process.pid, b"ppo_ballbot")[1], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, output
+    assert output.count("tensorboard --logdir") == 2  # it was started twice
+    assert_same_end(tmp_path / "runs" / "run", uninterrupted)
+
+
+def test_a_run_goes_on_with_as_many_processes_or_not_at_all(uninterrupted, tmp_path):
+    environment = dict(os.environ, RANK="0", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    output = subprocess.run(command("--resume", str(uninterrupted)), env=environment, capture_output=True, text=True)
+    assert output.returncode == 1
+    assert "is of a run on 2 processes, here are 4: give it as many" in output.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,8 +159,7 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
 
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=disposition, start_new_session=True)  # fmt: skip
-    while process.poll() is None and not (tmp_path / "runs" / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    until_first_checkpoint(process, tmp_path)
     os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches all of the run's processes
     error = process.communicate()[1].decode()
     assert process.returncode == 1
@@ -137,7 +169,7 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
 
 def test_environment_state_is_all_of_it():
     args = replace(ppo.Args(), num_threads=1)
-    envs, again = (ppo.make_envs(args, 3, 0) for _ in range(2))
+    envs, again = (ppo.make_envs(args, 3) for _ in range(2))
     envs.reset(seed=0)
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (700, 3, 3))
@@ -173,13 +205,13 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uni
     offer = "previous.pt is there too: --resume .*previous.pt"
     refuse(f"last.pt is missing; .*{offer}", "--resume", str(run), cwd=tmp_path)
     (run / "last.pt").write_bytes(good[: len(good) // 2])
-    refuse(f"last.pt is damaged or not a checkpoint; .*{offer}", "--resume", str(run), cwd=tmp_path)
+    refuse(f"last.pt is damaged, or not a checkpoint to go on from; .*{offer}", "--resume", str(run), cwd=tmp_path)
     torch.save({"weights": torch.zeros(3)}, run / "last.pt")
-    refuse(f"last.pt is not a checkpoint to resume from, .*{offer}", "--resume", str(run), cwd=tmp_path)
+    refuse(f"last.pt is damaged, or not a checkpoint to go on from; .*{offer}", "--resume", str(run), cwd=tmp_path)
     content = torch.load(uninterrupted / "last.pt", weights_only=True)
     content["model"]["actor.0.weight"] = content["model"].pop("actor.weight_0")
     torch.save(content, run / "last.pt")
-    refuse("last.pt was written by another version: its networks", "--resume", str(run), cwd=tmp_path)
+    refuse("is of another version: its networks", "--resume", str(run), cwd=tmp_path)
     refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
     refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
 
@@ -192,7 +224,7 @@ class Harmful:
 def test_pickled_code_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, "last.pt")
-    with pytest.raises(SystemExit, match="damaged or not a checkpoint"):
+    with pytest.raises(SystemExit, match="damaged, or not a checkpoint"):
         ppo.load(Path("last.pt"))
     assert not Path("harm").exists()
 
@@ -229,12 +261,12 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     config = str(uninterrupted / "config.json")
     given = parse("--preset", "tuned", "--config", config, "--gamma", "0.97")
     assert (given.gamma, given.num_envs, given.norm_obs) == (0.97, 4, True)
-    for flags, message in ((["--preset", "bold"], "give aggressive, conservative, balanced, tuned"),
-                           (["--config", str(SCRIPT)], "is not a run's config.json")):  # fmt: skip
-        with pytest.raises(SystemExit, match=message):
-            parse(*flags)
+    with pytest.raises(SystemExit, match=r"is not a run's config\.json"):
+        parse("--config", str(SCRIPT))
+    with pytest.raises(SystemExit):
+        parse("--preset", "bold")
     for preset in ppo.PRESETS:
-        ppo.check(parse("--preset", preset))
+        ppo.check(parse("--preset", preset), world_size=2)
 
 
 def test_config_reproduces_the_run(uninterrupted, tmp_path):
