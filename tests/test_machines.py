@@ -1,0 +1,61 @@
+"""Two machines: network namespaces with their own addresses, joined by a virtual cable, a rank of the run in each."""
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "ppo_ballbot.py"
+FLAGS = (
+    "--num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512 --eval-interval 256 --eval-episodes 3 "
+    "--final-eval-episodes 3 --norm-obs --norm-adv --norm-value --run-name run"
+).split()
+
+
+def ip(arguments):
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines():
+    """Names of two namespaces; their network devices have the same names, their addresses are 10.13.77.1 and .2."""
+    names = [f"ballbot{uuid.uuid4().hex[:6]}{k}" for k in range(2)]
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}")
+        for k, name in enumerate(names):
+            ip(f"-n {name} addr add 10.13.77.{k + 1}/24 dev {name}")
+            ip(f"-n {name} link set {name} up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces are not to be had here")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_learn_what_one_does(machines, tmp_path):
+    subprocess.run([sys.executable, SCRIPT, *FLAGS], cwd=tmp_path, check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "10.13.77.1"]
+    processes = []
+    for k, name in enumerate(machines):
+        folder = tmp_path / name
+        folder.mkdir()
+        command = ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(k), SCRIPT, *FLAGS]
+        environment = dict(os.environ, GLOO_SOCKET_IFNAME=name)
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
+    for process in processes:
+        error = process.communicate(timeout=120)[1].decode()
+        assert process.returncode == 0, error
+    one, two = (
+        torch.load(folder / "runs" / "run" / "last.pt", weights_only=True)["model"]
+        for folder in (tmp_path, tmp_path / machines[0])
+    )
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert not (tmp_path / machines[1] / "runs").exists()  # rank 0 alone logs and saves
