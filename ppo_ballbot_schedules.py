@@ -26,10 +26,10 @@ import shutil
 import signal
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -58,8 +58,9 @@ class Args:
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
     torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
     cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
-    # processes that share environments and minibatches, with --cuda no more than GPUs. Under torchrun, it decides
-    num_processes: int = 2
+    # processes that share environments and minibatches, with --cuda no more than GPUs; more pay with minibatches of 512
+    # samples and more. Under torchrun, it decides
+    num_processes: int = 1
     # CPU threads of physics and renderer in each process, 0: its share of the cores; results do not depend on it
     num_threads: int = 0
     torch_threads: int = 1  # CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine
@@ -143,10 +144,11 @@ PRESETS = {
     ),
     "balanced": dict(clip_coef=0.015, ent_coef=0.001),
     "tuned": dict(
-        frame_skip=4, body_frame=True, learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0, vf_coef=1.0,
-        num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733, norm_adv=True,
-        norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5, depth_scale=0.1,
-        spin_cost=0.005, drift_cost=0.05, log_std_lr_scale=5.0, total_timesteps=2_000_000, eval_interval=250_000,
+        num_processes=2, frame_skip=4, body_frame=True, learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0,
+        vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733,
+        norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5,
+        depth_scale=0.1, spin_cost=0.005, drift_cost=0.05, log_std_lr_scale=5.0, total_timesteps=2_000_000,
+        eval_interval=250_000,
     ),
 }  # fmt: skip
 for settings in PRESETS.values():
@@ -176,6 +178,9 @@ def parse():
 
 def check(args, world_size):
     """Exit with one line on the first flag that cannot be, before any work starts."""
+    for name, choices in ((field.name, get_args(field.type)) for field in fields(Args)):
+        if choices and getattr(args, name) not in choices:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {', '.join(filter(None, choices))}")
     for allowed, good, names in (
         ("1 or more", lambda value: value >= 1, "frame_skip total_timesteps num_processes torch_threads num_envs "
          "num_steps update_epochs minibatch_size hidden_size pi_layers vf_layers eval_interval eval_episodes "
@@ -638,7 +643,7 @@ def load(path):
     offer = f"; {other} is there too: --resume {other}" if other.is_file() else ""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = set(vars(Args())) ^ set(content["args"])
+        wrong = {field.name for field in fields(Args)} ^ set(content["args"])
         content["model"], content["optimizer"]  # a policy alone cannot go on
     except FileNotFoundError:
         stop(f"{path} is missing{offer}")

@@ -41,7 +41,9 @@ def machines():
 
 
 def test_two_machines_learn_what_one_does(machines, tmp_path):
-    subprocess.run([sys.executable, SCRIPT, *FLAGS], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, SCRIPT, *FLAGS, "--num-processes", "2"], cwd=tmp_path, check=True, capture_output=True
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "10.13.77.1"]
     processes = []
     for k, name in enumerate(machines):

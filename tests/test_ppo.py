@@ -311,7 +311,7 @@ def test_ranks_are_reproducible_however_they_are_started(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     script, models = str(REPOSITORY / "ppo_ballbot.py"), {}
     for name, command in {
-        "own": [sys.executable, script], "torchrun": [*torchrun, "2", script],
+        "own": [sys.executable, script, "--num-processes", "2"], "torchrun": [*torchrun, "2", script],
         "four": [sys.executable, script, "--num-processes", "4"],
     }.items():  # fmt: skip
         output = subprocess.run([*command, *flags, name], cwd=tmp_path, capture_output=True, text=True)

@@ -20,7 +20,7 @@ import ppo_ballbot as ppo
 SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 FLAGS = (
-    "--run-name run --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
+    "--run-name run --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
     "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv --learning-rate 3e-4 --anneal-lr "
     f"--total-timesteps {256 * max(20, 6 * KILLS)}"
 ).split()
