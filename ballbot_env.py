@@ -5,7 +5,7 @@
 environment reset with seed + i.
 """
 
-import difflib
+import contextlib
 import functools
 import json
 import math
@@ -141,6 +141,18 @@ class BallbotEnv(gym.Env):
 
     `reset(seed=...)` fixes all starts from then on. It does not change the terrain: that is `terrain_seed`.
 
+    `reset(options={...})` changes this one start. An option left out is as said above:
+
+    | Option     | Type   | Meaning                                                                           | Unit |
+    | ---------- | ------ | --------------------------------------------------------------------------------- | ---- |
+    | `position` | (x, y) | where the ball's centre is, from -19 to 19                                        | m    |
+    | `heading`  | float  | turn of the base about the vertical, counterclockwise from above; 0 faces +y      | rad  |
+    | `tilt`     | (x, y) | rotation vector by which it then leans about the ball's centre, below `max_tilt`  | rad  |
+    | `velocity` | (x, y) | of base and ball alike, in the world; nothing turns                               | m/s  |
+
+    `push(force)` pushes the base's centre of mass by (x, y, z) N from the next step on, until it is given anew (0 ends
+    it) or the episode ends: `env.unwrapped.push((2.0, 0, 0))`.
+
     ## Episode End
     ### Termination
     The episode terminates when
@@ -240,17 +252,16 @@ class BallbotEnv(gym.Env):
             **kwargs,
         )
         self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": self._envs.metadata["render_fps"]}
         self.model = self._envs.model
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode. Returns `(observation, info)`."""
+        """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
         super().reset(seed=seed)
-        if options:
-            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
-        obs, info = self._envs._reset_all([self.np_random], restart_clock=seed is not None)
+        obs, info = self._envs._reset_all([self.np_random], seed is not None, options)
         if self.render_mode == "human":
             self.render()
         return self._single(obs), self._single_info(info)
@@ -270,6 +281,13 @@ class BallbotEnv(gym.Env):
             bool(truncations[0]),
             self._single_info(infos),
         )
+
+    def push(self, force):
+        """Push the base at its centre of mass by `force` (3,), N in the world's frame.
+
+        It acts from the next step on, until it is given anew (0 ends it) or the episode ends.
+        """
+        self._envs.push(np.asarray(force, float)[None])
 
     def render(self):
         """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
@@ -322,6 +340,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
       terminated and counts it in `info["physics_errors"]`; the others go on.
 
+    To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector),
+    `frames` (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`),
+    `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors` (num_envs,).
+
     Results are bit-identical at any `num_threads`.
     """
 
@@ -352,15 +374,42 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         device="cpu",
         render_mode=None,
     ):
-        check_arguments(locals())
+        whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
+                 "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
+        if max_episode_steps is not None:
+            whole["max_episode_steps"] = max_episode_steps, 1
+        for name, (value, low) in whole.items():
+            need(is_number(value, (int, np.integer)) and value >= low, name, value, f"a whole number from {low} on")
+        need(terrain in ("perlin", "flat"), "terrain", terrain, '"perlin" or "flat"')
+        above_0 = {"terrain_amplitude": (terrain_amplitude, 'a height above 0 m, or terrain="flat"'),
+                   "camera_rate": (camera_rate, "a rate above 0 Hz")}  # fmt: skip
+        for name, (value, what) in above_0.items():
+            need(is_number(value) and value > 0, name, value, what)
+        need(isinstance(cameras, bool), "cameras", cameras, "True or False")
+        need(is_number(wheel_damping) and wheel_damping >= 0, "wheel_damping", wheel_damping,
+             "a damping of 0 N·m·s/rad or more")  # fmt: skip
+        need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
+        direction = np.asarray(goal, dtype=object)
+        need(direction.shape == (2,) and all(map(is_number, direction)) and any(direction), "goal", goal,
+             "a direction (x, y) other than (0, 0)")  # fmt: skip
+        weights = {"forward_reward_weight": forward_reward_weight, "ctrl_cost_weight": ctrl_cost_weight,
+                   "healthy_reward": healthy_reward}  # fmt: skip
+        for name, value in weights.items():
+            need(is_number(value), name, value, "a finite number")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
+            need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
+        need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
         self.num_envs = num_envs
         self.frame_skip = frame_skip
         self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": round(1 / (TIMESTEP * frame_skip))}  # a picture for each action
         self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
-        self._goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
-        self._weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
-        self._frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
+        self.goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
+        self._weights = tuple(weights.values())
+        self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
         low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
         self.single_action_space = spaces.Box(low, high)
@@ -369,7 +418,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if cameras:
             shape = (1, camera_size, camera_size)
             boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
-            age = max(self._frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
+            age = max(self.frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
             boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
         self.single_observation_space = spaces.Dict(boxes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -379,10 +428,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._heights = None  # m, (nodes, nodes); None on flat ground
         if terrain == "perlin":
             self._heights = perlin_terrain(terrain_seed) * np.float32(terrain_amplitude)
-        self._batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
+        self.batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
         base, ball = self.model.joint("base"), self.model.joint("ball")
         wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
-        qpos, self._qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
+        qpos, self._qvel = self.batch.bind("qpos"), self.batch.bind("qvel")
         pose, place = slice(base.qposadr[0], base.qposadr[0] + 7), slice(ball.qposadr[0], ball.qposadr[0] + 3)
         self._position, self._quaternion = qpos[:, pose][:, :3], qpos[:, pose][:, 3:]
         self._ball_position = qpos[:, place]
@@ -398,9 +447,11 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]
         self._velocity_scale, self._velocity_bound = np.repeat([1, 0.1], [6, 3]), np.repeat([2.0, 5.0], [6, 3])
         self._step_numbers = np.arange(1, frame_skip + 1)
-        self._motors = self._batch.bind("ctrl")[:, :3]
-        self._warnings = self._batch.warning[:, :, 1]
-        self._start_state = self._batch.state[0].copy()
+        self._linear_velocities = [slice(joint.dofadr[0], joint.dofadr[0] + 2) for joint in (base, ball)]  # x and y
+        self._motors = self.batch.bind("ctrl")[:, :3]
+        self._forces = self.batch.bind("xfrc_applied")[:, self.model.body("base").id, :3]
+        self._warnings = self.batch.warning[:, :, 1]
+        self._start_state = self.batch.state[0].copy()
 
         self._rngs = [None] * num_envs
         self._actions = np.zeros((num_envs, 3), np.float32)
@@ -414,10 +465,12 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.render_seconds = 0.0  # spent on depth frames
         self._needs_reset = True
         self.new_frames = np.zeros(num_envs, bool)
+        self.renderer = None
         self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
         if cameras:
-            self._renderer = DepthRenderer(self.model, camera_size, self._heights, device, self._batch.nthread)
-            self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
+            self.renderer = DepthRenderer(self.model, camera_size, self._heights, device, self.batch.nthread)
+            with one_thread():
+                self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
             if views.device.type == "cpu":
                 views = views.numpy().view()
@@ -428,9 +481,11 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     # Gymnasium's interface
 
     def reset(self, *, seed=None, options=None):
-        """Start all episodes anew. Returns `(observation, info)`. `seed`: int, list of int, or None to go on."""
-        if options:
-            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
+        """Start all episodes anew. Returns `(observation, info)`.
+
+        `seed`: int, list of int, or None to go on. `options` are those of `BallbotEnv`, each for all or one for each:
+        position (2,) or (num_envs, 2), and so on.
+        """
         seeds = [seed] * self.num_envs if seed is None else seed
         if isinstance(seeds, (int, np.integer)):
             seeds = [int(seeds) + i for i in range(self.num_envs)]
@@ -440,7 +495,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             rng if s is None and rng is not None else gym.utils.seeding.np_random(s)[0]
             for rng, s in zip(self._rngs, seeds)
         ]
-        return self._reset_all(rngs, restart_clock=seed is not None)
+        return self._reset_all(rngs, seed is not None, options)
 
     def step(self, actions):
         """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
@@ -471,11 +526,21 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             infos |= {"final_info": final_info, "_final_info": done.copy()}
         return obs, rewards, terminations, truncations, infos
 
+    def push(self, forces):
+        """Push the bases at their centres of mass by `forces` (num_envs, 3), N in the world's frame.
+
+        They act from the next step on, until they are given anew (0 ends them) or the episode ends.
+        """
+        forces = np.asarray(forces, float)
+        good = forces.shape == (self.num_envs, 3) and np.isfinite(forces).all()
+        need(good, "forces", forces.tolist(), f"finite numbers of shape {(self.num_envs, 3)}")
+        self._forces[:] = forces
+
     def get_state(self):
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
         state = {
-            "physics": torch.tensor(self._batch.state),
-            "warnings": torch.tensor(self._batch.warning),
+            "physics": torch.tensor(self.batch.state),
+            "warnings": torch.tensor(self.batch.warning),
             "rngs": json.dumps([rng.bit_generator.state for rng in self._rngs]),
             "clock": self._clock,
         }
@@ -487,8 +552,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def set_state(self, state):
         """Go on, bit for bit, from a `get_state` of an environment made with the same arguments."""
-        self._batch.state[:] = state["physics"].numpy()
-        self._batch.warning[:] = state["warnings"].numpy()
+        self.batch.state[:] = state["physics"].numpy()
+        self.batch.warning[:] = state["warnings"].numpy()
         self._rngs = [np.random.default_rng() for _ in range(self.num_envs)]
         for rng, rng_state in zip(self._rngs, json.loads(state["rngs"])):
             rng.bit_generator.state = rng_state
@@ -515,29 +580,73 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     # What both environments share
 
-    def _reset_all(self, rngs, restart_clock):
+    def _reset_all(self, rngs, restart_clock, options):
+        starts = self._starts(options or {})
         self._rngs = rngs
         if restart_clock:
             self._clock = 0
         self._needs_reset = False
         self.new_frames[:] = False
-        self._reset(np.arange(self.num_envs))
+        self._reset(np.arange(self.num_envs), starts)
         return self._observe(self._clock), self._infos()
 
-    def _reset(self, ids):
-        """New start poses for the environments `ids`, and their first frames."""
-        self._batch.state[ids] = self._start_state
-        self._batch.warning[ids] = 0
+    def _starts(self, options):
+        """The options of a reset, each (num_envs, ...)."""
+        starts = {}
+        limits = {
+            "position": ((2,), f"x and y from {EDGE - TERRAIN_EXTENT:g} to {TERRAIN_EXTENT - EDGE:g} m"),
+            "heading": ((), "an angle in rad"),
+            "tilt": ((2,), "angles about x and y in rad, less than max_tilt"),
+            "velocity": ((2,), "x and y in m/s"),
+        }
+        for name, value in options.items():
+            if name not in limits:
+                raise ValueError(f"reset() has no option {name!r}: there are {', '.join(limits)}")
+            shape, what = limits[name]
+            try:
+                start = np.asarray(value, float)
+            except (TypeError, ValueError):
+                start = np.array(np.nan)
+            good = start.shape in (shape, (self.num_envs, *shape)) and np.isfinite(start).all()
+            if good and name == "position":
+                good = np.abs(start).max() <= TERRAIN_EXTENT - EDGE
+            if good and name == "tilt":
+                good = np.sin(np.linalg.norm(start, axis=-1).max() / 2) ** 2 < self._max_lean
+            need(
+                good, name, value, f"{what}, of shape {shape}" + f" or {(self.num_envs, *shape)}" * (self.num_envs > 1)
+            )
+            starts[name] = np.broadcast_to(start, (self.num_envs, *shape))
+        return starts
+
+    def _reset(self, ids, starts=None):
+        """New start poses for the environments `ids`, and their first frames. `starts` is for all environments."""
+        self.batch.state[ids] = self._start_state
+        self.batch.warning[ids] = 0
         for i in ids:
             x, y = self._rngs[i].uniform(-START_EXTENT, START_EXTENT, 2)
+            if starts and "position" in starts:
+                x, y = starts["position"][i]
             ground = self._highest(x, y)
             self._position[i] = x, y, ground + BASE_START
             self._ball_position[i] = x, y, ground + BALL_START
+        if starts:
+            self._turn(starts.get("heading", np.zeros(self.num_envs)), starts.get("tilt", np.zeros((self.num_envs, 2))))
+            for columns in self._linear_velocities:
+                self._qvel[:, columns] = starts.get("velocity", 0)
         self._actions[ids] = 0
         self._steps[ids] = 0
         self._returns[ids] = 0
         self._started[ids] = time.perf_counter()
         self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
+
+    def _turn(self, heading, tilt):
+        """Turn upright bases by `heading` (num_envs,), then by `tilt` (num_envs, 2) about their balls' centres, rad."""
+        angle = np.linalg.norm(tilt, axis=1)
+        w, (x, y) = np.cos(angle / 2), tilt.T * np.sinc(angle / (2 * np.pi)) / 2
+        cos, sin = np.cos(heading / 2), np.sin(heading / 2)
+        self._quaternion[:] = np.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
+        up = rotation_matrix(self._quaternion)[:, :, 2]
+        self._position += (BASE_START - BALL_START) * (up - [0, 0, 1])
 
     def _highest(self, x, y):
         """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
@@ -554,11 +663,12 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self.frames is None:
             return
         started = time.perf_counter()
-        frames = self._renderer.render(position, quaternion)
-        if len(ids) == self.num_envs:
-            self.frames.copy_(frames)
-        else:
-            self.frames[torch.from_numpy(ids)] = frames
+        with one_thread():
+            frames = self.renderer.render(position, quaternion)
+            if len(ids) == self.num_envs:
+                self.frames.copy_(frames)
+            else:
+                self.frames[torch.from_numpy(ids)] = frames
         self._frame_time[ids] = clock
         self.new_frames[ids] = True
         self.render_seconds += time.perf_counter() - started
@@ -574,19 +684,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
         broken = None
         try:
-            self._batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
+            self.batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
         except mujoco.batch.SimulationError as error:
             broken = np.zeros(self.num_envs, bool)
             broken[error.ids] = True
-        state = self._batch.state
+        state = self.batch.state
         if np.count_nonzero(self._warnings) or not math.isfinite(state.sum()):
             broken = np.zeros(self.num_envs, bool) if broken is None else broken
             broken |= self._warnings.any(1) | ~np.isfinite(state).all(1)
         if broken is not None:
             broken = np.flatnonzero(broken)
             state[broken] = self._start_state  # finite, whatever the physics left behind
-            self._record["qpos"][broken] = self._batch.qpos[broken, None]
-            self._record["qvel"][broken] = self._batch.qvel[broken, None]
+            self._record["qpos"][broken] = self.batch.qpos[broken, None]
+            self._record["qvel"][broken] = self.batch.qvel[broken, None]
             self._actions[broken] = np.nan_to_num(self._actions[broken])
 
         # By physics step held, (num_envs, frame_skip): what ends the episode, and the rewards
@@ -605,8 +715,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             ended = fell | over
             early = np.flatnonzero(ended[:, :-1].any(1))
             taken[early] = ended[early].argmax(1) + 1
-            self._batch.qpos[early] = self._record["qpos"][early, taken[early] - 1]
-            self._batch.qvel[early] = self._record["qvel"][early, taken[early] - 1]
+            self.batch.qpos[early] = self._record["qpos"][early, taken[early] - 1]
+            self.batch.qvel[early] = self._record["qvel"][early, taken[early] - 1]
             counted = self._step_numbers <= taken[:, None]
             fell &= counted
             over &= counted
@@ -614,14 +724,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         else:
             counted, healthy = True, taken
         terminations, truncations = fell.any(1), over.any(1)
-        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self._goal
+        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self.goal
         forward_weight, ctrl_weight, healthy_weight = self._weights
         forward = forward_weight * (speed * counted).sum(1)
         ctrl = -ctrl_weight * np.square(self._actions, dtype=float).sum(1) * taken
         healthy = healthy_weight * healthy
         rewards = forward + ctrl + healthy
 
-        due = (self._clock + taken) // self._frame_interval * self._frame_interval  # clock of the newest frame
+        due = (self._clock + taken) // self.frame_interval * self.frame_interval  # clock of the newest frame
         self.new_frames[:] = False
         if self.frames is not None:
             ids = np.flatnonzero(due > self._clock)
@@ -670,7 +780,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return self._viewer.render()
 
     def _mjdata(self, i, data=None):
-        data = self._batch.get_data(i, data)
+        data = self.batch.get_data(i, data)
         mujoco.mj_forward(self.model, data)
         return data
 
@@ -680,48 +790,15 @@ def copied(value):
     return value.clone() if torch.is_tensor(value) else value.copy()
 
 
-def check_arguments(given):
-    """Raise ValueError with one line on the first argument of the environment that cannot be."""
+def need(good, name, value, what):
+    """Raise ValueError, in one line that says `what` to give for an argument, unless its value is good."""
+    if not good:
+        raise ValueError(f"{name} is {value!r}: give {what}")
 
-    def need(key, good, what):
-        if not good:
-            raise ValueError(f"{key} is {given[key]!r}: give {what}")
 
-    def number(key, low, what, strict=False):
-        value = given[key]
-        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-        need(key, good and (value > low if strict else value >= low), what)
-
-    def whole(key, low):
-        value = given[key]
-        good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        need(key, good and value >= low, f"a whole number from {low} on")
-
-    whole("num_envs", 1)
-    near = difflib.get_close_matches(str(given["terrain"]), ("perlin", "flat"))
-    need("terrain", given["terrain"] in ("perlin", "flat"), f'"{near[0]}"' if near else '"perlin" or "flat"')
-    whole("terrain_seed", 0)
-    number("terrain_amplitude", 0, 'a height above 0 m, or terrain="flat"', strict=True)
-    need("cameras", isinstance(given["cameras"], bool), "True or False")
-    whole("camera_size", 8)
-    number("camera_rate", 0, "a rate above 0 Hz", strict=True)
-    number("wheel_damping", 0, "a damping of 0 N·m·s/rad or more")
-    whole("frame_skip", 1)
-    if given["max_episode_steps"] is not None:
-        whole("max_episode_steps", 1)
-    number("max_tilt", 0, "an angle between 0 and 90 degrees", strict=True)
-    need("max_tilt", given["max_tilt"] < 90, "an angle between 0 and 90 degrees")
-    goal = np.asarray(given["goal"], dtype=object)
-    good = goal.shape == (2,) and all(isinstance(c, (int, float, np.number)) and math.isfinite(c) for c in goal)
-    need("goal", good and any(goal), "a direction (x, y) other than (0, 0)")
-    for key in ("forward_reward_weight", "ctrl_cost_weight", "healthy_reward"):
-        number(key, -math.inf, "a finite number")
-    whole("num_threads", 0)
-    try:
-        torch.empty(0, device=given["device"])
-    except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
-        need("device", False, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
-    need("render_mode", given["render_mode"] in (None, "rgb_array"), 'None or "rgb_array"')
+def is_number(value, kinds=(int, float, np.number)):
+    """Whether it is a finite number, True and False being none."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rotation_matrix(quaternion):
@@ -788,6 +865,20 @@ def perlin_terrain(seed, nodes=TERRAIN_NODES):
     return heights
 
 
+@contextlib.contextmanager
+def one_thread():
+    """A block in which PyTorch keeps to the calling thread.
+
+    Its own threads are slow where the cores are busy with something else, and a forked process waits for them for ever.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that first use PyTorch in the meantime, the renderer's
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class DepthRenderer:
     """Planar depth of both cameras for any number of robots, with torch, without OpenGL.
 
@@ -806,8 +897,8 @@ class DepthRenderer:
         self.size, self.device = size, torch.device(device)
         self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
         self._pool = None
-        if num_threads > 1 and self.device.type == "cpu":  # each thread on one core
-            self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        if num_threads > 1 and self.device.type == "cpu":
+            self._pool = ThreadPoolExecutor(num_threads)
         data = mujoco.MjData(model)
         self._settle(model, data)
         base = model.body("base").id
@@ -824,7 +915,7 @@ class DepthRenderer:
         # Linear interpolation between the coarse image's pixels, and beyond its outermost: (size, size // 4)
         weights = (1 - (pixels[:, None] - coarse).abs() * len(coarse) / 2).clamp(min=0)
         weights /= weights.sum(1, keepdim=True)
-        self._pixels, self._coarse_pixels, self._interpolation = (
+        self._pixels, self.coarse_pixels, self._interpolation = (
             pixels.to(device),
             coarse.to(device),
             weights.to(device),
@@ -869,7 +960,7 @@ class DepthRenderer:
         inverse_z.clamp_(max=-1e-3).reciprocal_()
         return slope_x, slope_y, inverse_z, inverse_z * -origin[2]
 
-    def _lookup(self, grid):
+    def lookup(self, grid):
         """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
         _, n, h, w = grid.shape
         points = grid.view(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
@@ -882,17 +973,18 @@ class DepthRenderer:
         for _ in range(steps):
             torch.addcmul(origin[0], slope_x, t, out=grid[0])
             torch.addcmul(origin[1], slope_y, t, out=grid[1])
-            height = self._lookup(grid)
+            height = self.lookup(grid)
             t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
         return height, t
 
     def render(self, position, quaternion):
         """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
-        if self.device.type != "cpu" or len(position) <= self.chunk:
-            return self._render(position, quaternion)
-        parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
-        run = map if self._pool is None else self._pool.map
-        return torch.cat(list(run(lambda part: self._render(position[part], quaternion[part]), parts)))
+        with one_thread():
+            if self.device.type != "cpu" or len(position) <= self.chunk:
+                return self._render(position, quaternion)
+            parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
+            run = map if self._pool is None else self._pool.map
+            return torch.cat(list(run(lambda part: self._render(position[part], quaternion[part]), parts)))
 
     @torch.no_grad()
     def _render(self, position, quaternion):
@@ -912,7 +1004,7 @@ class DepthRenderer:
         if self.heights is None:
             depth = rays[-1].clamp_(min=0)
         else:
-            coarse = self._rays(axes, origin, self._coarse_pixels)
+            coarse = self._rays(axes, origin, self.coarse_pixels)
             height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps)
             height = self._interpolation @ height @ self._interpolation.T
             start = torch.addcmul(rays[-1], rays[-2], height).clamp_(0, 1.2 * MAX_DEPTH)

@@ -122,7 +122,7 @@ def measure_steps(num_envs, threads, seconds):
         envs = ppo_ballbot.make_envs(args, num_envs)
         envs.reset(seed=0)
         if not cameras:
-            batch = envs._batch
+            batch = envs.batch
             batch.step(nstep=UPRIGHT)
             settled = batch.state.copy()
 
@@ -150,7 +150,7 @@ def measure_floor(num_envs, seconds):
     args = ppo_ballbot.Args(num_threads=1)
     envs = ppo_ballbot.make_envs(args, num_envs)
     envs.reset(seed=0)
-    batch, start = envs._batch, envs._batch.state.copy()
+    batch, start = envs.batch, envs.batch.state.copy()
     controls = batch.bind("ctrl")[:, :3]
     limit = ballbot_env.MAX_TORQUE
     torques = np.random.default_rng(0).normal(0, limit, (FALL, num_envs, 3)).clip(-limit, limit)
@@ -161,15 +161,15 @@ def measure_floor(num_envs, seconds):
             controls[:] = torque
             batch.step()
 
-    renderer, images = envs._renderer, 2 * min(num_envs, envs._renderer.chunk)
-    sides = [64] * renderer.fine_steps + [len(renderer._coarse_pixels)] * renderer.coarse_steps
+    renderer, images = envs.renderer, 2 * min(num_envs, envs.renderer.chunk)
+    sides = [64] * renderer.fine_steps + [len(renderer.coarse_pixels)] * renderer.coarse_steps
     # Where the images of robots at random places look: some metre across
     places = torch.rand(2, images, 1, 1) - 0.5
     grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]
 
     def lookups():
         for grid in grids:
-            renderer._lookup(grid)
+            renderer.lookup(grid)
 
     agent = ppo_ballbot.Agent(args)
     first, second = (layer for layer in agent.encoder.layers if isinstance(layer, torch.nn.Conv2d))
@@ -185,7 +185,7 @@ def measure_floor(num_envs, seconds):
         for x, weight, grad in sizes:
             x @ weight, grad @ weight.T, x.T @ grad
 
-    per_frames = envs._frame_interval / 2  # steps for each image
+    per_frames = envs.frame_interval / 2  # steps for each image
     parts = {
         "MuJoCo": (physics, FALL * num_envs),
         "height look-ups": (lookups, images * per_frames),

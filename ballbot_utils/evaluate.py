@@ -285,7 +285,7 @@ def push(envs, args, step, rng):
     if not args.push:
         return
     held = envs.frame_skip
-    forces = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id]
+    forces = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id]
     phase = step // held % max(1, round(args.push_interval / TIMESTEP / held))
     lasts = -(-PUSH_STEPS // held)
     if phase == 0 and step > 0:
@@ -326,7 +326,7 @@ def run_episodes(policy, args, task, title=""):
             ended = np.flatnonzero((terminations | truncations) & running)
             for i in ended:
                 length = infos["episode"]["l"][i]
-                distance = (infos["final_info"]["position"][i, :2] - start[i]) @ envs._goal
+                distance = (infos["final_info"]["position"][i, :2] - start[i]) @ envs.goal
                 left = truncations[i] and length < args.horizon
                 rows[first + i] = (infos["episode"]["r"][i], length, distance / (length * TIMESTEP), distance,
                                    effort[i] * envs.frame_skip / step, terminations[i], left)  # fmt: skip
@@ -605,7 +605,7 @@ def video(agent, args, task):
 
     def shoot():
         frames = None if envs.frames is None else envs.frames[0].numpy().copy()
-        shots.append((envs._batch.qpos[0].copy(), frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}"))
+        shots.append((envs.batch.qpos[0].copy(), frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}"))
 
     for reward, step, fell in play(agent, env, args, args.seed):
         total += reward

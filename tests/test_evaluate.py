@@ -132,7 +132,7 @@ def test_pushes():
     rng, impulse, forced = np.random.default_rng(0), 0, []
     for step in range(100):
         evaluate.push(envs, args, step, rng)
-        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += [step] if force.any() else []
         impulse = impulse + 0.002 * force
         envs.step(np.zeros((2, 3)))
@@ -148,7 +148,7 @@ def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
     args, rng, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), np.random.default_rng(0), 0, 0
     for step in range(0, 200, frame_skip):  # one push, at 0.2 s
         evaluate.push(envs, args, step, rng)
-        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += frame_skip * force.any()
         impulse = impulse + 0.002 * frame_skip * force
         envs.step(np.zeros((2, 3)))
@@ -210,9 +210,9 @@ def test_drawn_actions():
 def test_long_episodes_start_further_back():
     envs = gym.make_vec("Ballbot-v0", num_envs=50, **PERLIN)
     envs.reset(seed=0)
-    before, frames = envs._batch.state.copy(), envs.frames.clone()
+    before, frames = envs.batch.state.copy(), envs.frames.clone()
     evaluate.move_back(envs, 4000)
-    assert np.array_equal(envs._batch.state, before)
+    assert np.array_equal(envs.batch.state, before)
     evaluate.move_back(envs, 10_000)
     x, y, z = envs._position.T
     assert y.min() >= -18 and -4 < y.max() <= -2
