@@ -147,11 +147,14 @@ class BallbotEnv(gym.Env):
     | ---------- | ------ | --------------------------------------------------------------------------------- | ---- |
     | `position` | (x, y) | where the ball's centre is, from -19 to 19                                        | m    |
     | `heading`  | float  | turn of the base about the vertical, counterclockwise from above; 0 faces +y      | rad  |
-    | `tilt`     | (x, y) | rotation vector by which it then leans about the ball's centre, below `max_tilt`  | rad  |
+    | `tilt`     | (x, y) | turn about the ball's centre after that, axis (in the world) times angle          | rad  |
     | `velocity` | (x, y) | of base and ball alike, in the world; nothing turns                               | m/s  |
 
-    `push(force)` pushes the base's centre of mass by (x, y, z) N from the next step on, until it is given anew (0 ends
-    it) or the episode ends: `env.unwrapped.push((2.0, 0, 0))`.
+    A tilt must be below `max_tilt`. `gym.make_vec` takes each for all environments, or one for each.
+
+    ### Pushes
+    `env.unwrapped.push(force)` pushes the base at its centre of mass by (x, y, z) N, in the world's frame, from the
+    next step on, until a force is given anew ((0, 0, 0) ends it) or the episode ends.
 
     ## Episode End
     ### Termination
@@ -222,16 +225,17 @@ class BallbotEnv(gym.Env):
       `None` for no limit. The class `BallbotEnv` has no limit of its own unless it is given one (default `None`) or
       holds its actions: with a `frame_skip` above 1 it ends at 4000 steps.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
-      the same, bit for bit, at any number of threads.
+      the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
       then `torch` tensors on that device instead of arrays; all else is as before.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
-      which nothing else here does. `gym.make_vec` has `"rgb_array"` only.
+      which nothing else here does. `gym.make_vec` has `"rgb_array"` only. `metadata["render_fps"]` is the rate of
+      actions, 500 Hz / `frame_skip`, so that what `RecordVideo` records, a picture for each, plays in real time.
 
     ## Version History
     * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
-      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip` and the
-      reward's terms in `info` are new.
+      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip`, options of
+      `reset()`, `push()` and the reward's terms in `info` are new.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -285,9 +289,11 @@ class BallbotEnv(gym.Env):
     def push(self, force):
         """Push the base at its centre of mass by `force` (3,), N in the world's frame.
 
-        It acts from the next step on, until it is given anew (0 ends it) or the episode ends.
+        It acts from the next step on, until it is given anew (zeros end it) or the episode ends.
         """
-        self._envs.push(np.asarray(force, float)[None])
+        if np.shape(force) != (3,):
+            raise ValueError(f"force has shape {np.shape(force)}, expected (3,)")
+        self._envs.push([force])
 
     def render(self):
         """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
@@ -529,11 +535,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def push(self, forces):
         """Push the bases at their centres of mass by `forces` (num_envs, 3), N in the world's frame.
 
-        They act from the next step on, until they are given anew (0 ends them) or the episode ends.
+        They act from the next step on, until they are given anew (zeros end them) or the episode ends.
         """
-        forces = np.asarray(forces, float)
-        good = forces.shape == (self.num_envs, 3) and np.isfinite(forces).all()
-        need(good, "forces", forces.tolist(), f"finite numbers of shape {(self.num_envs, 3)}")
+        if np.shape(forces) != (self.num_envs, 3):
+            raise ValueError(f"forces have shape {np.shape(forces)}, expected ({self.num_envs}, 3)")
         self._forces[:] = forces
 
     def get_state(self):
@@ -793,7 +798,7 @@ def copied(value):
 def need(good, name, value, what):
     """Raise ValueError, in one line that says `what` to give for an argument, unless its value is good."""
     if not good:
-        raise ValueError(f"{name} is {value!r}: give {what}")
+        raise ValueError(f"{name} is {' '.join(repr(value).split())}: give {what}")  # arrays have several lines
 
 
 def is_number(value, kinds=(int, float, np.number)):
