@@ -109,6 +109,7 @@ def progress(line, share):
 
 
 def clear_progress():
+    """Wipe the line of progress off a terminal."""
     if sys.stderr.isatty():
         print(" " * 100, end="\r", file=sys.stderr, flush=True)
 

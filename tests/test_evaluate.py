@@ -346,3 +346,16 @@ def test_bad_checkpoints(checkpoint, tmp_path):
 ])  # fmt: skip
 def test_bad_flags(change, message):
     assert message in error_of(replace(ARGS, **{"checkpoints": (Path("unseen.pt"),)} | change))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figures.json"
+    common.write(path, lambda part: part.write_text("first"))
+
+    def fail(part):
+        part.write_text("half of the sec")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        common.write(path, fail)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
