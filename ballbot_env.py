@@ -5,7 +5,7 @@
 environment reset with seed + i.
 """
 
-import difflib
+import contextlib
 import functools
 import json
 import math
@@ -44,578 +44,6 @@ _log.set()
 
 PROPRIOCEPTION = ("orientation", "angular_vel", "vel", "motor_state", "actions")
 REWARD_TERMS = ("reward_forward", "reward_ctrl", "reward_healthy")
-
-
-@functools.lru_cache(maxsize=2)
-def perlin_terrain(seed, nodes=TERRAIN_NODES):
-    """Heights of a square terrain in units of its amplitude: float32 (nodes, nodes), from 0 to 1.
-
-    Gradient noise (Perlin, "Improving Noise", SIGGRAPH 2002) of 4 octaves, persistence 0.2, lacunarity 2
-    and a base wavelength of 25 cells, scaled to [0, 1] and cubed. The cube gives flat valleys between
-    hills: at amplitude 0.1 m the slopes have median 0.05, 90th percentile 0.12 and 99th 0.19, close to
-    those of the simplex-noise terrain of arXiv 2505.18417 (0.05, 0.13, 0.20). Rows run along y, columns along x.
-    """
-    rng = np.random.default_rng(seed)
-    noise = np.zeros((nodes, nodes))
-    for octave in range(4):
-        x = np.arange(nodes) * (2.0**octave / 25)
-        cell = x.astype(int)
-        frac = x - cell
-        fade = frac**3 * (frac * (frac * 6 - 15) + 10)
-        angle = rng.uniform(0, 2 * np.pi, (cell[-1] + 2, cell[-1] + 2))
-        for dy in (0, 1):
-            weight_y = fade if dy else 1 - fade
-            for dx in (0, 1):
-                weight_x = fade if dx else 1 - fade
-                corner = angle[np.ix_(cell + dy, cell + dx)]
-                dot = np.cos(corner) * (frac - dx) + np.sin(corner) * (frac - dy)[:, None]
-                noise += 0.2**octave * weight_y[:, None] * weight_x * dot
-    noise = (noise - noise.min()) / (noise.max() - noise.min())
-    heights = (noise**3).astype(np.float32)
-    heights.flags.writeable = False  # cached: every environment of this seed shares it
-    return heights
-
-
-def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4):
-    """The MjModel of assets/ballbot.xml standing on the given terrain.
-
-    `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. Raises FileNotFoundError without the asset.
-    """
-    path = ASSETS / "ballbot.xml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: ballbot_env.py needs the assets/ folder beside it")
-    spec = mujoco.MjSpec.from_file(str(path))
-    for i in range(3):
-        spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
-    if terrain == "perlin":
-        heights = perlin_terrain(terrain_seed)
-        extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude, 0.1]
-        spec.add_hfield(name="terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES, size=extent, userdata=heights.ravel())
-        ground = spec.geom("ground")
-        ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
-        ground.hfieldname = "terrain"
-        # The ball touches several cells at once: with that many contacts sparse is a fifth faster, to the same result.
-        spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
-    return spec.compile()
-
-
-class DepthRenderer:
-    """Planar depth of both cameras for any number of robots, with torch, without OpenGL.
-
-    Each pixel's ray is followed to where it meets the height field by the fixed-point iteration
-    t <- (h(x, y) - o_z) / d_z, with bilinear heights h; directions have unit component along the optical
-    axis, so t is the planar depth in m. A 16 times smaller image is solved first and its heights,
-    interpolated, start the full one. The robot's own parts move by less than a millimetre in the base frame: they
-    are one constant depth map per camera, and the nearer of the two counts.
-    """
-
-    coarse_steps, fine_steps = 4, 1
-    chunk = 32  # robots rendered at a time: their images fit in a CPU core's cache
-
-    def __init__(self, model, size, heights=None, device="cpu", num_threads=1):
-        """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
-        self.size, self.device = size, torch.device(device)
-        self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
-        self._pool = None
-        if num_threads > 1 and self.device.type == "cpu":  # each thread on one core
-            self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
-        data = mujoco.MjData(model)
-        self._settle(model, data)
-        base = model.body("base").id
-        rotation, position = data.xmat[base].reshape(3, 3), data.xpos[base]
-        cameras = [model.camera(f"depth_{i}").id for i in (0, 1)]
-        # Columns of `axes`: right, up and forward of each camera, in the base frame.
-        axes = np.stack([rotation.T @ data.cam_xmat[c].reshape(3, 3) for c in cameras])
-        axes[:, :, 2] *= -1  # MuJoCo's cameras look along -z
-        self._axes = axes  # (2, 3, 3)
-        self._offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (2, 3)
-        # fovy 90: tan 45° = 1
-        pixels, coarse = ((torch.arange(n, dtype=torch.float32) + 0.5) * (2 / n) - 1 for n in (size, -(-size // 4)))
-        self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras, pixels.numpy()))
-        # Linear interpolation between the coarse image's pixels, and beyond its outermost: (size, size // 4)
-        weights = (1 - (pixels[:, None] - coarse).abs() * len(coarse) / 2).clamp(min=0)
-        weights /= weights.sum(1, keepdim=True)
-        self._pixels, self._coarse_pixels, self._interpolation = (
-            pixels.to(device),
-            coarse.to(device),
-            weights.to(device),
-        )
-        self.self_depth = self_depth.to(device)  # (2, size, size)
-
-    @staticmethod
-    def _settle(model, data):
-        """Robot upright at rest on its ball, high above the ground, where nothing else is in view."""
-        mujoco.mj_resetData(model, data)
-        base, ball = (model.joint(name).qposadr[0] for name in ("base", "ball"))
-        data.qpos[base + 2] = 100.0
-        data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_OVER_BALL]
-        mujoco.mj_forward(model, data)
-
-    def _ray_self_depth(self, model, data, cameras, pixel):
-        u, v = (grid.ravel() for grid in np.meshgrid(pixel, -pixel))
-        visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)
-        maps = []
-        for camera in cameras:
-            matrix = data.cam_xmat[camera].reshape(3, 3)
-            rays = np.stack([u, v, -np.ones_like(u)], 1) @ matrix.T
-            length = np.linalg.norm(rays, axis=1)
-            distance, geom = np.empty(len(rays)), np.empty(len(rays), np.int32)
-            mujoco.mj_multiRay(
-                model, data, data.cam_xpos[camera], (rays / length[:, None]).ravel(), visible, True, -1, geom, distance,
-                None, len(rays), MAX_DEPTH * 2,
-            )  # fmt: skip
-            depth = np.where(geom >= 0, distance / length, MAX_DEPTH)
-            maps.append(depth.reshape(self.size, self.size))
-        return np.minimum(maps, MAX_DEPTH).astype(np.float32)
-
-    @staticmethod
-    def _rays(axes, origin, pixels):
-        """By pixel of an image whose sides have `pixels` (0: the middle, ±1: the edges): slopes along x and y, 1 / that
-        along z, and the depth at which the ray meets z = 0; (2n, side, side) each."""
-        right, up, forward = axes[:, :, 0, None], axes[:, :, 1, None], axes[:, :, 2, None]
-        across = (right * pixels)[:, :, None]  # (2n, 3, 1, side)
-        down = (forward - up * pixels)[:, :, :, None]  # (2n, 3, side, 1)
-        slope_x, slope_y, inverse_z = (down[:, k] + across[:, k] for k in range(3))
-        # Rays that rise never meet the ground: as nearly horizontal ones they meet it beyond MAX_DEPTH.
-        inverse_z.clamp_(max=-1e-3).reciprocal_()
-        return slope_x, slope_y, inverse_z, inverse_z * -origin[2]
-
-    def _lookup(self, grid):
-        """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
-        _, n, h, w = grid.shape
-        points = grid.view(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
-        heights = self.heights.expand(n, 1, -1, -1)
-        return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
-
-    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps):
-        """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
-        grid = torch.empty(2, *t.shape, device=self.device)
-        for _ in range(steps):
-            torch.addcmul(origin[0], slope_x, t, out=grid[0])
-            torch.addcmul(origin[1], slope_y, t, out=grid[1])
-            height = self._lookup(grid)
-            t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
-        return height, t
-
-    def render(self, position, quaternion):
-        """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
-        if self.device.type != "cpu" or len(position) <= self.chunk:
-            return self._render(position, quaternion)
-        parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
-        run = map if self._pool is None else self._pool.map
-        return torch.cat(list(run(lambda part: self._render(position[part], quaternion[part]), parts)))
-
-    @torch.no_grad()
-    def _render(self, position, quaternion):
-        n, size = len(position), self.size
-        rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
-        # Sums of products by hand: a matrix product's rounding may depend on the batch size.
-        axes = sum(rotation[..., :, k, None] * self._axes[None, :, None, k, :] for k in range(3))  # (n, 2, 3, 3)
-        origin = position[:, None] + sum(rotation[..., k] * self._offsets[:, None, k] for k in range(3))
-        # x and y in units of TERRAIN_EXTENT
-        axes[:, :, :2] *= 1 / TERRAIN_EXTENT
-        origin[:, :, :2] *= 1 / TERRAIN_EXTENT
-        axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32)).to(self.device)
-        origin = torch.from_numpy(origin.reshape(2 * n, 3).astype(np.float32).T.copy()).to(self.device)
-        origin = origin.view(3, 2 * n, 1, 1)
-
-        rays = self._rays(axes, origin, self._pixels)
-        if self.heights is None:
-            depth = rays[-1].clamp_(min=0)
-        else:
-            coarse = self._rays(axes, origin, self._coarse_pixels)
-            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps)
-            height = self._interpolation @ height @ self._interpolation.T
-            start = torch.addcmul(rays[-1], rays[-2], height).clamp_(0, 1.2 * MAX_DEPTH)
-            _, depth = self._march(origin, *rays, start, self.fine_steps)
-        depth = depth.view(n, 2, size, size)
-        return torch.minimum(depth, self.self_depth, out=depth)
-
-
-def copied(value):
-    """A copy of an array or tensor."""
-    return value.clone() if torch.is_tensor(value) else value.copy()
-
-
-def rotation_matrix(quaternion):
-    """Rotation matrices (n, 3, 3) of unit quaternions (n, 4), w first."""
-    products = 2 * quaternion[:, :, None] * quaternion[:, None]  # (n, 4, 4)
-    _, wx, wy, wz, _, xx, xy, xz, _, _, yy, yz, _, _, _, zz = products.reshape(-1, 16).T.copy()
-    matrix = np.empty((3, 3, len(quaternion)))
-    matrix[0] = 1 - yy - zz, xy - wz, xz + wy
-    matrix[1] = xy + wz, 1 - xx - zz, yz - wx
-    matrix[2] = xz - wy, yz + wx, 1 - xx - yy
-    return matrix.transpose(2, 0, 1)
-
-
-class BallbotVectorEnv(gym.vector.VectorEnv):
-    """Many ballbots at once, `gym.make_vec("Ballbot-v0", num_envs=10)`: the task of `BallbotEnv`, stepped on threads.
-
-    Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them; here every array has a
-    leading axis of `num_envs`, and actions are float (num_envs, 3).
-
-    - Autoreset is `SAME_STEP`: when an episode ends, the step returns the next episode's first observation, and
-      `info["final_obs"]`, `info["final_info"]` hold the last of the ended one, as `SyncVectorEnv` lays them out.
-    - `info["episode"]` holds return `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, as
-      `gymnasium.wrappers.vector.RecordEpisodeStatistics` writes them; that wrapper is not needed.
-    - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
-      nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
-    - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
-    - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
-    - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
-      terminated and counts it in `info["physics_errors"]`; the others go on.
-
-    Results are bit-identical at any `num_threads`.
-    """
-
-    metadata = {
-        "render_modes": ["rgb_array"],
-        "render_fps": round(1 / TIMESTEP),
-        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
-    }
-
-    def __init__(
-        self,
-        num_envs=1,
-        terrain="perlin",
-        terrain_seed=0,
-        terrain_amplitude=0.1,
-        cameras=True,
-        camera_size=64,
-        camera_rate=90.0,
-        wheel_damping=0.4,
-        frame_skip=1,
-        max_episode_steps=4000,
-        max_tilt=20.0,
-        goal=(0.0, 1.0),
-        forward_reward_weight=0.01,
-        ctrl_cost_weight=0.0001,
-        healthy_reward=0.02,
-        num_threads=0,
-        device="cpu",
-        render_mode=None,
-    ):
-        check_arguments(locals())
-        self.num_envs = num_envs
-        self.frame_skip = frame_skip
-        self.render_mode = render_mode
-        self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
-        self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
-        self._goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
-        self._weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
-        self._frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
-
-        low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
-        self.single_action_space = spaces.Box(low, high)
-        boxes = {"orientation": np.float32(math.pi), "angular_vel": 2, "vel": 2, "motor_state": 5, "actions": 1}
-        boxes = {key: spaces.Box(low * bound, high * bound) for key, bound in boxes.items()}
-        if cameras:
-            shape = (1, camera_size, camera_size)
-            boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
-            age = max(self._frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
-            boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
-        self.single_observation_space = spaces.Dict(boxes)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
-        self.model = make_model(terrain, terrain_seed, terrain_amplitude, wheel_damping)
-        self._heights = None  # m, (nodes, nodes); None on flat ground
-        if terrain == "perlin":
-            self._heights = perlin_terrain(terrain_seed) * np.float32(terrain_amplitude)
-        self._batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
-        base, ball = self.model.joint("base"), self.model.joint("ball")
-        wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
-        qpos, self._qvel = self._batch.bind("qpos"), self._batch.bind("qvel")
-        pose, place = slice(base.qposadr[0], base.qposadr[0] + 7), slice(ball.qposadr[0], ball.qposadr[0] + 3)
-        self._position, self._quaternion = qpos[:, pose][:, :3], qpos[:, pose][:, 3:]
-        self._ball_position = qpos[:, place]
-        # The physics steps during which an action is held: (num_envs, frame_skip, ...)
-        self._record = {
-            name: np.empty((num_envs, frame_skip, size))
-            for name, size in (("qpos", self.model.nq), ("qvel", self.model.nv))
-        }
-        self._held_position = self._record["qpos"][:, :, pose][:, :, :3]
-        self._held_quaternion = self._record["qpos"][:, :, pose][:, :, 3:]
-        # Where the observed velocities stand: the base's angular and linear ones, then those of the wheels
-        start = base.dofadr[0]
-        self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]
-        self._velocity_scale, self._velocity_bound = np.repeat([1, 0.1], [6, 3]), np.repeat([2.0, 5.0], [6, 3])
-        self._step_numbers = np.arange(1, frame_skip + 1)
-        self._motors = self._batch.bind("ctrl")[:, :3]
-        self._warnings = self._batch.warning[:, :, 1]
-        self._start_state = self._batch.state[0].copy()
-
-        self._rngs = [None] * num_envs
-        self._actions = np.zeros((num_envs, 3), np.float32)
-        self._clock = 0  # physics steps since the last seeded reset: the cameras run freely on it
-        self._steps = np.zeros(num_envs, int)
-        self._returns = np.zeros(num_envs)
-        self._started = np.zeros(num_envs)  # s
-        self._everyone = np.ones(num_envs, bool)
-        self._everyone.flags.writeable = False
-        self.physics_errors = np.zeros(num_envs, int)
-        self.render_seconds = 0.0  # spent on depth frames
-        self._needs_reset = True
-        self.new_frames = np.zeros(num_envs, bool)
-        self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
-        if cameras:
-            self._renderer = DepthRenderer(self.model, camera_size, self._heights, device, self._batch.nthread)
-            self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
-            self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
-            if views.device.type == "cpu":
-                views = views.numpy().view()
-                views.flags.writeable = False
-            self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
-        self._viewer = None
-
-    # Gymnasium's interface
-
-    def reset(self, *, seed=None, options=None):
-        """Start all episodes anew. Returns `(observation, info)`. `seed`: int, list of int, or None to go on."""
-        if options:
-            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
-        seeds = [seed] * self.num_envs if seed is None else seed
-        if isinstance(seeds, (int, np.integer)):
-            seeds = [int(seeds) + i for i in range(self.num_envs)]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one int")
-        rngs = [
-            rng if s is None and rng is not None else gym.utils.seeding.np_random(s)[0]
-            for rng, s in zip(self._rngs, seeds)
-        ]
-        return self._reset_all(rngs, restart_clock=seed is not None)
-
-    def step(self, actions):
-        """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
-        obs, rewards, terminations, truncations, infos = self._advance(actions)
-        done = terminations | truncations
-        if np.count_nonzero(done):
-            ids = np.flatnonzero(done)
-            elapsed = np.round(time.perf_counter() - self._started, 6)
-            episode = {
-                "r": np.where(done, self._returns, 0.0),
-                "l": np.where(done, self._steps, 0),
-                "t": np.where(done, elapsed, 0.0),
-            }
-            final_obs = np.full(self.num_envs, None, object)
-            for i in ids:
-                final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
-            final_info = {}
-            for key in [key for key in infos if not key.startswith("_")]:
-                where = done[:, None] if infos[key].ndim > 1 else done
-                final_info |= {key: np.where(where, infos[key], 0), f"_{key}": done.copy()}
-            self._reset(ids)
-            obs = self._observe(self._clock)
-            # Of an ended episode the reward's terms are in final_info only
-            going = {} if done.all() else {key: np.where(done, 0, infos[key]) for key in REWARD_TERMS}
-            infos = self._infos() | going | {f"_{key}": ~done for key in going}
-            infos |= {"episode": episode, "_episode": done.copy()}
-            infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
-            infos |= {"final_info": final_info, "_final_info": done.copy()}
-        return obs, rewards, terminations, truncations, infos
-
-    def get_state(self):
-        """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
-        state = {
-            "physics": torch.tensor(self._batch.state),
-            "warnings": torch.tensor(self._batch.warning),
-            "rngs": json.dumps([rng.bit_generator.state for rng in self._rngs]),
-            "clock": self._clock,
-        }
-        for name in ("_actions", "_steps", "_returns", "physics_errors"):
-            state[name] = torch.tensor(getattr(self, name))
-        if self.frames is not None:
-            state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
-        return state
-
-    def set_state(self, state):
-        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments."""
-        self._batch.state[:] = state["physics"].numpy()
-        self._batch.warning[:] = state["warnings"].numpy()
-        self._rngs = [np.random.default_rng() for _ in range(self.num_envs)]
-        for rng, rng_state in zip(self._rngs, json.loads(state["rngs"])):
-            rng.bit_generator.state = rng_state
-        self._clock = state["clock"]
-        for name in ("_actions", "_steps", "_returns", "physics_errors"):
-            getattr(self, name)[:] = state[name].numpy()
-        self._started[:] = time.perf_counter()
-        if self.frames is not None:
-            self.frames.copy_(state["frames"])
-            self._frame_time[:] = state["frame_time"].numpy()
-        self._needs_reset = False
-
-    def render(self):
-        """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
-        if self.render_mode is None:
-            gym.logger.warn('render() needs a render mode: gym.make_vec("Ballbot-v0", render_mode="rgb_array")')
-            return None
-        return tuple(self._picture(i) for i in range(self.num_envs))
-
-    def close_extras(self, **kwargs):
-        if self._viewer is not None:
-            self._viewer.close()
-            self._viewer = None
-
-    # What both environments share
-
-    def _reset_all(self, rngs, restart_clock):
-        self._rngs = rngs
-        if restart_clock:
-            self._clock = 0
-        self._needs_reset = False
-        self.new_frames[:] = False
-        self._reset(np.arange(self.num_envs))
-        return self._observe(self._clock), self._infos()
-
-    def _reset(self, ids):
-        """New start poses for the environments `ids`, and their first frames."""
-        self._batch.state[ids] = self._start_state
-        self._batch.warning[ids] = 0
-        for i in ids:
-            x, y = self._rngs[i].uniform(-START_EXTENT, START_EXTENT, 2)
-            ground = self._highest(x, y)
-            self._position[i] = x, y, ground + BASE_START
-            self._ball_position[i] = x, y, ground + BALL_START
-        self._actions[ids] = 0
-        self._steps[ids] = 0
-        self._returns[ids] = 0
-        self._started[ids] = time.perf_counter()
-        self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
-
-    def _highest(self, x, y):
-        """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
-        if self._heights is None:
-            return 0.0
-        cell = 2 * TERRAIN_EXTENT / (TERRAIN_NODES - 1)
-        reach = BALL_RADIUS + cell
-        row, col = (slice(int((c + TERRAIN_EXTENT - reach) / cell) + 1, int((c + TERRAIN_EXTENT + reach) / cell) + 1)
-                    for c in (y, x))  # fmt: skip
-        return float(self._heights[row, col].max())
-
-    def _take_frames(self, ids, position, quaternion, clock):
-        """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock`."""
-        if self.frames is None:
-            return
-        started = time.perf_counter()
-        frames = self._renderer.render(position, quaternion)
-        if len(ids) == self.num_envs:
-            self.frames.copy_(frames)
-        else:
-            self.frames[torch.from_numpy(ids)] = frames
-        self._frame_time[ids] = clock
-        self.new_frames[ids] = True
-        self.render_seconds += time.perf_counter() - started
-
-    def _advance(self, actions):
-        """Hold actions for `frame_skip` physics steps, without autoreset."""
-        if self._needs_reset:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        actions = np.asarray(actions, np.float32)
-        if actions.shape != (self.num_envs, 3):
-            raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
-        self._actions = np.minimum(np.maximum(actions, -1), 1)
-        np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
-        broken = None
-        try:
-            self._batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
-        except mujoco.batch.SimulationError as error:
-            broken = np.zeros(self.num_envs, bool)
-            broken[error.ids] = True
-        state = self._batch.state
-        if np.count_nonzero(self._warnings) or not math.isfinite(state.sum()):
-            broken = np.zeros(self.num_envs, bool) if broken is None else broken
-            broken |= self._warnings.any(1) | ~np.isfinite(state).all(1)
-        if broken is not None:
-            broken = np.flatnonzero(broken)
-            state[broken] = self._start_state  # finite, whatever the physics left behind
-            self._record["qpos"][broken] = self._batch.qpos[broken, None]
-            self._record["qvel"][broken] = self._batch.qvel[broken, None]
-            self._actions[broken] = np.nan_to_num(self._actions[broken])
-
-        # By physics step held, (num_envs, frame_skip): what ends the episode, and the rewards
-        x, y = self._held_quaternion[:, :, 1], self._held_quaternion[:, :, 2]
-        fell = x * x + y * y > self._max_lean
-        if broken is not None:
-            fell[broken, 0] = True
-            self.physics_errors[broken] += 1
-        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps
-        outside = np.abs(self._held_position[:, :, :2]) > TERRAIN_EXTENT - EDGE
-        if np.count_nonzero(outside):
-            over |= outside.any(2)
-        over &= ~fell
-        taken = np.full(self.num_envs, self.frame_skip)  # physics steps until the episode ends or the next action
-        if np.count_nonzero(fell) or np.count_nonzero(over):
-            ended = fell | over
-            early = np.flatnonzero(ended[:, :-1].any(1))
-            taken[early] = ended[early].argmax(1) + 1
-            self._batch.qpos[early] = self._record["qpos"][early, taken[early] - 1]
-            self._batch.qvel[early] = self._record["qvel"][early, taken[early] - 1]
-            counted = self._step_numbers <= taken[:, None]
-            fell &= counted
-            over &= counted
-            healthy = (counted & ~fell).sum(1)
-        else:
-            counted, healthy = True, taken
-        terminations, truncations = fell.any(1), over.any(1)
-        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self._goal
-        forward_weight, ctrl_weight, healthy_weight = self._weights
-        forward = forward_weight * (speed * counted).sum(1)
-        ctrl = -ctrl_weight * np.square(self._actions, dtype=float).sum(1) * taken
-        healthy = healthy_weight * healthy
-        rewards = forward + ctrl + healthy
-
-        due = (self._clock + taken) // self._frame_interval * self._frame_interval  # clock of the newest frame
-        self.new_frames[:] = False
-        if self.frames is not None:
-            ids = np.flatnonzero(due > self._clock)
-            if len(ids):
-                at = ids, due[ids] - self._clock - 1
-                self._take_frames(ids, self._held_position[at], self._held_quaternion[at], due[ids])
-        ended_at = self._clock + taken
-        self._clock += self.frame_skip
-        self._steps += taken
-        self._returns += rewards
-        infos = self._infos()
-        infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
-        return self._observe(ended_at), rewards, terminations, truncations, infos
-
-    def _observe(self, clock):
-        w, x, y, z = self._quaternion.T.copy()
-        sine = np.sqrt(x * x + y * y + z * z)
-        half_angle = np.arctan2(np.copysign(sine, w), np.abs(w))
-        scale = 2 * half_angle / np.maximum(sine, 1e-9)
-        velocity = self._qvel[:, self._velocity_columns] * self._velocity_scale
-        values = np.empty((self.num_envs, 15), np.float32)
-        np.multiply(self._quaternion[:, 1:], scale[:, None], out=values[:, :3])
-        np.minimum(np.maximum(velocity, -self._velocity_bound), self._velocity_bound, out=velocity)
-        values[:, 3:12] = velocity
-        values[:, 12:] = self._actions
-        obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
-        if self.frames is not None:
-            age = (clock - self._frame_time) * TIMESTEP
-            obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
-        return obs
-
-    def _infos(self):
-        infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
-        return infos | {"_position": self._everyone, "_physics_errors": self._everyone}
-
-    def _picture(self, i):
-        if self._viewer is None:
-            try:
-                self._viewer = mujoco.Renderer(self.model, 480, 640)
-            except Exception as error:  # whatever the platform's OpenGL raises
-                raise RuntimeError(
-                    'render_mode="rgb_array" needs OpenGL, training does not: without a display install a renderer '
-                    "(Debian: apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or MUJOCO_GL=egl on a GPU"
-                ) from error
-        self._viewer.update_scene(self._mjdata(i), camera="track")
-        return self._viewer.render()
-
-    def _mjdata(self, i, data=None):
-        data = self._batch.get_data(i, data)
-        mujoco.mj_forward(self.model, data)
-        return data
 
 
 class BallbotEnv(gym.Env):
@@ -713,6 +141,21 @@ class BallbotEnv(gym.Env):
 
     `reset(seed=...)` fixes all starts from then on. It does not change the terrain: that is `terrain_seed`.
 
+    `reset(options={...})` changes this one start. An option left out is as said above:
+
+    | Option     | Type   | Meaning                                                                           | Unit |
+    | ---------- | ------ | --------------------------------------------------------------------------------- | ---- |
+    | `position` | (x, y) | where the ball's centre is, from -19 to 19                                        | m    |
+    | `heading`  | float  | turn of the base about the vertical, counterclockwise from above; 0 faces +y      | rad  |
+    | `tilt`     | (x, y) | turn about the ball's centre after that, axis (in the world) times angle          | rad  |
+    | `velocity` | (x, y) | of base and ball alike, in the world; nothing turns                               | m/s  |
+
+    A tilt must be below `max_tilt`. `gym.make_vec` takes each for all environments, or one for each.
+
+    ### Pushes
+    `env.unwrapped.push(force)` pushes the base at its centre of mass by (x, y, z) N, in the world's frame, from the
+    next step on, until a force is given anew ((0, 0, 0) ends it) or the episode ends.
+
     ## Episode End
     ### Termination
     The episode terminates when
@@ -782,16 +225,17 @@ class BallbotEnv(gym.Env):
       `None` for no limit. The class `BallbotEnv` has no limit of its own unless it is given one (default `None`) or
       holds its actions: with a `frame_skip` above 1 it ends at 4000 steps.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
-      the same, bit for bit, at any number of threads.
+      the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
       then `torch` tensors on that device instead of arrays; all else is as before.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
-      which nothing else here does. `gym.make_vec` has `"rgb_array"` only.
+      which nothing else here does. `gym.make_vec` has `"rgb_array"` only. `metadata["render_fps"]` is the rate of
+      actions, 500 Hz / `frame_skip`, so that what `RecordVideo` records, a picture for each, plays in real time.
 
     ## Version History
     * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
-      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip` and the
-      reward's terms in `info` are new.
+      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip`, options of
+      `reset()`, `push()` and the reward's terms in `info` are new.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -812,17 +256,16 @@ class BallbotEnv(gym.Env):
             **kwargs,
         )
         self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": self._envs.metadata["render_fps"]}
         self.model = self._envs.model
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode. Returns `(observation, info)`."""
+        """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
         super().reset(seed=seed)
-        if options:
-            raise ValueError(f"reset() takes no options, got {sorted(options)}: start poses are drawn from the seed")
-        obs, info = self._envs._reset_all([self.np_random], restart_clock=seed is not None)
+        obs, info = self._envs._reset_all([self.np_random], seed is not None, options)
         if self.render_mode == "human":
             self.render()
         return self._single(obs), self._single_info(info)
@@ -842,6 +285,15 @@ class BallbotEnv(gym.Env):
             bool(truncations[0]),
             self._single_info(infos),
         )
+
+    def push(self, force):
+        """Push the base at its centre of mass by `force` (3,), N in the world's frame.
+
+        It acts from the next step on, until it is given anew (zeros end it) or the episode ends.
+        """
+        if np.shape(force) != (3,):
+            raise ValueError(f"force has shape {np.shape(force)}, expected (3,)")
+        self._envs.push([force])
 
     def render(self):
         """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
@@ -877,48 +329,693 @@ class BallbotEnv(gym.Env):
         }
 
 
-def check_arguments(given):
-    """Raise ValueError with one line on the first argument of the environment that cannot be."""
+class BallbotVectorEnv(gym.vector.VectorEnv):
+    """Many ballbots at once, `gym.make_vec("Ballbot-v0", num_envs=10)`: the task of `BallbotEnv`, stepped on threads.
 
-    def need(key, good, what):
-        if not good:
-            raise ValueError(f"{key} is {given[key]!r}: give {what}")
+    Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them; here every array has a
+    leading axis of `num_envs`, and actions are float (num_envs, 3).
 
-    def number(key, low, what, strict=False):
-        value = given[key]
-        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-        need(key, good and (value > low if strict else value >= low), what)
+    - Autoreset is `SAME_STEP`: when an episode ends, the step returns the next episode's first observation, and
+      `info["final_obs"]`, `info["final_info"]` hold the last of the ended one, as `SyncVectorEnv` lays them out.
+    - `info["episode"]` holds return `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, as
+      `gymnasium.wrappers.vector.RecordEpisodeStatistics` writes them; that wrapper is not needed.
+    - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
+      nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
+    - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
+    - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
+    - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
+      terminated and counts it in `info["physics_errors"]`; the others go on.
 
-    def whole(key, low):
-        value = given[key]
-        good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        need(key, good and value >= low, f"a whole number from {low} on")
+    To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector),
+    `frames` (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`),
+    `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors` (num_envs,).
 
-    whole("num_envs", 1)
-    near = difflib.get_close_matches(str(given["terrain"]), ("perlin", "flat"))
-    need("terrain", given["terrain"] in ("perlin", "flat"), f'"{near[0]}"' if near else '"perlin" or "flat"')
-    whole("terrain_seed", 0)
-    number("terrain_amplitude", 0, 'a height above 0 m, or terrain="flat"', strict=True)
-    need("cameras", isinstance(given["cameras"], bool), "True or False")
-    whole("camera_size", 8)
-    number("camera_rate", 0, "a rate above 0 Hz", strict=True)
-    number("wheel_damping", 0, "a damping of 0 N·m·s/rad or more")
-    whole("frame_skip", 1)
-    if given["max_episode_steps"] is not None:
-        whole("max_episode_steps", 1)
-    number("max_tilt", 0, "an angle between 0 and 90 degrees", strict=True)
-    need("max_tilt", given["max_tilt"] < 90, "an angle between 0 and 90 degrees")
-    goal = np.asarray(given["goal"], dtype=object)
-    good = goal.shape == (2,) and all(isinstance(c, (int, float, np.number)) and math.isfinite(c) for c in goal)
-    need("goal", good and any(goal), "a direction (x, y) other than (0, 0)")
-    for key in ("forward_reward_weight", "ctrl_cost_weight", "healthy_reward"):
-        number(key, -math.inf, "a finite number")
-    whole("num_threads", 0)
+    Results are bit-identical at any `num_threads`.
+    """
+
+    metadata = {
+        "render_modes": ["rgb_array"],
+        "render_fps": round(1 / TIMESTEP),
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs=1,
+        terrain="perlin",
+        terrain_seed=0,
+        terrain_amplitude=0.1,
+        cameras=True,
+        camera_size=64,
+        camera_rate=90.0,
+        wheel_damping=0.4,
+        frame_skip=1,
+        max_episode_steps=4000,
+        max_tilt=20.0,
+        goal=(0.0, 1.0),
+        forward_reward_weight=0.01,
+        ctrl_cost_weight=0.0001,
+        healthy_reward=0.02,
+        num_threads=0,
+        device="cpu",
+        render_mode=None,
+    ):
+        whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
+                 "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
+        if max_episode_steps is not None:
+            whole["max_episode_steps"] = max_episode_steps, 1
+        for name, (value, low) in whole.items():
+            need(is_number(value, (int, np.integer)) and value >= low, name, value, f"a whole number from {low} on")
+        need(terrain in ("perlin", "flat"), "terrain", terrain, '"perlin" or "flat"')
+        above_0 = {"terrain_amplitude": (terrain_amplitude, 'a height above 0 m, or terrain="flat"'),
+                   "camera_rate": (camera_rate, "a rate above 0 Hz")}  # fmt: skip
+        for name, (value, what) in above_0.items():
+            need(is_number(value) and value > 0, name, value, what)
+        need(isinstance(cameras, bool), "cameras", cameras, "True or False")
+        need(is_number(wheel_damping) and wheel_damping >= 0, "wheel_damping", wheel_damping,
+             "a damping of 0 N·m·s/rad or more")  # fmt: skip
+        need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
+        direction = np.asarray(goal, dtype=object)
+        need(direction.shape == (2,) and all(map(is_number, direction)) and any(direction), "goal", goal,
+             "a direction (x, y) other than (0, 0)")  # fmt: skip
+        weights = {"forward_reward_weight": forward_reward_weight, "ctrl_cost_weight": ctrl_cost_weight,
+                   "healthy_reward": healthy_reward}  # fmt: skip
+        for name, value in weights.items():
+            need(is_number(value), name, value, "a finite number")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
+            need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
+        need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
+        self.num_envs = num_envs
+        self.frame_skip = frame_skip
+        self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": round(1 / (TIMESTEP * frame_skip))}  # a picture for each action
+        self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
+        self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
+        self.goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
+        self._weights = tuple(weights.values())
+        self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
+
+        low, high = -np.ones(3, np.float32), np.ones(3, np.float32)
+        self.single_action_space = spaces.Box(low, high)
+        boxes = {"orientation": np.float32(math.pi), "angular_vel": 2, "vel": 2, "motor_state": 5, "actions": 1}
+        boxes = {key: spaces.Box(low * bound, high * bound) for key, bound in boxes.items()}
+        if cameras:
+            shape = (1, camera_size, camera_size)
+            boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
+            age = max(self.frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
+            boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
+        self.single_observation_space = spaces.Dict(boxes)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self.model = make_model(terrain, terrain_seed, terrain_amplitude, wheel_damping)
+        self._heights = None  # m, (nodes, nodes); None on flat ground
+        if terrain == "perlin":
+            self._heights = perlin_terrain(terrain_seed) * np.float32(terrain_amplitude)
+        self.batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
+        base, ball = self.model.joint("base"), self.model.joint("ball")
+        wheels = [self.model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
+        qpos, self._qvel = self.batch.bind("qpos"), self.batch.bind("qvel")
+        pose, place = slice(base.qposadr[0], base.qposadr[0] + 7), slice(ball.qposadr[0], ball.qposadr[0] + 3)
+        self._position, self._quaternion = qpos[:, pose][:, :3], qpos[:, pose][:, 3:]
+        self._ball_position = qpos[:, place]
+        # The physics steps during which an action is held: (num_envs, frame_skip, ...)
+        self._record = {
+            name: np.empty((num_envs, frame_skip, size))
+            for name, size in (("qpos", self.model.nq), ("qvel", self.model.nv))
+        }
+        self._held_position = self._record["qpos"][:, :, pose][:, :, :3]
+        self._held_quaternion = self._record["qpos"][:, :, pose][:, :, 3:]
+        # Where the observed velocities stand: the base's angular and linear ones, then those of the wheels
+        start = base.dofadr[0]
+        self._velocity_columns = np.r_[start + 3 : start + 6, start : start + 3, wheels]
+        self._velocity_scale, self._velocity_bound = np.repeat([1, 0.1], [6, 3]), np.repeat([2.0, 5.0], [6, 3])
+        self._step_numbers = np.arange(1, frame_skip + 1)
+        self._linear_velocities = [slice(joint.dofadr[0], joint.dofadr[0] + 2) for joint in (base, ball)]  # x and y
+        self._motors = self.batch.bind("ctrl")[:, :3]
+        self._forces = self.batch.bind("xfrc_applied")[:, self.model.body("base").id, :3]
+        self._warnings = self.batch.warning[:, :, 1]
+        self._start_state = self.batch.state[0].copy()
+
+        self._rngs = [None] * num_envs
+        self._actions = np.zeros((num_envs, 3), np.float32)
+        self._clock = 0  # physics steps since the last seeded reset: the cameras run freely on it
+        self._steps = np.zeros(num_envs, int)
+        self._returns = np.zeros(num_envs)
+        self._started = np.zeros(num_envs)  # s
+        self._everyone = np.ones(num_envs, bool)
+        self._everyone.flags.writeable = False
+        self.physics_errors = np.zeros(num_envs, int)
+        self.render_seconds = 0.0  # spent on depth frames
+        self._needs_reset = True
+        self.new_frames = np.zeros(num_envs, bool)
+        self.renderer = None
+        self.frames = None  # float32 tensor (num_envs, 2, camera_size, camera_size), m
+        if cameras:
+            self.renderer = DepthRenderer(self.model, camera_size, self._heights, device, self.batch.nthread)
+            with one_thread():
+                self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
+            self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
+            if views.device.type == "cpu":
+                views = views.numpy().view()
+                views.flags.writeable = False
+            self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
+        self._viewer = None
+
+    # Gymnasium's interface
+
+    def reset(self, *, seed=None, options=None):
+        """Start all episodes anew. Returns `(observation, info)`.
+
+        `seed`: int, list of int, or None to go on. `options` are those of `BallbotEnv`, each for all or one for each:
+        position (2,) or (num_envs, 2), and so on.
+        """
+        seeds = [seed] * self.num_envs if seed is None else seed
+        if isinstance(seeds, (int, np.integer)):
+            seeds = [int(seeds) + i for i in range(self.num_envs)]
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one int")
+        rngs = [
+            rng if s is None and rng is not None else gym.utils.seeding.np_random(s)[0]
+            for rng, s in zip(self._rngs, seeds)
+        ]
+        return self._reset_all(rngs, seed is not None, options)
+
+    def step(self, actions):
+        """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
+        obs, rewards, terminations, truncations, infos = self._advance(actions)
+        done = terminations | truncations
+        if np.count_nonzero(done):
+            ids = np.flatnonzero(done)
+            elapsed = np.round(time.perf_counter() - self._started, 6)
+            episode = {
+                "r": np.where(done, self._returns, 0.0),
+                "l": np.where(done, self._steps, 0),
+                "t": np.where(done, elapsed, 0.0),
+            }
+            final_obs = np.full(self.num_envs, None, object)
+            for i in ids:
+                final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
+            final_info = {}
+            for key in [key for key in infos if not key.startswith("_")]:
+                where = done[:, None] if infos[key].ndim > 1 else done
+                final_info |= {key: np.where(where, infos[key], 0), f"_{key}": done.copy()}
+            self._reset(ids)
+            obs = self._observe(self._clock)
+            # Of an ended episode the reward's terms are in final_info only
+            going = {} if done.all() else {key: np.where(done, 0, infos[key]) for key in REWARD_TERMS}
+            infos = self._infos() | going | {f"_{key}": ~done for key in going}
+            infos |= {"episode": episode, "_episode": done.copy()}
+            infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
+            infos |= {"final_info": final_info, "_final_info": done.copy()}
+        return obs, rewards, terminations, truncations, infos
+
+    def push(self, forces):
+        """Push the bases at their centres of mass by `forces` (num_envs, 3), N in the world's frame.
+
+        They act from the next step on, until they are given anew (zeros end them) or the episode ends.
+        """
+        if np.shape(forces) != (self.num_envs, 3):
+            raise ValueError(f"forces have shape {np.shape(forces)}, expected ({self.num_envs}, 3)")
+        self._forces[:] = forces
+
+    def get_state(self):
+        """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
+        state = {
+            "physics": torch.tensor(self.batch.state),
+            "warnings": torch.tensor(self.batch.warning),
+            "rngs": json.dumps([rng.bit_generator.state for rng in self._rngs]),
+            "clock": self._clock,
+        }
+        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+            state[name] = torch.tensor(getattr(self, name))
+        if self.frames is not None:
+            state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
+        return state
+
+    def set_state(self, state):
+        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments."""
+        self.batch.state[:] = state["physics"].numpy()
+        self.batch.warning[:] = state["warnings"].numpy()
+        self._rngs = [np.random.default_rng() for _ in range(self.num_envs)]
+        for rng, rng_state in zip(self._rngs, json.loads(state["rngs"])):
+            rng.bit_generator.state = rng_state
+        self._clock = state["clock"]
+        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+            getattr(self, name)[:] = state[name].numpy()
+        self._started[:] = time.perf_counter()
+        if self.frames is not None:
+            self.frames.copy_(state["frames"])
+            self._frame_time[:] = state["frame_time"].numpy()
+        self._needs_reset = False
+
+    def render(self):
+        """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs a render mode: gym.make_vec("Ballbot-v0", render_mode="rgb_array")')
+            return None
+        return tuple(self._picture(i) for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs):
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+
+    # What both environments share
+
+    def _reset_all(self, rngs, restart_clock, options):
+        starts = self._starts(options or {})
+        self._rngs = rngs
+        if restart_clock:
+            self._clock = 0
+        self._needs_reset = False
+        self.new_frames[:] = False
+        self._reset(np.arange(self.num_envs), starts)
+        return self._observe(self._clock), self._infos()
+
+    def _starts(self, options):
+        """The options of a reset, each (num_envs, ...)."""
+        starts = {}
+        limits = {
+            "position": ((2,), f"x and y from {EDGE - TERRAIN_EXTENT:g} to {TERRAIN_EXTENT - EDGE:g} m"),
+            "heading": ((), "an angle in rad"),
+            "tilt": ((2,), "angles about x and y in rad, less than max_tilt"),
+            "velocity": ((2,), "x and y in m/s"),
+        }
+        for name, value in options.items():
+            if name not in limits:
+                raise ValueError(f"reset() has no option {name!r}: there are {', '.join(limits)}")
+            shape, what = limits[name]
+            try:
+                start = np.asarray(value, float)
+            except (TypeError, ValueError):
+                start = np.array(np.nan)
+            good = start.shape in (shape, (self.num_envs, *shape)) and np.isfinite(start).all()
+            if good and name == "position":
+                good = np.abs(start).max() <= TERRAIN_EXTENT - EDGE
+            if good and name == "tilt":
+                good = np.sin(np.linalg.norm(start, axis=-1).max() / 2) ** 2 < self._max_lean
+            need(
+                good, name, value, f"{what}, of shape {shape}" + f" or {(self.num_envs, *shape)}" * (self.num_envs > 1)
+            )
+            starts[name] = np.broadcast_to(start, (self.num_envs, *shape))
+        return starts
+
+    def _reset(self, ids, starts=None):
+        """New start poses for the environments `ids`, and their first frames. `starts` is for all environments."""
+        self.batch.state[ids] = self._start_state
+        self.batch.warning[ids] = 0
+        for i in ids:
+            x, y = self._rngs[i].uniform(-START_EXTENT, START_EXTENT, 2)
+            if starts and "position" in starts:
+                x, y = starts["position"][i]
+            ground = self._highest(x, y)
+            self._position[i] = x, y, ground + BASE_START
+            self._ball_position[i] = x, y, ground + BALL_START
+        if starts:
+            self._turn(starts.get("heading", np.zeros(self.num_envs)), starts.get("tilt", np.zeros((self.num_envs, 2))))
+            for columns in self._linear_velocities:
+                self._qvel[:, columns] = starts.get("velocity", 0)
+        self._actions[ids] = 0
+        self._steps[ids] = 0
+        self._returns[ids] = 0
+        self._started[ids] = time.perf_counter()
+        self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
+
+    def _turn(self, heading, tilt):
+        """Turn upright bases by `heading` (num_envs,), then by `tilt` (num_envs, 2) about their balls' centres, rad."""
+        angle = np.linalg.norm(tilt, axis=1)
+        w, (x, y) = np.cos(angle / 2), tilt.T * np.sinc(angle / (2 * np.pi)) / 2
+        cos, sin = np.cos(heading / 2), np.sin(heading / 2)
+        self._quaternion[:] = np.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
+        up = rotation_matrix(self._quaternion)[:, :, 2]
+        self._position += (BASE_START - BALL_START) * (up - [0, 0, 1])
+
+    def _highest(self, x, y):
+        """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
+        if self._heights is None:
+            return 0.0
+        cell = 2 * TERRAIN_EXTENT / (TERRAIN_NODES - 1)
+        reach = BALL_RADIUS + cell
+        row, col = (slice(int((c + TERRAIN_EXTENT - reach) / cell) + 1, int((c + TERRAIN_EXTENT + reach) / cell) + 1)
+                    for c in (y, x))  # fmt: skip
+        return float(self._heights[row, col].max())
+
+    def _take_frames(self, ids, position, quaternion, clock):
+        """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock`."""
+        if self.frames is None:
+            return
+        started = time.perf_counter()
+        with one_thread():
+            frames = self.renderer.render(position, quaternion)
+            if len(ids) == self.num_envs:
+                self.frames.copy_(frames)
+            else:
+                self.frames[torch.from_numpy(ids)] = frames
+        self._frame_time[ids] = clock
+        self.new_frames[ids] = True
+        self.render_seconds += time.perf_counter() - started
+
+    def _advance(self, actions):
+        """Hold actions for `frame_skip` physics steps, without autoreset."""
+        if self._needs_reset:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        actions = np.asarray(actions, np.float32)
+        if actions.shape != (self.num_envs, 3):
+            raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
+        self._actions = np.minimum(np.maximum(actions, -1), 1)
+        np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
+        broken = None
+        try:
+            self.batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
+        except mujoco.batch.SimulationError as error:
+            broken = np.zeros(self.num_envs, bool)
+            broken[error.ids] = True
+        state = self.batch.state
+        if np.count_nonzero(self._warnings) or not math.isfinite(state.sum()):
+            broken = np.zeros(self.num_envs, bool) if broken is None else broken
+            broken |= self._warnings.any(1) | ~np.isfinite(state).all(1)
+        if broken is not None:
+            broken = np.flatnonzero(broken)
+            state[broken] = self._start_state  # finite, whatever the physics left behind
+            self._record["qpos"][broken] = self.batch.qpos[broken, None]
+            self._record["qvel"][broken] = self.batch.qvel[broken, None]
+            self._actions[broken] = np.nan_to_num(self._actions[broken])
+
+        # By physics step held, (num_envs, frame_skip): what ends the episode, and the rewards
+        x, y = self._held_quaternion[:, :, 1], self._held_quaternion[:, :, 2]
+        fell = x * x + y * y > self._max_lean
+        if broken is not None:
+            fell[broken, 0] = True
+            self.physics_errors[broken] += 1
+        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps
+        outside = np.abs(self._held_position[:, :, :2]) > TERRAIN_EXTENT - EDGE
+        if np.count_nonzero(outside):
+            over |= outside.any(2)
+        over &= ~fell
+        taken = np.full(self.num_envs, self.frame_skip)  # physics steps until the episode ends or the next action
+        if np.count_nonzero(fell) or np.count_nonzero(over):
+            ended = fell | over
+            early = np.flatnonzero(ended[:, :-1].any(1))
+            taken[early] = ended[early].argmax(1) + 1
+            self.batch.qpos[early] = self._record["qpos"][early, taken[early] - 1]
+            self.batch.qvel[early] = self._record["qvel"][early, taken[early] - 1]
+            counted = self._step_numbers <= taken[:, None]
+            fell &= counted
+            over &= counted
+            healthy = (counted & ~fell).sum(1)
+        else:
+            counted, healthy = True, taken
+        terminations, truncations = fell.any(1), over.any(1)
+        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self.goal
+        forward_weight, ctrl_weight, healthy_weight = self._weights
+        forward = forward_weight * (speed * counted).sum(1)
+        ctrl = -ctrl_weight * np.square(self._actions, dtype=float).sum(1) * taken
+        healthy = healthy_weight * healthy
+        rewards = forward + ctrl + healthy
+
+        due = (self._clock + taken) // self.frame_interval * self.frame_interval  # clock of the newest frame
+        self.new_frames[:] = False
+        if self.frames is not None:
+            ids = np.flatnonzero(due > self._clock)
+            if len(ids):
+                at = ids, due[ids] - self._clock - 1
+                self._take_frames(ids, self._held_position[at], self._held_quaternion[at], due[ids])
+        ended_at = self._clock + taken
+        self._clock += self.frame_skip
+        self._steps += taken
+        self._returns += rewards
+        infos = self._infos()
+        infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
+        return self._observe(ended_at), rewards, terminations, truncations, infos
+
+    def _observe(self, clock):
+        w, x, y, z = self._quaternion.T.copy()
+        sine = np.sqrt(x * x + y * y + z * z)
+        half_angle = np.arctan2(np.copysign(sine, w), np.abs(w))
+        scale = 2 * half_angle / np.maximum(sine, 1e-9)
+        velocity = self._qvel[:, self._velocity_columns] * self._velocity_scale
+        values = np.empty((self.num_envs, 15), np.float32)
+        np.multiply(self._quaternion[:, 1:], scale[:, None], out=values[:, :3])
+        np.minimum(np.maximum(velocity, -self._velocity_bound), self._velocity_bound, out=velocity)
+        values[:, 3:12] = velocity
+        values[:, 12:] = self._actions
+        obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
+        if self.frames is not None:
+            age = (clock - self._frame_time) * TIMESTEP
+            obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
+        return obs
+
+    def _infos(self):
+        infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
+        return infos | {"_position": self._everyone, "_physics_errors": self._everyone}
+
+    def _picture(self, i):
+        if self._viewer is None:
+            try:
+                self._viewer = mujoco.Renderer(self.model, 480, 640)
+            except Exception as error:  # whatever the platform's OpenGL raises
+                raise RuntimeError(
+                    'render_mode="rgb_array" needs OpenGL, training does not: without a display install a renderer '
+                    "(Debian: apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or MUJOCO_GL=egl on a GPU"
+                ) from error
+        self._viewer.update_scene(self._mjdata(i), camera="track")
+        return self._viewer.render()
+
+    def _mjdata(self, i, data=None):
+        data = self.batch.get_data(i, data)
+        mujoco.mj_forward(self.model, data)
+        return data
+
+
+def copied(value):
+    """A copy of an array or tensor."""
+    return value.clone() if torch.is_tensor(value) else value.copy()
+
+
+def need(good, name, value, what):
+    """Raise ValueError, in one line that says `what` to give for an argument, unless its value is good."""
+    if not good:
+        raise ValueError(f"{name} is {' '.join(repr(value).split())}: give {what}")  # arrays have several lines
+
+
+def is_number(value, kinds=(int, float, np.number)):
+    """Whether it is a finite number, True and False being none."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def rotation_matrix(quaternion):
+    """Rotation matrices (n, 3, 3) of unit quaternions (n, 4), w first."""
+    products = 2 * quaternion[:, :, None] * quaternion[:, None]  # (n, 4, 4)
+    _, wx, wy, wz, _, xx, xy, xz, _, _, yy, yz, _, _, _, zz = products.reshape(-1, 16).T.copy()
+    matrix = np.empty((3, 3, len(quaternion)))
+    matrix[0] = 1 - yy - zz, xy - wz, xz + wy
+    matrix[1] = xy + wz, 1 - xx - zz, yz - wx
+    matrix[2] = xz - wy, yz + wx, 1 - xx - yy
+    return matrix.transpose(2, 0, 1)
+
+
+def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4):
+    """The MjModel of assets/ballbot.xml standing on the given terrain.
+
+    `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. Raises FileNotFoundError without the asset.
+    """
+    path = ASSETS / "ballbot.xml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: ballbot_env.py needs the assets/ folder beside it")
+    spec = mujoco.MjSpec.from_file(str(path))
+    for i in range(3):
+        spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
+    if terrain == "perlin":
+        heights = perlin_terrain(terrain_seed)
+        extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude, 0.1]
+        spec.add_hfield(name="terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES, size=extent, userdata=heights.ravel())
+        ground = spec.geom("ground")
+        ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
+        ground.hfieldname = "terrain"
+        # The ball touches several cells at once: with that many contacts sparse is a fifth faster, to the same result.
+        spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
+    return spec.compile()
+
+
+@functools.lru_cache(maxsize=2)
+def perlin_terrain(seed, nodes=TERRAIN_NODES):
+    """Heights of a square terrain in units of its amplitude: float32 (nodes, nodes), from 0 to 1.
+
+    Gradient noise (Perlin, "Improving Noise", SIGGRAPH 2002) of 4 octaves, persistence 0.2, lacunarity 2
+    and a base wavelength of 25 cells, scaled to [0, 1] and cubed. The cube gives flat valleys between
+    hills: at amplitude 0.1 m the slopes have median 0.05, 90th percentile 0.12 and 99th 0.19, close to
+    those of the simplex-noise terrain of arXiv 2505.18417 (0.05, 0.13, 0.20). Rows run along y, columns along x.
+    """
+    rng = np.random.default_rng(seed)
+    noise = np.zeros((nodes, nodes))
+    for octave in range(4):
+        x = np.arange(nodes) * (2.0**octave / 25)
+        cell = x.astype(int)
+        frac = x - cell
+        fade = frac**3 * (frac * (frac * 6 - 15) + 10)
+        angle = rng.uniform(0, 2 * np.pi, (cell[-1] + 2, cell[-1] + 2))
+        for dy in (0, 1):
+            weight_y = fade if dy else 1 - fade
+            for dx in (0, 1):
+                weight_x = fade if dx else 1 - fade
+                corner = angle[np.ix_(cell + dy, cell + dx)]
+                dot = np.cos(corner) * (frac - dx) + np.sin(corner) * (frac - dy)[:, None]
+                noise += 0.2**octave * weight_y[:, None] * weight_x * dot
+    noise = (noise - noise.min()) / (noise.max() - noise.min())
+    heights = (noise**3).astype(np.float32)
+    heights.flags.writeable = False  # cached: every environment of this seed shares it
+    return heights
+
+
+@contextlib.contextmanager
+def one_thread():
+    """A block in which PyTorch keeps to the calling thread.
+
+    Its own threads are slow where the cores are busy with something else, and a forked process waits for them for ever.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that first use PyTorch in the meantime, the renderer's
     try:
-        torch.empty(0, device=given["device"])
-    except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
-        need("device", False, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
-    need("render_mode", given["render_mode"] in (None, "rgb_array"), 'None or "rgb_array"')
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class DepthRenderer:
+    """Planar depth of both cameras for any number of robots, with torch, without OpenGL.
+
+    Each pixel's ray is followed to where it meets the height field by the fixed-point iteration
+    t <- (h(x, y) - o_z) / d_z, with bilinear heights h; directions have unit component along the optical
+    axis, so t is the planar depth in m. A 16 times smaller image is solved first and its heights,
+    interpolated, start the full one. The robot's own parts move by less than a millimetre in the base frame: they
+    are one constant depth map per camera, and the nearer of the two counts.
+    """
+
+    coarse_steps, fine_steps = 4, 1
+    chunk = 32  # robots rendered at a time: their images fit in a CPU core's cache
+
+    def __init__(self, model, size, heights=None, device="cpu", num_threads=1):
+        """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
+        self.size, self.device = size, torch.device(device)
+        self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
+        self._pool = None
+        if num_threads > 1 and self.device.type == "cpu":
+            self._pool = ThreadPoolExecutor(num_threads)
+        data = mujoco.MjData(model)
+        self._settle(model, data)
+        base = model.body("base").id
+        rotation, position = data.xmat[base].reshape(3, 3), data.xpos[base]
+        cameras = [model.camera(f"depth_{i}").id for i in (0, 1)]
+        # Columns of `axes`: right, up and forward of each camera, in the base frame.
+        axes = np.stack([rotation.T @ data.cam_xmat[c].reshape(3, 3) for c in cameras])
+        axes[:, :, 2] *= -1  # MuJoCo's cameras look along -z
+        self._axes = axes  # (2, 3, 3)
+        self._offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (2, 3)
+        # fovy 90: tan 45° = 1
+        pixels, coarse = ((torch.arange(n, dtype=torch.float32) + 0.5) * (2 / n) - 1 for n in (size, -(-size // 4)))
+        self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras, pixels.numpy()))
+        # Linear interpolation between the coarse image's pixels, and beyond its outermost: (size, size // 4)
+        weights = (1 - (pixels[:, None] - coarse).abs() * len(coarse) / 2).clamp(min=0)
+        weights /= weights.sum(1, keepdim=True)
+        self._pixels, self.coarse_pixels, self._interpolation = (
+            pixels.to(device),
+            coarse.to(device),
+            weights.to(device),
+        )
+        self.self_depth = self_depth.to(device)  # (2, size, size)
+
+    @staticmethod
+    def _settle(model, data):
+        """Robot upright at rest on its ball, high above the ground, where nothing else is in view."""
+        mujoco.mj_resetData(model, data)
+        base, ball = (model.joint(name).qposadr[0] for name in ("base", "ball"))
+        data.qpos[base + 2] = 100.0
+        data.qpos[ball : ball + 3] = data.qpos[base : base + 3] - [0, 0, BASE_OVER_BALL]
+        mujoco.mj_forward(model, data)
+
+    def _ray_self_depth(self, model, data, cameras, pixel):
+        u, v = (grid.ravel() for grid in np.meshgrid(pixel, -pixel))
+        visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)
+        maps = []
+        for camera in cameras:
+            matrix = data.cam_xmat[camera].reshape(3, 3)
+            rays = np.stack([u, v, -np.ones_like(u)], 1) @ matrix.T
+            length = np.linalg.norm(rays, axis=1)
+            distance, geom = np.empty(len(rays)), np.empty(len(rays), np.int32)
+            mujoco.mj_multiRay(
+                model, data, data.cam_xpos[camera], (rays / length[:, None]).ravel(), visible, True, -1, geom, distance,
+                None, len(rays), MAX_DEPTH * 2,
+            )  # fmt: skip
+            depth = np.where(geom >= 0, distance / length, MAX_DEPTH)
+            maps.append(depth.reshape(self.size, self.size))
+        return np.minimum(maps, MAX_DEPTH).astype(np.float32)
+
+    @staticmethod
+    def _rays(axes, origin, pixels):
+        """By pixel of an image whose sides have `pixels` (0: the middle, ±1: the edges): slopes along x and y, 1 / that
+        along z, and the depth at which the ray meets z = 0; (2n, side, side) each."""
+        right, up, forward = axes[:, :, 0, None], axes[:, :, 1, None], axes[:, :, 2, None]
+        across = (right * pixels)[:, :, None]  # (2n, 3, 1, side)
+        down = (forward - up * pixels)[:, :, :, None]  # (2n, 3, side, 1)
+        slope_x, slope_y, inverse_z = (down[:, k] + across[:, k] for k in range(3))
+        # Rays that rise never meet the ground: as nearly horizontal ones they meet it beyond MAX_DEPTH.
+        inverse_z.clamp_(max=-1e-3).reciprocal_()
+        return slope_x, slope_y, inverse_z, inverse_z * -origin[2]
+
+    def lookup(self, grid):
+        """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
+        _, n, h, w = grid.shape
+        points = grid.view(2, n, h * w).permute(1, 2, 0)[:, None]  # planar, as grid_sample is fastest
+        heights = self.heights.expand(n, 1, -1, -1)
+        return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
+
+    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps):
+        """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
+        grid = torch.empty(2, *t.shape, device=self.device)
+        for _ in range(steps):
+            torch.addcmul(origin[0], slope_x, t, out=grid[0])
+            torch.addcmul(origin[1], slope_y, t, out=grid[1])
+            height = self.lookup(grid)
+            t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
+        return height, t
+
+    def render(self, position, quaternion):
+        """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
+        with one_thread():
+            if self.device.type != "cpu" or len(position) <= self.chunk:
+                return self._render(position, quaternion)
+            parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
+            run = map if self._pool is None else self._pool.map
+            return torch.cat(list(run(lambda part: self._render(position[part], quaternion[part]), parts)))
+
+    @torch.no_grad()
+    def _render(self, position, quaternion):
+        n, size = len(position), self.size
+        rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
+        # Sums of products by hand: a matrix product's rounding may depend on the batch size.
+        axes = sum(rotation[..., :, k, None] * self._axes[None, :, None, k, :] for k in range(3))  # (n, 2, 3, 3)
+        origin = position[:, None] + sum(rotation[..., k] * self._offsets[:, None, k] for k in range(3))
+        # x and y in units of TERRAIN_EXTENT
+        axes[:, :, :2] *= 1 / TERRAIN_EXTENT
+        origin[:, :, :2] *= 1 / TERRAIN_EXTENT
+        axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32)).to(self.device)
+        origin = torch.from_numpy(origin.reshape(2 * n, 3).astype(np.float32).T.copy()).to(self.device)
+        origin = origin.view(3, 2 * n, 1, 1)
+
+        rays = self._rays(axes, origin, self._pixels)
+        if self.heights is None:
+            depth = rays[-1].clamp_(min=0)
+        else:
+            coarse = self._rays(axes, origin, self.coarse_pixels)
+            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps)
+            height = self._interpolation @ height @ self._interpolation.T
+            start = torch.addcmul(rays[-1], rays[-2], height).clamp_(0, 1.2 * MAX_DEPTH)
+            _, depth = self._march(origin, *rays, start, self.fine_steps)
+        depth = depth.view(n, 2, size, size)
+        return torch.minimum(depth, self.self_depth, out=depth)
 
 
 gym.register(

@@ -31,6 +31,7 @@ import tyro
 
 import ballbot_env
 import ppo_ballbot
+from ballbot_utils.common import need, need_file, need_from, write
 
 MINIBATCH = ppo_ballbot.Args.minibatch_size
 STAGES = {  # what is measured: the process that does it
@@ -68,24 +69,16 @@ class Args:
 
 def check(args):
     """Exit with one line on what cannot be, before any work starts. Returns the files to write."""
-
-    def need(good, message):
-        if not good:
-            sys.exit(f"error: {message}")
-
     for name in ("num_envs", "threads"):
         values = getattr(args, name)
         need(values and min(values) >= 1, f"--{name.replace('_', '-')} is {values}: give numbers of 1 or more")
-    for name in ("repeats", "train_steps", "sb3_steps"):
-        value = getattr(args, name)
-        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    need_from(args, 1, "repeats", "train_steps", "sb3_steps")
     need(args.seconds > 0, f"--seconds is {args.seconds}: give more than 0")
-    need(args.sb3_envs >= 0, f"--sb3-envs is {args.sb3_envs}: give 0 or more")
+    need_from(args, 0, "sb3_envs")
     need(args.output.suffix == ".png", f"--output is {args.output}: give a name ending in .png")
-    need(args.output.parent.is_dir(), f"--output is {args.output}: there is no folder {args.output.parent}")
     files = [args.output.with_suffix(suffix) for suffix in (".png", ".md", ".json")]
     for file in files:
-        need(args.overwrite or not file.exists(), f"{file} exists: give --overwrite to replace it, or another --output")
+        need_file("--output", file, args.overwrite)
     for package in ["matplotlib"] + ["stable_baselines3"] * (args.sb3_envs > 0):
         try:
             __import__(package)
@@ -122,7 +115,7 @@ def measure_steps(num_envs, threads, seconds):
         envs = ppo_ballbot.make_envs(args, num_envs)
         envs.reset(seed=0)
         if not cameras:
-            batch = envs._batch
+            batch = envs.batch
             batch.step(nstep=UPRIGHT)
             settled = batch.state.copy()
 
@@ -150,7 +143,7 @@ def measure_floor(num_envs, seconds):
     args = ppo_ballbot.Args(num_threads=1)
     envs = ppo_ballbot.make_envs(args, num_envs)
     envs.reset(seed=0)
-    batch, start = envs._batch, envs._batch.state.copy()
+    batch, start = envs.batch, envs.batch.state.copy()
     controls = batch.bind("ctrl")[:, :3]
     limit = ballbot_env.MAX_TORQUE
     torques = np.random.default_rng(0).normal(0, limit, (FALL, num_envs, 3)).clip(-limit, limit)
@@ -161,15 +154,15 @@ def measure_floor(num_envs, seconds):
             controls[:] = torque
             batch.step()
 
-    renderer, images = envs._renderer, 2 * min(num_envs, envs._renderer.chunk)
-    sides = [64] * renderer.fine_steps + [len(renderer._coarse_pixels)] * renderer.coarse_steps
+    renderer, images = envs.renderer, 2 * min(num_envs, envs.renderer.chunk)
+    sides = [64] * renderer.fine_steps + [len(renderer.coarse_pixels)] * renderer.coarse_steps
     # Where the images of robots at random places look: some metre across
     places = torch.rand(2, images, 1, 1) - 0.5
     grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]
 
     def lookups():
         for grid in grids:
-            renderer._lookup(grid)
+            renderer.lookup(grid)
 
     agent = ppo_ballbot.Agent(args)
     first, second = (layer for layer in agent.encoder.layers if isinstance(layer, torch.nn.Conv2d))
@@ -185,7 +178,7 @@ def measure_floor(num_envs, seconds):
         for x, weight, grad in sizes:
             x @ weight, grad @ weight.T, x.T @ grad
 
-    per_frames = envs._frame_interval / 2  # steps for each image
+    per_frames = envs.frame_interval / 2  # steps for each image
     parts = {
         "MuJoCo": (physics, FALL * num_envs),
         "height look-ups": (lookups, images * per_frames),
@@ -415,10 +408,11 @@ def main(args):
     records = run(args)
     text = machine() + "\n\n" + table(records, args)
     print("\n" + text)
-    draw(records, args).savefig(files[0], dpi=150)
-    files[1].write_text(text)
+    write(files[0], lambda part: draw(records, args).savefig(part, dpi=150))
+    write(files[1], lambda part: part.write_text(text))
     settings = {key: value for key, value in asdict(args).items() if key not in ("output", "overwrite")}
-    files[2].write_text(json.dumps({"machine": machine(), "settings": settings, "records": records}, indent=1) + "\n")
+    figures = json.dumps({"machine": machine(), "settings": settings, "records": records}, indent=1) + "\n"
+    write(files[2], lambda part: part.write_text(figures))
     print("wrote " + ", ".join(map(str, files)))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from ballbot_utils import plot
+from ballbot_utils.common import need, need_file, write
 from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import Args as TrainArgs
 
@@ -37,15 +38,12 @@ class Args:
     """folders of runs, runs/<name>"""
     json: str = ""
     """file for all findings; - is standard output, instead of the text"""
+    overwrite: bool = False
+    """replace a --json file that exists"""
 
 
 def check(args):
     """Exit with one line on what cannot be, before any work starts."""
-
-    def need(good, message):
-        if not good:
-            sys.exit(f"error: {message}")
-
     need(args.runs, "no runs given: give folders of runs, runs/<name>")
     for run in args.runs:
         need(run.is_dir(), f"{run} {'is not a folder' if run.exists() else 'does not exist'}: give folders of runs, "
@@ -53,8 +51,7 @@ def check(args):
         need(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
     need(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
     if args.json not in ("", "-"):
-        need(not Path(args.json).exists(), f"{args.json} exists: give another --json")
-        need(Path(args.json).parent.is_dir(), f"--json is {args.json}: there is no folder {Path(args.json).parent}")
+        need_file("--json", Path(args.json), args.overwrite)
 
 
 def read(run):
@@ -403,7 +400,7 @@ def main(args):
 
     text = json.dumps(report, indent=2)
     if args.json not in ("", "-"):
-        Path(args.json).write_text(text + "\n")
+        write(Path(args.json), lambda part: part.write_text(text + "\n"))
     print(text if args.json == "-" else "\n".join(lines))
 
 

@@ -2,15 +2,15 @@
 
 A linear-quadratic regulator drives the robot along the goal, as a textbook would: a linear model is fitted to random
 motion, the discrete-time Riccati equation gives the feedback, and a table shows what it reaches on unseen terrain, in
-the manner of `python -m ballbot_utils.evaluate`, whose disturbances it takes too. It sees proprioception alone.
+the manner of `python -m ballbot_utils.evaluate`, whose conditions and disturbances it takes too; those of training are
+then the defaults of ppo_ballbot.py. It sees proprioception alone.
 
 State, (n, 8): lean (x, y of the upward direction in the robot's frame), heading (rad), angular velocity (rad/s), and
 x and y of the velocity in the robot's frame (m/s). The wheels' speeds follow from these, as the wheels do not slip.
 """
 
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +18,8 @@ import tyro
 
 from ballbot_env import TIMESTEP
 from ballbot_utils import evaluate
+from ballbot_utils.common import clear_progress, conditions, need
+from ppo_ballbot import Args as TrainArgs
 from ppo_ballbot import in_body_frame
 
 HOLD = 2  # steps that an action is held
@@ -28,37 +30,11 @@ RAMP = 0.8  # s to reach the speed
 
 
 @dataclass
-class Args:
+class Args(evaluate.Figures):
     speed: float = 0.6
     """speed along the goal, m/s"""
     heading: float = 0.0
     """heading to keep while driving, rad, 0 facing the goal"""
-    episodes: int = 100
-    """episodes"""
-    horizon: int = 4000
-    """steps at which an episode ends"""
-    seed: int = 1_000_000
-    """seed of start poses, pushes and noise"""
-    num_threads: int = 0
-    """CPU threads of the physics, 0: one per core"""
-    terrain: str = "perlin"
-    """ground: perlin or flat"""
-    terrain_seed: int = 1_000_000
-    """which Perlin terrain"""
-    terrain_amplitude: float = 0.1
-    """height of the hills, m"""
-    wheel_damping: float = 0.4
-    """damping of the wheels' axles, N·m·s/rad"""
-    push: float = 0.0
-    """impulse of random horizontal pushes on the base, N·s"""
-    push_interval: float = 1.0
-    """seconds from one push to the next, and from the start to the first"""
-    obs_noise: float = 0.0
-    """standard deviation of Gaussian noise on the observations, each in its own unit"""
-    json: str = ""
-    """file for all figures, every episode's too; - is standard output, and the table then goes to standard error"""
-    overwrite: bool = False
-    """replace a --json file that exists"""
 
 
 def state_of(obs):
@@ -115,7 +91,7 @@ def feedback(a, b):
 
 
 def regulator(gain, feedforward, goals, heading=0.0):
-    """A policy for `evaluate.run_episodes`: drives at velocities `goals`, m/s, (2,) or (n, 2).
+    """A policy for `common.play`: drives at velocities `goals`, m/s, (2,) or (n, 2).
 
     `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the robot's frame.
     """
@@ -168,24 +144,15 @@ def design(wheel_damping):
 
 def main(args):
     for name in ("speed", "heading"):
-        if not np.isfinite(getattr(args, name)):
-            sys.exit(f"error: --{name} is {getattr(args, name)}: give a finite number")
-    shared = {field.name: getattr(args, field.name) for field in fields(Args) if field.name not in ("speed", "heading")}
-    if args.terrain == "flat":
-        names = ("terrain_seed", "terrain_amplitude")  # which mean nothing there: evaluate.check refuses what was given
-        shared |= {name: None for name in names if shared[name] == getattr(Args, name)}
-    checked = evaluate.Args(checkpoints=(Path("LQR"),), gap=False, **shared)
-    evaluate.check(checked)
-    task = dict(terrain=args.terrain, cameras=False, wheel_damping=args.wheel_damping, frame_skip=HOLD,
-                max_episode_steps=args.horizon)  # fmt: skip
-    if args.terrain == "perlin":
-        task |= dict(terrain_seed=args.terrain_seed, terrain_amplitude=args.terrain_amplitude)
-    gain, feedforward = design(args.wheel_damping)
+        need(np.isfinite(getattr(args, name)), f"--{name} is {getattr(args, name)}: give a finite number")
+    evaluate.check(args)
+    task = conditions(args, replace(TrainArgs(), cameras=False, frame_skip=HOLD), "LQR")
+    gain, feedforward = design(task["wheel_damping"])
     policy = regulator(gain, feedforward, (0.0, args.speed), args.heading)
     label = f"LQR, {args.speed:g} m/s" + (f", heading {args.heading:g}" if args.heading else "")
-    episodes = evaluate.run_episodes(policy, checked, task, label)
-    evaluate.clear_progress()
-    evaluate.show(checked, [evaluate.column(label, checked, task, episodes)])
+    episodes = evaluate.run_episodes(policy, args, task, label)
+    clear_progress()
+    evaluate.show(args, [evaluate.column(label, args, task, episodes)])
 
 
 if __name__ == "__main__":

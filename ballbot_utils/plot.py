@@ -9,12 +9,14 @@ written too.
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ballbot_utils.common import need, need_file, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -47,11 +49,6 @@ class Args:
 
 def check(args):
     """Exit with one line on what cannot be, before any work starts. Returns the two files to write."""
-
-    def need(good, message):
-        if not good:
-            sys.exit(f"error: {message}")
-
     need(args.runs, "no runs given: give folders of runs, runs/<name>")
     seen = set()
     for run in args.runs:
@@ -61,10 +58,9 @@ def check(args):
         need(run.resolve() not in seen, f"{run} is given twice")
         seen.add(run.resolve())
     need(args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg")
-    need(args.output.parent.is_dir(), f"--output is {args.output}: there is no folder {args.output.parent}")
     files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
     for file in files:
-        need(args.overwrite or not file.exists(), f"{file} exists: give --overwrite to replace it, or another --output")
+        need_file("--output", file, args.overwrite)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -260,7 +256,8 @@ def main(args):
     fig = draw([[curves[i] for i in group] for group in groups], labels, args.lqr)
     with matplotlib.rc_context({"svg.hashsalt": "ballbot"}):  # the same curves make the same file
         for file in files:
-            fig.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)
+            metadata = {"Date": None} if file.suffix == ".svg" else None
+            write(file, partial(fig.savefig, dpi=200, metadata=metadata))
     print(f"wrote {files[0]} and {files[1]}")
 
 

@@ -27,6 +27,7 @@ from ballbot_env import (
     make_model,
     perlin_terrain,
 )
+from ballbot_utils.common import clear_progress, need, need_file, need_from, progress, write
 from ppo_ballbot import DepthEncoder
 
 SIZE = 64  # pixels a side: the encoder's last layer fits no other
@@ -117,7 +118,6 @@ def make_frames(rng, terrain_seeds, n):
     """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, 4)."""
     model = make_model("flat")
     frames, targets = torch.empty(n, 2, SIZE, SIZE), []
-    start = time.perf_counter()
     for seed, share in zip(terrain_seeds, np.array_split(np.arange(n), len(terrain_seeds))):
         heights = perlin_terrain(seed) * np.float32(TERRAIN_AMPLITUDE)
         renderer = DepthRenderer(model, SIZE, heights)
@@ -125,7 +125,7 @@ def make_frames(rng, terrain_seeds, n):
         targets.append(target)
         for i in range(0, len(share), 64):
             frames[share[i : i + 64]] = renderer.render(position[i : i + 64], quaternion[i : i + 64])
-        progress("terrain", 2 * (share[-1] + 1), 2 * n, start, f"seed {seed}")
+        progress(f"rendering: terrain {seed}", (share[-1] + 1) / n)
     return frames, torch.from_numpy(np.concatenate(targets)).float()
 
 
@@ -161,7 +161,6 @@ def fit(args, frames, mean, std):
     steps_per_epoch = 2 * len(frames) // args.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
     flat = frames.flatten(0, 1)[:, None]  # (2n, 1, 64, 64), cameras alternate
-    start = time.perf_counter()
     for epoch in range(args.epochs):
         order, total = torch.randperm(len(flat)), 0.0
         for step in range(steps_per_epoch):
@@ -182,10 +181,8 @@ def fit(args, frames, mean, std):
             schedule.step()
             total += loss.detach()
             if step % 50 == 49 or step == steps_per_epoch - 1:
-                done = (epoch * steps_per_epoch + step + 1) * args.batch_size
-                every = args.epochs * steps_per_epoch * args.batch_size
-                progress("training", done, every, start, f"epoch {epoch + 1}  loss {total / (step + 1):.4f}",
-                         shown=step == steps_per_epoch - 1)  # fmt: skip
+                share = (epoch + (step + 1) / steps_per_epoch) / args.epochs
+                progress(f"training: epoch {epoch + 1} of {args.epochs}, loss {total / (step + 1):.4f}", share)
         if not torch.isfinite(total):
             sys.exit(f"error: the loss of epoch {epoch + 1} is not finite: lower --learning-rate")
     return encoder.to(memory_format=torch.contiguous_format), decoder
@@ -256,30 +253,10 @@ def save_picture(path, frames, rebuilt, mean):
     plt.close(figure)
 
 
-def progress(what, done, total, start, note, shown=True):
-    """One line of progress, which the next one replaces on a terminal. Elsewhere only `shown` ones appear."""
-    seconds = time.perf_counter() - start
-    left = time.strftime("%M:%S", time.gmtime(seconds / done * (total - done)))
-    line = f"{what}: {done:>9,} of {total:,} frames  {done / seconds:>6,.0f} frames/s  {left} left  {note}"
-    if sys.stdout.isatty():
-        print(line.ljust(100), end="\n" if done == total else "\r", flush=True)
-    elif shown:
-        print(line, flush=True)
-
-
 def check(args):
     """Exit with one line on the first flag that cannot be, before any work starts."""
-
-    def need(good, message):
-        if not good:
-            sys.exit(f"error: {message}")
-
-    for name in ("num_terrains", "epochs", "batch_size"):
-        value = getattr(args, name)
-        need(value >= 1, f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    for name in ("seed", "num_threads", "feature_coef"):
-        value = getattr(args, name)
-        need(0 <= value < np.inf, f"--{name.replace('_', '-')} is {value}: give 0 or more")
+    need_from(args, 1, "num_terrains", "epochs", "batch_size")
+    need_from(args, 0, "seed", "num_threads", "feature_coef")
     need(0 < args.learning_rate < np.inf, f"--learning-rate is {args.learning_rate}: give a positive number")
     smallest = max(2 * args.num_terrains, args.batch_size, 256)
     need(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
@@ -287,11 +264,8 @@ def check(args):
     need(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
     for name in ("output", "picture"):
         path = getattr(args, name)
-        if path is None:
-            continue
-        need(path.parent.is_dir(), f"--{name} is {path}, and there is no folder {path.parent}: make it first")
-        need(not path.is_dir(), f"--{name} is {path}, a folder: give the name of a file")
-        need(args.overwrite or not path.exists(), f"{path} exists: give another --{name}, or --overwrite")
+        if path is not None:
+            need_file(f"--{name}", path, args.overwrite)
     need(args.picture is None or importlib.util.find_spec("matplotlib"),
          "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
 
@@ -311,6 +285,7 @@ def pretrain(args):
     std = frames.std(0) + NOISE_FLOOR
     untrained = DepthEncoder()
     encoder, decoder = fit(args, frames, mean, std)
+    clear_progress()
     seconds = time.perf_counter() - start
 
     sample = torch.randperm(len(frames))[: len(val_frames)]  # as many training frames
@@ -360,12 +335,10 @@ def pretrain(args):
         print(f"{name:30}" + "  ".join(f"{score:{len(n)}.3f}" for n, score in scores.items()))
 
     if args.picture is not None:
-        save_picture(args.picture, val_frames, rebuilt, mean)
+        write(args.picture, lambda part: save_picture(part, val_frames, rebuilt, mean))
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
     content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
-    part = args.output.with_suffix(".part")
-    torch.save(content, part)
-    os.replace(part, args.output)
+    write(args.output, lambda part: torch.save(content, part))
     print(f"{args.output}: made in {seconds:.0f} s")
     return content
 

@@ -283,7 +283,7 @@ def test_json(runs, tmp_path, capsys):
     assert report["runs"][str(run)]["steps"] == 32_768
     assert "KL too small" in [finding["name"] for finding in report["runs"][str(run)]["findings"]]
     assert [row["holds"] for row in report["stop"][0]["conditions"]] == [False] * 3
-    with pytest.raises(SystemExit, match="exists: give another --json"):
+    with pytest.raises(SystemExit, match="exists: give --overwrite or another --json"):
         diagnose.main(diagnose.Args((run,), json=str(tmp_path / "report.json")))
 
 

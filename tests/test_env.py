@@ -1,14 +1,18 @@
 """What ballbot_env.py promises, tried from outside where that is possible.
 
-States are written through the vector environment's `_batch`, `_qvel` and their slices, which are
+States are written through the vector environment's `batch`, `_qvel` and their slices, which are
 live views of the physics.
 """
 
 import copy
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -258,6 +262,57 @@ def test_same_trajectory_at_any_number_of_threads():
         assert_same(expected, trajectory(*threads), f"threads {threads}")
 
 
+def run_script(script):
+    """Its output, in a process of its own, which may take half a minute."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(ballbot_env.__file__).parent, timeout=30, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+@pytest.mark.parametrize("num_envs, num_threads", [(1, 1), (16, 1), (70, 2)])
+def test_rendering_uses_its_own_threads_and_leaves_those_of_torch(num_envs, num_threads):
+    out = run_script(f"""
+import os, threading, numpy as np, torch, ballbot_env
+def threads():
+    counts = [torch.get_num_threads()]
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start(), thread.join()
+    return counts
+torch.set_num_threads(3)
+print(*threads())
+envs = ballbot_env.BallbotVectorEnv({num_envs}, num_threads={num_threads})
+before = len(os.listdir("/proc/self/task"))
+envs.reset(seed=0)
+for _ in range(12):
+    envs.step(np.zeros(({num_envs}, 3)))
+print(len(os.listdir("/proc/self/task")) - before, *threads())
+""")
+    before, after = out.splitlines()
+    started, *left = after.split()
+    assert int(started) <= (num_threads if num_threads > 1 else 0) and left == before.split() == ["3", "3"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_forked_environments_render_too():
+    """In the parent OpenMP's threads have started, by the environment or by its caller: children have none of them."""
+    out = run_script("""
+import multiprocessing, warnings, gymnasium as gym, numpy as np, torch, ballbot_env
+warnings.simplefilter("ignore")
+multiprocessing.set_start_method("fork")
+ballbot_env.BallbotVectorEnv(16).reset(seed=0)
+torch.rand(1_000_000).exp()
+envs = gym.make_vec("Ballbot-v0", num_envs=2, vectorization_mode="async")
+obs, _ = envs.reset(seed=0)
+for _ in range(7):
+    obs = envs.step(np.zeros((2, 3), np.float32))[0]
+print(obs["depth_0"].std() > 0)
+envs.close()
+""")
+    assert out == "True\n"
+
+
 def test_seeds_draw_the_starts():
     envs = make(4)
     first, second, third = (envs.reset(seed=seed)[1]["position"] for seed in (0, 0, 100))
@@ -305,6 +360,64 @@ def test_robots_start_upright_just_above_the_ground():
     for _ in range(60):  # the fall takes 40
         envs.step(np.zeros((50, 3)))
     assert sum(touching(i) for i in range(50)) >= 40  # some bounce
+
+
+def test_options_say_how_a_robot_starts():
+    positions, tilt = np.array([[3.0, -4.0], [-19.0, 19.0], [0.0, 0.0]]), (0.2, -0.1)
+    options = {"position": positions, "heading": np.array([0.0, 1.0, -3.0]), "tilt": tilt, "velocity": (0.3, 0.1)}
+    envs = make(3, "perlin", cameras=True, camera_size=16)
+    plain, _ = envs.reset(seed=0, options={"position": positions})
+    plain, upright = copied(plain), envs.batch.qpos.copy()
+    obs, info = envs.reset(seed=0, options=options)
+    base, ball = (envs.model.joint(name).qposadr[0] for name in ("base", "ball"))
+    assert_same(envs.batch.qpos[:, ball : ball + 3], upright[:, ball : ball + 3])
+    assert_same(upright[:, ball : ball + 2], positions)
+    for i, heading in enumerate(options["heading"]):
+        turn, matrix = np.empty(4), np.empty(9)
+        lean = quaternion(np.array([*tilt, 0]) / np.linalg.norm(tilt), np.linalg.norm(tilt))
+        mujoco.mju_mulQuat(turn, lean, quaternion([0, 0, 1], heading))
+        np.testing.assert_allclose(envs.batch.qpos[i, base + 3 : base + 7], turn, atol=1e-12)
+        mujoco.mju_quat2Mat(matrix, turn)
+        up = 0.12 * matrix[[2, 5, 8]]  # from the ball's centre to the base's origin
+        np.testing.assert_allclose(info["position"][i], upright[i, ball : ball + 3] + up, atol=1e-12)
+    np.testing.assert_allclose(obs["vel"], [[0.3, 0.1, 0]] * 3, rtol=1e-6)
+    np.testing.assert_allclose(envs.batch.qvel[:, envs.model.joint("ball").dofadr[0] :][:, :2], [[0.3, 0.1]] * 3)
+    assert not obs["angular_vel"].any() and not obs["motor_state"].any()
+    assert np.abs(obs["depth_0"] - plain["depth_0"]).max() > 0.01  # the frames are of this start
+    single = BallbotEnv("perlin", camera_size=16)
+    alone, _ = single.reset(options=options | {"position": positions[1], "heading": 1.0})
+    assert_same(alone, {key: value[1] for key, value in obs.items()})
+    # They hold for one start, and change no other.
+    again, expected = envs.reset()[0], make(3, "perlin", cameras=True, camera_size=16)
+    expected.reset(seed=0)
+    assert_same(again, expected.reset()[0])
+    with pytest.raises(ValueError, match="tilt is"):
+        make(2, max_tilt=10.0).reset(options={"tilt": np.radians((0, 10.1))})
+
+
+def test_a_push_is_a_force_until_it_ends():
+    forces = np.array([[2.0, 0, 0], [0, -3.0, 0], [0, 0, 0]])
+    envs, single = make(max_episode_steps=150), BallbotEnv("flat", cameras=False)
+    start = {"position": (0, 0)}
+    envs.reset(options=start), single.reset(options=start)
+    for step in range(150):
+        if step in (60, 80):  # standing on the ground
+            envs.push(forces * (step == 60)), single.push(forces[1] * (step == 60))
+        obs = envs.step(np.zeros((3, 3)))[0]
+        alone = single.step(np.zeros(3))[0]
+        if step < 149:
+            assert_same(obs["vel"][1], alone["vel"])
+        if step == 79:
+            vel = obs["vel"].copy()
+    np.testing.assert_allclose(vel[:2] - vel[2], forces[:2] * 20 * 0.002 / 3.85, atol=0.01)
+    envs.push(forces)
+    envs.reset(options=start)
+    obs = envs.step(np.zeros((3, 3)))[0]
+    assert_same(obs["vel"][0], obs["vel"][2])  # a reset ends it
+    with pytest.raises(ValueError, match=r"forces have shape \(3,\), expected \(3, 3\)"):
+        envs.push(np.zeros(3))
+    with pytest.raises(ValueError, match=r"force has shape \(2,\), expected \(3,\)"):
+        single.push((1.0, 0.0))
 
 
 # Depth
@@ -404,7 +517,7 @@ def test_depth_of_a_moving_robot():
         obs, *_ = envs.step(action)
     assert envs.new_frames.all() and np.all(obs["relative_image_timestamp"] == 0)
     rotations = ballbot_env.rotation_matrix(envs._quaternion)
-    expected, geoms = ray_depth(envs.model, envs._batch.qpos.copy(), rotations, 64)
+    expected, geoms = ray_depth(envs.model, envs.batch.qpos.copy(), rotations, 64)
     depth = np.concatenate([obs["depth_0"], obs["depth_1"]], 1)
     median, good = depth_errors(depth, expected, geoms)
     assert median < 0.0001 and good >= 0.99
@@ -468,7 +581,7 @@ def test_a_step_is_one_step_of_mujoco():
     model = envs.model
     base, wheels = model.joint("base"), [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
     data = mujoco.MjData(model)
-    data.qpos[:] = envs._batch.qpos[1]
+    data.qpos[:] = envs.batch.qpos[1]
     actions = random_actions(200, 2, 1.5)
     assert np.abs(actions).max() > 1
     for action in actions:
@@ -561,6 +674,7 @@ def test_frame_skip_is_the_action_repeated(frame_skip):
     """Bit for bit, frames and the reward's terms included, to the physics step at which the episode ends."""
     kwargs = dict(max_tilt=8.0, max_episode_steps=301, camera_size=16)
     holding, single = BallbotEnv(frame_skip=frame_skip, **kwargs), BallbotEnv(**kwargs)
+    assert (holding.metadata["render_fps"], single.metadata["render_fps"]) == (round(500 / frame_skip), 500)
     rng, ends = np.random.default_rng(0), []
     for episode in range(4):
         obs, _ = holding.reset(seed=episode)
@@ -721,16 +835,16 @@ def test_arguments_change_the_model():
 
 def fail_in_simulation(envs, monkeypatch):
     """As MuJoCo does when it raises in simulation 1: that one is not stepped, the others are."""
-    rollout = envs._batch.rollout
+    rollout = envs.batch.rollout
 
     def failing(nstep, record, out):
-        monkeypatch.setattr(envs._batch, "rollout", rollout)
+        monkeypatch.setattr(envs.batch, "rollout", rollout)
         others = np.array([0, 2])
         for key, value in rollout(nstep, record=record, ids=others).items():
             out[key][others] = value
         raise mujoco.batch.SimulationError(np.array([1]), "made to fail", 3)
 
-    monkeypatch.setattr(envs._batch, "rollout", failing)
+    monkeypatch.setattr(envs.batch, "rollout", failing)
 
 
 @pytest.mark.parametrize("failure", ["nan qpos", "nan qvel", "inf qvel", "huge qvel", "nan action", "error"])
@@ -743,7 +857,7 @@ def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
         if step == 29:  # a new frame is due
             match failure.split():
                 case ["nan", "qpos"]:
-                    envs._batch.qpos[1, 3] = np.nan
+                    envs.batch.qpos[1, 3] = np.nan
                 case ["nan", "qvel"]:
                     envs._qvel[1] = np.nan
                 case ["inf", "qvel"]:
@@ -860,11 +974,16 @@ def test_wrong_shape_of_actions(shape):
 
 
 def test_bad_resets():
+    bad = {"x": 1, "position": (0, 19.1), "heading": "north", "tilt": (0.3, 0.3), "velocity": (1, np.inf)}
     for env in (make(), BallbotEnv("flat", cameras=False)):
-        with pytest.raises(ValueError, match=r"takes no options, got \['x'\]") as caught:
-            env.reset(seed=0, options={"x": 1})
-        assert len(str(caught.value).splitlines()) == 1
+        for name, value in bad.items():
+            with pytest.raises(ValueError, match="has no option 'x'" if name == "x" else f"^{name} is") as caught:
+                env.reset(seed=0, options={name: value})
+            assert len(str(caught.value).splitlines()) == 1
         env.reset(seed=0, options={})
+    with pytest.raises(ValueError, match=r"of shape \(2,\) or \(3, 2\)") as caught:
+        make().reset(options={"position": np.zeros((2, 2))})
+    assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(ValueError, match="2 seeds for 3 environments"):
         make().reset(seed=[1, 2])
 

@@ -2,10 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
-from ctypes.util import find_library
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,9 +12,8 @@ import torch
 
 import ballbot_env
 import ppo_ballbot as ppo
-from ballbot_utils import evaluate
+from ballbot_utils import common, evaluate
 
-REPOSITORY = Path(ppo.__file__).resolve().parent
 ARGS = evaluate.Args(checkpoints=(), num_threads=1, episodes=3, horizon=600, seed=7)
 FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "frame_skip": 1, "max_episode_steps": 600}
 PERLIN = {"terrain": "perlin", "terrain_seed": 1_000_000, "terrain_amplitude": 0.1, "cameras": True,
@@ -131,8 +126,8 @@ def test_pushes():
     envs.reset(seed=0)
     rng, impulse, forced = np.random.default_rng(0), 0, []
     for step in range(100):
-        evaluate.push(envs, args, step, rng)
-        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        common.push(envs, args, step, rng)
+        force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += [step] if force.any() else []
         impulse = impulse + 0.002 * force
         envs.step(np.zeros((2, 3)))
@@ -147,8 +142,8 @@ def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
     envs.reset(seed=0)
     args, rng, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), np.random.default_rng(0), 0, 0
     for step in range(0, 200, frame_skip):  # one push, at 0.2 s
-        evaluate.push(envs, args, step, rng)
-        force = envs._batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
+        common.push(envs, args, step, rng)
+        force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += frame_skip * force.any()
         impulse = impulse + 0.002 * frame_skip * force
         envs.step(np.zeros((2, 3)))
@@ -188,16 +183,16 @@ def test_observation_noise():
     envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
     obs, _ = envs.reset(seed=0)
     frames, generator = envs.frames.clone(), torch.Generator().manual_seed(0)
-    noisy = evaluate.disturb(obs, envs, 0.05, generator)
+    noisy = common.disturb(obs, envs, 0.05, generator)
     noise = (ppo.proprioception(noisy, agent) - ppo.proprioception(obs, agent)).numpy()
     assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
     assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
     # A frame is drawn upon once, when it is new.
     frames = envs.frames.clone()
     obs, *_ = envs.step(np.zeros((200, 3)))
-    evaluate.disturb(obs, envs, 0.05, generator)
+    common.disturb(obs, envs, 0.05, generator)
     assert torch.equal(envs.frames, frames)
-    assert evaluate.disturb(obs, envs, 0.0, generator) is obs
+    assert common.disturb(obs, envs, 0.0, generator) is obs
 
 
 def test_drawn_actions():
@@ -209,16 +204,15 @@ def test_drawn_actions():
 
 def test_long_episodes_start_further_back():
     envs = gym.make_vec("Ballbot-v0", num_envs=50, **PERLIN)
-    envs.reset(seed=0)
-    before, frames = envs._batch.state.copy(), envs.frames.clone()
-    evaluate.move_back(envs, 4000)
-    assert np.array_equal(envs._batch.state, before)
-    evaluate.move_back(envs, 10_000)
-    x, y, z = envs._position.T
-    assert y.min() >= -18 and -4 < y.max() <= -2
-    ground = [envs._highest(*place) for place in zip(x, y)]
-    np.testing.assert_allclose(z - ground, ballbot_env.BASE_START)
-    assert not torch.equal(envs.frames, frames)
+    _, info = envs.reset(seed=0)
+    drawn, frames = info["position"], envs.frames.clone()
+    _, info = common.begin(envs, 0, 4000)
+    assert np.array_equal(info["position"], drawn)
+    _, info = common.begin(envs, 0, 10_000)
+    (x, y, _), drawn_y = info["position"].T, drawn[:, 1]
+    assert np.array_equal(x, drawn[:, 0]) and y.min() >= -18 and -4 < y.max() <= -2
+    np.testing.assert_allclose(y, np.interp(drawn_y, [-10, 10], [-18, -2]))
+    assert not torch.equal(envs.frames, frames) and envs.new_frames.all()
 
 
 def test_long_episodes_by_the_edge_are_counted():
@@ -227,9 +221,10 @@ def test_long_episodes_by_the_edge_are_counted():
     original = envs.reset
 
     def reset(seed):
-        result = original(seed=seed)
-        envs._position[0, 1] = envs._ball_position[0, 1] = 19.5
-        return result
+        _, info = original(seed=seed)
+        position, velocity = info["position"][:, :2], np.zeros((3, 2))
+        position[0, 1], velocity[0, 1] = 19, 0.5
+        return original(options={"position": position, "velocity": velocity})
 
     envs.reset = reset
     with pytest.MonkeyPatch.context() as patch:
@@ -348,101 +343,19 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
     ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
     ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),
-    ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
-    ({"video": Path("film.gif"), "render": True}, "--render and --video: give one"),
-    ({"video": Path("film.gif"), "json": "-"}, "--json is for evaluations"),
-    ({"render": True, "checkpoints": ("a", "b")}, "2 checkpoints: --render and --video show one"),
 ])  # fmt: skip
 def test_bad_flags(change, message):
     assert message in error_of(replace(ARGS, **{"checkpoints": (Path("unseen.pt"),)} | change))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a display")
-def test_without_display_or_opengl(checkpoint, tmp_path, monkeypatch):
-    for variable in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
-        monkeypatch.delenv(variable, raising=False)
-    args = replace(ARGS, checkpoints=(checkpoint,))
-    assert "--render needs a display" in error_of(replace(args, render=True))
-    pytest.importorskip("PIL")
-    film = replace(args, video=tmp_path / "film.gif")
-    monkeypatch.setattr(evaluate, "find_library", lambda name: name if name == "OSMesa" else None)
-    assert "put MUJOCO_GL=osmesa before the command" in error_of(film)
-    monkeypatch.setattr(evaluate, "find_library", lambda name: None)
-    assert "install libosmesa6" in error_of(film)
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figures.json"
+    common.write(path, lambda part: part.write_text("first"))
 
+    def fail(part):
+        part.write_text("half of the sec")
+        raise OSError("disk full")
 
-class Window:
-    """A viewer's window that its user closes after `steps` steps."""
-
-    synced = closed = False
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def sync(self):
-        self.synced = True
-
-    def is_running(self):
-        self.steps -= 1
-        return self.steps > 0
-
-    def close(self):
-        self.closed = True
-
-
-def test_render_follows_the_clock_until_its_window_is_closed(checkpoint, monkeypatch, capsys):
-    viewer = pytest.importorskip("mujoco.viewer")
-    window = Window(steps=80)
-    monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(viewer, "launch_passive", lambda model, data: window)
-    started = time.perf_counter()
-    evaluate.main(replace(ARGS, checkpoints=(checkpoint,), terrain="flat", horizon=50, render=True))
-    assert 80 * 0.002 <= time.perf_counter() - started < 2
-    assert window.synced and window.closed and window.steps == 0
-    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
-
-
-def opengl():
-    """A value for MUJOCO_GL that works without a display, or None."""
-    if sys.platform == "linux":
-        for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")):
-            test = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16).close()"
-            environment = os.environ | {"MUJOCO_GL": name}
-            if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
-                return name
-    return None
-
-
-def test_video(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    imageio = pytest.importorskip("imageio.v2")
-    pytest.importorskip("imageio_ffmpeg")
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
-    agent, train_args = make_agent()
-    torch.save({"model": agent.state_dict(), "args": asdict(train_args), "global_step": 0}, tmp_path / "policy.pt")
-    command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
-               "import ballbot_utils.evaluate as e\n"
-               "args = e.Args((Path(sys.argv[1]),), num_threads=1, horizon=100, video=Path(sys.argv[2]))\n"
-               "e.main(args); e.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
-    gif = tmp_path / "film.gif"
-    done = subprocess.run([sys.executable, "-c", command, tmp_path / "policy.pt", gif], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    film = image.open(gif)
-    assert film.size == (480, 360)
-    seconds = 0
-    for i in range(film.n_frames):
-        film.seek(i)
-        seconds += film.info["duration"] / 1000
-    assert seconds == pytest.approx(0.2 + 1, abs=0.06)  # real time, and the last picture stays for a second
-    film.seek(0)
-    picture = np.asarray(film.convert("RGB")).astype(int)
-    assert picture[150:250, 180:300].std() > 30  # the robot
-    red, green, blue = picture[10:100, 10:100].reshape(-1, 3).T
-    assert ((red > 200) & (green > 180) & (blue < 120)).mean() > 0.05  # the ball, near, in the left depth image
-    reader = imageio.get_reader(gif.with_suffix(".mp4"))
-    assert reader.get_meta_data()["size"] == (960, 720) and reader.get_meta_data()["fps"] == 30
-    assert reader.count_frames() == 7 + 29
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4", "policy.pt"]
+    with pytest.raises(OSError, match="disk full"):
+        common.write(path, fail)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""A picture of every schedule of ppo_ballbot_schedules.py: `python -m benchmark.plot_schedules`.
+"""A picture of every schedule of ppo_ballbot_schedules.py: `python -m ballbot_utils.plot_schedules`.
 
 The KL-adaptive learning rate follows a made-up KL divergence (in the picture too), since it depends on the run.
 """
@@ -8,12 +8,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ballbot_utils.common import write
 from ppo_ballbot_schedules import Args, kl_adapted, scheduled
 
-OUTPUT = Path(__file__).with_name("schedules.png")
+OUTPUT = Path(__file__).resolve().parents[1] / "benchmark" / "schedules.png"
 
 
 def main():
+    """Draw them to OUTPUT."""
     args, done = Args(), np.linspace(0, 1, 601)
     figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     lr.plot(done, [scheduled("guide", -1, 0, 1 - d) for d in done], label="guide (default)")
@@ -39,7 +41,7 @@ def main():
         axis.set_xlabel("share of training done")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(OUTPUT, dpi=120)
+    write(OUTPUT, lambda part: figure.savefig(part, dpi=120))
     print(OUTPUT)
 
 

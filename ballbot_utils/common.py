@@ -1,0 +1,263 @@
+"""What the programs beside it share: their conditions, checks of flags and files, progress, policies and episodes."""
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+import ppo_ballbot
+from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
+from ppo_ballbot import depth_features, proprioception
+
+TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
+PUSH_STEPS = 10  # steps that a push lasts: 20 ms
+# What a checkpoint's args must have. All else ppo_ballbot.Args has is for training and may differ.
+NEEDED = {"cameras": bool, "hidden_size": int, "pi_layers": int, "vf_layers": int, "terrain": str,
+          "terrain_seed": int, "eval_terrain_seed": int, "wheel_damping": float, "frame_skip": int}  # fmt: skip
+
+
+@dataclass
+class Conditions:
+    """Flags on how episodes are played, for the programs that play some."""
+
+    horizon: int = 4000
+    """steps at which an episode ends; 10000 is the paper's test of generalisation (fig. 7)"""
+    seed: int = 1_000_000
+    """seed of start poses, pushes and noise; the default starts where ppo_ballbot.py's own evaluations do"""
+    terrain: str | None = None
+    """ground: perlin or flat; default: that of training"""
+    terrain_seed: int | None = None
+    """which Perlin terrain; default: that of the training's own evaluations"""
+    terrain_amplitude: float | None = None
+    """height of the hills, m; default: 0.1, as in training"""
+    wheel_damping: float | None = None
+    """damping of the wheels' axles, N·m·s/rad; default: that of training"""
+    push: float = 0.0
+    """impulse of random horizontal pushes on the base, N·s"""
+    push_interval: float = 1.0
+    """seconds from one push to the next, and from the start to the first"""
+    obs_noise: float = 0.0
+    """standard deviation of Gaussian noise on the observations, each in its own unit"""
+    overwrite: bool = False
+    """replace a file that exists"""
+
+
+# Flags and files
+
+
+def need(good, message):
+    """Exit with one line unless `good`."""
+    if not good:
+        sys.exit(f"error: {message}")
+
+
+def need_from(args, low, *names):
+    """Exit with one line on the first of these flags that is given and not a finite number from `low` on."""
+    for name in names:
+        value = getattr(args, name)
+        need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
+
+
+def need_file(flag, path, overwrite):
+    """Exit with one line where the file `path` of a flag cannot be written."""
+    need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
+    need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
+    need(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
+
+
+def write(path, save):
+    """Let `save(part)` write a file beside `path`, which then takes its place: what was there outlives a failure."""
+    part = path.with_name(f"part_{path.name}")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_conditions(args):
+    """Exit with one line on the first of the flags in `Conditions` that cannot be."""
+    need_from(args, 1, "horizon")
+    need_from(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
+    for name in ("terrain_amplitude", "push_interval"):
+        value = getattr(args, name)
+        need(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0")
+    shortest = 2 * PUSH_STEPS * TIMESTEP
+    need(args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more")
+    need(args.terrain in (None, "perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
+    for name in ("terrain_seed", "terrain_amplitude"):
+        unused = args.terrain == "flat" and getattr(args, name) is not None
+        need(not unused, f"--{name.replace('_', '-')} means nothing on --terrain flat: leave one out")
+
+
+_progress_shown = 0.0
+
+
+def progress(line, share):
+    """Show how far a long job is: in place on a terminal, else a line every half minute."""
+    global _progress_shown
+    now, terminal = time.monotonic(), sys.stderr.isatty()
+    if now - _progress_shown < (0.2 if terminal else 30):
+        return
+    _progress_shown = now
+    bar = "#" * int(20 * share)
+    print(f"[{bar:<20}] {line}".ljust(100), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+
+def clear_progress():
+    """Wipe the line of progress off a terminal."""
+    if sys.stderr.isatty():
+        print(" " * 100, end="\r", file=sys.stderr, flush=True)
+
+
+# Policies
+
+
+def load(path):
+    """The policy in a checkpoint, the args it was trained by and its steps; exits with one line on a bad file."""
+
+    def must(good, problem):
+        need(good, f"{path} {problem}")
+
+    if path.is_dir():
+        folder, path = path, path / "best.pt"
+        other = "name its last.pt" if (folder / "last.pt").exists() else "give a .pt file or the folder of a run"
+        if not path.exists():
+            sys.exit(f"error: {folder} has no best.pt (no evaluation yet?): {other}")
+    must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on damaged and foreign files
+        foreign = "Weights only load failed" in str(error)
+        must(False, "is no checkpoint of ppo_ballbot.py, or holds code, which is never run" if foreign
+             else f"is damaged, cut short or no checkpoint ({type(error).__name__})")  # fmt: skip
+    must(isinstance(content, dict) and isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict),
+         "is no checkpoint of ppo_ballbot.py: it has no model or args")  # fmt: skip
+    given = content["args"]
+    must("frame_skip" in given or "num_steps" not in given, "was trained on the robot before its rollers were mended, "
+         "which spun up at speed: train anew")  # fmt: skip
+    missing = [name for name in NEEDED if name not in given]
+    must(not missing, f"has no {', '.join(missing)} in its args: it is no checkpoint of ppo_ballbot.py")
+    must(isinstance(content.get("global_step", 0), int), "has a global_step that is no whole number")
+    for name, kind in NEEDED.items():
+        kinds = (int, float) if kind is float else kind
+        must(isinstance(given[name], kinds), f"has {name} = {given[name]!r} in its args: expected {kind.__name__}")
+    must(given["terrain"] in ("perlin", "flat"), f"has terrain = {given['terrain']!r}: expected perlin or flat")
+    known = {field.name for field in fields(ppo_ballbot.Args)}
+    train_args = ppo_ballbot.Args(**{name: value for name, value in given.items() if name in known})
+    try:
+        agent = ppo_ballbot.Agent(train_args)
+        agent.load_state_dict(content["model"])
+    except Exception as error:  # sizes that cannot be, or weights that do not fit them
+        must(False, f"has weights that do not fit its args: {str(error).splitlines()[-1].strip()}")
+    must(all(tensor.isfinite().all() for tensor in agent.state_dict().values()), "has weights that are not finite")
+    return agent, train_args, content.get("global_step", 0)
+
+
+def trained(agent, stochastic=False):
+    """A trained policy for `play`; a stochastic one draws its actions."""
+
+    def start(envs, generator):
+        depth = torch.zeros(envs.num_envs, agent.num_depth)
+
+        @torch.no_grad()
+        def act(obs):
+            nonlocal depth
+            depth = depth_features(envs, agent, depth)
+            actions = agent.actor(agent.features(proprioception(obs, agent), depth))
+            if stochastic:
+                actions += agent.log_std.exp() * torch.randn(actions.shape, generator=generator)
+            return actions.numpy()
+
+        return act
+
+    return start
+
+
+# Episodes
+
+
+def conditions(args, train_args, policy):
+    """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
+    task = {
+        "terrain": args.terrain or train_args.terrain,
+        "cameras": train_args.cameras,
+        "wheel_damping": train_args.wheel_damping if args.wheel_damping is None else args.wheel_damping,
+        "frame_skip": train_args.frame_skip,
+        "max_episode_steps": args.horizon,
+    }
+    if task["terrain"] == "perlin":
+        task["terrain_seed"] = train_args.eval_terrain_seed if args.terrain_seed is None else args.terrain_seed
+        task["terrain_amplitude"] = args.terrain_amplitude or 0.1
+    else:
+        unused = args.terrain_seed is None and args.terrain_amplitude is None
+        need(unused, f"{policy} was trained on flat ground, where --terrain-seed and --terrain-amplitude mean nothing: "
+             "give --terrain perlin with them")  # fmt: skip
+    return task
+
+
+def begin(envs, seed, horizon):
+    """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
+
+    Up to 4000 steps nothing changes. For longer ones the starts are squeezed towards y = -18 m so that
+    at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small for that.
+    """
+    obs, info = envs.reset(seed=seed)
+    limit = TERRAIN_EXTENT - 2 * EDGE
+    latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
+    if latest < START_EXTENT:
+        x, y = info["position"][:, :2].T
+        y = -limit + (y + START_EXTENT) / (2 * START_EXTENT) * (latest + limit)
+        obs, info = envs.reset(options={"position": np.stack([x, y], 1)})
+    return obs, info
+
+
+def play(envs, obs, policy, args, rng, generator):
+    """Go on for ever from the first observations of new episodes, disturbed as `args` (Conditions) say.
+
+    `policy(envs, generator)` begins new episodes and returns a function from observations, a dict of (n, ...), to
+    actions (n, 3). After each step yields the physics steps so far, the actions, and what `envs.step` returned.
+    """
+    act, steps = policy(envs, generator), 0
+    while True:
+        actions = act(disturb(obs, envs, args.obs_noise, generator))
+        push(envs, args, steps, rng)
+        steps += envs.frame_skip
+        result = envs.step(actions)
+        obs = result[0]
+        yield steps, actions, result
+
+
+def disturb(obs, envs, std, generator):
+    """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place."""
+    if not std:
+        return obs
+    noisy = dict(obs)
+    for key in ("orientation", "angular_vel", "vel", "motor_state"):
+        noisy[key] = obs[key] + std * torch.randn(obs[key].shape, generator=generator).numpy()
+    if envs.frames is not None and envs.new_frames.any():
+        new = torch.from_numpy(envs.new_frames.copy())
+        noise = std * torch.randn(envs.frames[new].shape, generator=generator)
+        envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
+    return noisy
+
+
+def push(envs, args, step, rng):
+    """Apply or end the push that is due before `step` (0 is the first of an episode).
+
+    Where actions are held, a push lasts as many of them as 20 ms need, at least one, and its impulse stays."""
+    if not args.push:
+        return
+    held = envs.frame_skip
+    phase = step // held % max(1, round(args.push_interval / TIMESTEP / held))
+    lasts = -(-PUSH_STEPS // held)
+    if phase == 0 and step > 0:
+        angle = rng.uniform(0, 2 * np.pi, envs.num_envs)
+        direction = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
+        envs.push(args.push / (lasts * held * TIMESTEP) * direction)
+    elif phase == lasts:
+        envs.push(np.zeros((envs.num_envs, 3)))

@@ -1,0 +1,297 @@
+"""Watch a trained policy: `python -m ballbot_utils.watch runs/a --render`, or `--video robot.mp4`.
+
+`--render` shows it in MuJoCo's viewer, episode after episode in real time, until the window is closed; it needs a
+display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners; it needs OpenGL and the
+packages of requirements-dev.txt. Conditions and disturbances are those of `python -m ballbot_utils.evaluate`.
+"""
+
+import itertools
+import os
+import sys
+import time
+from ctypes.util import find_library
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+try:
+    import mujoco
+except (AttributeError, OSError):  # MUJOCO_GL names a library that is not there
+    sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')}: its library is missing (Debian: apt-get install "
+             "libosmesa6 for osmesa, libegl1 and libgl1-mesa-dri for egl)")  # fmt: skip
+
+from ballbot_env import ASSETS, TERRAIN_EXTENT, TERRAIN_NODES, TIMESTEP, perlin_terrain
+from ballbot_utils.common import (
+    Conditions,
+    begin,
+    check_conditions,
+    clear_progress,
+    conditions,
+    load,
+    need,
+    need_file,
+    play,
+    progress,
+    trained,
+    write,
+)
+
+PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
+SHOWN_EVERY = 8  # steps, in the window
+
+
+@dataclass
+class Args(Conditions):
+    checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
+    """a checkpoint, a .pt file, or the folder of a run, whose best.pt is meant"""
+    render: bool = False
+    """show it in MuJoCo's viewer"""
+    video: Path | None = None
+    """file to write one episode to, .mp4 or .gif"""
+    stochastic: bool = False
+    """draw actions from the policy instead of taking its mean"""
+
+
+def check(args):
+    """Exit with one line on the first flag that cannot be, before any work starts."""
+    check_conditions(args)
+    need(args.render != (args.video is not None), "give one of --render and --video")
+    if args.video:
+        need(args.video.suffix in FPS, f"--video is {args.video}: give a name ending in .mp4 or .gif")
+        need_file("--video", args.video, args.overwrite)
+
+
+def episode(envs, policy, args, seed):
+    """Play one episode in the one environment of `envs`. After each step yields its length and return so far, and how
+    it ended: "fell", "did not fall", or "" while it goes on. `envs` then has the next one's start already."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    obs, _ = begin(envs, seed, args.horizon)
+    total = 0.0
+    for steps, _, (_, rewards, terminations, truncations, infos) in play(envs, obs, policy, args, rng, generator):
+        total += rewards[0]
+        if terminations[0] or truncations[0]:
+            yield infos["episode"]["l"][0], total, "fell" if terminations[0] else "did not fall"
+            return
+        yield steps, total, ""
+
+
+def check_display():
+    """Exit with one line where no window can be opened: MuJoCo's viewer would end the process with its own."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        sys.exit("error: --render needs a display, and there is none (DISPLAY is not set): write a --video instead")
+
+
+def render(policy, args, task):
+    """Show episodes in MuJoCo's viewer, in real time, until its window is closed."""
+    import mujoco.viewer
+
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    data = envs.batch.get_data(0)
+    print("episodes follow one another until you close the window or press Ctrl-C")
+    viewer = None
+    try:
+        viewer = mujoco.viewer.launch_passive(envs.model, data)
+        for seed in itertools.count(args.seed):
+            started = time.perf_counter()
+            for steps, total, end in episode(envs, policy, args, seed):
+                if steps % SHOWN_EVERY < envs.frame_skip and not end:
+                    envs.batch.get_data(0, data)
+                    mujoco.mj_forward(envs.model, data)
+                    viewer.sync()
+                time.sleep(max(0, started + steps * TIMESTEP - time.perf_counter()))
+                if not viewer.is_running():
+                    return
+            print(f"start {seed}: return {total:.1f}, {steps} steps, {end}")
+    except KeyboardInterrupt:
+        pass
+    except RuntimeError as error:  # no window after all
+        sys.exit(f"error: --render: {error}")
+    finally:
+        if viewer is not None:
+            viewer.close()
+
+
+def check_video(path):
+    """Exit with one line if a library or OpenGL is missing for a video."""
+    try:
+        import PIL  # noqa: F401
+
+        if path.suffix == ".mp4":
+            import imageio_ffmpeg  # noqa: F401
+            from imageio.v2 import get_writer  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"error: --video {path} needs {error.name}: pip install -r requirements-dev.txt")
+    advice = ("install libosmesa6 and put MUJOCO_GL=osmesa before the command, or libegl1 and libgl1-mesa-dri and "
+              "MUJOCO_GL=egl (Debian: apt-get install ...)")  # fmt: skip
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not (display or os.environ.get("MUJOCO_GL")):
+        present = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)]
+        advice = f"put MUJOCO_GL={' or MUJOCO_GL='.join(present)} before the command" if present else advice
+        sys.exit(f"error: --video needs OpenGL, and there is no display: {advice}")
+    try:
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).close()
+    except Exception as error:  # whatever the platform's OpenGL raises
+        sys.exit(f"error: --video needs OpenGL, which does not start ({error}): {advice}")
+
+
+def video(policy, args, task):
+    """Write a video of one episode, in real time, the depth images in its corners."""
+    fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    shots = []  # pose, depth images or None, caption
+    for step, total, end in episode(envs, policy, args, args.seed):
+        if not end:
+            pose = envs.batch.qpos[0].copy()
+            frames = None if envs.frames is None else envs.frames[0].numpy().copy()
+        if end or (step - 1) * TIMESTEP * fps >= len(shots):
+            fallen = "    fell" if end == "fell" else ""
+            shots.append((pose, frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}{fallen}"))
+            progress(f"playing: step {step:,} of at most {args.horizon:,}", step / args.horizon)
+
+    model = scene([pose[envs.model.joint("base").qposadr[0] :][:2] for pose, *_ in shots], task)
+    data = mujoco.MjData(model)
+    with mujoco.Renderer(model, height, width) as renderer:
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_FOG] = True
+
+        def pictures():
+            for i, (pose, frames, caption) in enumerate(shots):
+                data.qpos[:] = pose
+                mujoco.mj_forward(model, data)
+                renderer.update_scene(data, camera="track")
+                for geom in renderer.scene.geoms[: renderer.scene.ngeom]:
+                    if geom.category == mujoco.mjtCatBit.mjCAT_STATIC:  # the ground: its shadows on itself are ragged,
+                        geom.category = mujoco.mjtCatBit.mjCAT_DECOR  # and decoration casts none
+                picture = compose(renderer.render(), frames, caption)
+                yield from [picture] * (fps if i == len(shots) - 1 else 1)  # the end stays for a second
+                progress(f"rendering: picture {i + 1} of {len(shots)}", (i + 1) / len(shots))
+
+        write(args.video, lambda part: encode(pictures(), part, fps))
+    clear_progress()
+    print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
+
+
+def scene(places, task):
+    """A model to render the robot by: of the terrain only what the camera sees from `places` (n, 2), m.
+
+    The whole of it would take a second a picture without a GPU. Its texture shows the relief: green valleys, sandy
+    hills, and the shading of a low sun.
+    """
+    spec = mujoco.MjSpec.from_file(str(ASSETS / "ballbot.xml"))
+    spec.visual.map.fogstart, spec.visual.map.fogend = 4, 8
+    spec.visual.rgba.fog = [0.8, 0.88, 0.95, 1]  # as the sky at the horizon
+    spec.visual.quality.shadowsize = 2048  # faster
+    spec.visual.map.shadowclip = 0.6  # and yet as sharp
+    model = spec.compile()
+    if task["terrain"] == "flat":
+        return model
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    right, _, back = data.camera("track").xmat.reshape(3, 3).T[:, :2]
+    corners = np.array([(2, 2), (-2, -2), 5 * right - 8 * back, -5 * right - 8 * back])  # of what is in view
+    low, high = np.min(places, 0) + corners.min(0), np.max(places, 0) + corners.max(0)
+    cell, stride = 2 * TERRAIN_EXTENT / (TERRAIN_NODES - 1), 2  # every other node is enough to see
+    low, high = (np.clip((c + TERRAIN_EXTENT) / cell, 0, TERRAIN_NODES - 1).astype(int) for c in (low, high))
+    heights = perlin_terrain(task["terrain_seed"])[low[1] : high[1] + 1 : stride, low[0] : high[0] + 1 : stride]
+    bottom, span = heights.min(), np.ptp(heights)
+    rows, cols = heights.shape
+    half = np.array([cols - 1, rows - 1]) * stride * cell / 2
+    middle = low * cell - TERRAIN_EXTENT + half
+    amplitude = task["terrain_amplitude"]
+    spec.add_hfield(name="terrain", nrow=rows, ncol=cols, size=[*half, amplitude * span, 0.1],
+                    userdata=((heights - bottom) / span).ravel())  # fmt: skip
+    ground = spec.geom("ground")
+    ground.type, ground.hfieldname = mujoco.mjtGeom.mjGEOM_HFIELD, "terrain"
+    ground.pos = [*middle, amplitude * bottom]
+
+    pixels = 2048
+    spec.add_texture(name="relief", type=mujoco.mjtTexture.mjTEXTURE_2D, width=pixels, height=pixels, nchannel=3,
+                     builtin=mujoco.mjtBuiltin.mjBUILTIN_FLAT)  # fmt: skip
+    material = spec.material("ground")
+    textures = list(material.textures)
+    textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "relief"
+    material.textures, material.texrepeat, material.texuniform = textures, [1, 1], False
+    model = spec.compile()
+
+    height = torch.nn.functional.interpolate(torch.tensor(heights)[None, None], size=(pixels, pixels), mode="bilinear",
+                                             align_corners=True)[0, 0].numpy()  # fmt: skip
+    slope_y, slope_x = np.gradient(amplitude * height, 2 * half[1] / (pixels - 1), 2 * half[0] / (pixels - 1))
+    sun = np.array([0.4, -0.5, 0.4])
+    light = (sun[2] - sun[0] * slope_x - sun[1] * slope_y) / (sun[2] * np.sqrt(1 + slope_x**2 + slope_y**2))
+    x, y = (m + h * np.linspace(-1, 1, pixels) for m, h in zip(middle, half))
+    tile = (np.floor(x / 0.25)[None] + np.floor(y / 0.25)[:, None]) % 2  # tiles of 25 cm
+    colors = np.array([[112, 142, 104], [196, 186, 140], [240, 224, 196]])
+    rgb = np.stack([np.interp(height, [0, 0.35, 1], channel) for channel in colors.T], -1)
+    rgb = np.clip(rgb * (light * (1 - 0.1 * tile))[..., None], 0, 255).astype(np.uint8)
+    start = model.texture("relief").adr[0]
+    model.tex_data[start : start + rgb.size] = rgb.ravel()
+    return model
+
+
+def compose(picture, frames, caption):
+    """A picture with the left and right camera's depth (2, size, size), m, in its upper corners, and a caption."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(picture)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=image.height // 36)
+    margin = image.height // 48
+    draw.text((margin, image.height - margin), caption, "white", font, "ls", stroke_width=2, stroke_fill="black")
+    if frames is None:
+        return image
+    side = image.width // 5
+    near, far = 0.07, 0.7  # m
+    palette = np.array([[253, 231, 37], [94, 201, 98], [33, 145, 140], [59, 82, 139], [68, 1, 84]])  # viridis
+    place = np.log(np.maximum(frames, near) / near) / np.log(far / near) * (len(palette) - 1)
+    for i, name, left in ((1, "left", margin), (0, "right", image.width - margin - side)):
+        colors = np.stack([np.interp(place[i], range(len(palette)), c) for c in palette.T], -1).astype(np.uint8)
+        image.paste(Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST), (left, margin))
+        draw.rectangle((left - 1, margin - 1, left + side, margin + side), outline="white")
+        text = f"{name} depth camera"
+        at = (left + side // 2, margin + side + margin // 2)
+        draw.text(at, text, "white", font, "ma", stroke_width=2, stroke_fill="black")
+    return image
+
+
+def encode(pictures, path, fps):
+    """Write pictures to an .mp4 (imageio with its own ffmpeg) or a .gif (Pillow)."""
+    if path.suffix == ".mp4":
+        from imageio.v2 import get_writer
+
+        with get_writer(path, fps=fps, codec="libx264", quality=7) as writer:
+            for picture in pictures:
+                writer.append_data(np.asarray(picture))
+        return
+    from PIL import Image
+
+    pictures = list(pictures)
+    # One palette for all: no flicker, and a smaller file. The most frequent colours, and some of the rare ones.
+    few = np.concatenate([np.asarray(picture) for picture in pictures[:: max(1, len(pictures) // 8)]])
+    colors = []
+    for method, count in ((Image.Quantize.MEDIANCUT, 192), (Image.Quantize.MAXCOVERAGE, 64)):
+        colors += Image.fromarray(few).quantize(count, method).getpalette()[: 3 * count]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+
+
+def main(args):
+    check(args)
+    if args.render:
+        check_display()
+    else:
+        check_video(args.video)
+    torch.set_num_threads(1)
+    agent, train_args, _ = load(args.checkpoint)
+    task, policy = conditions(args, train_args, args.checkpoint), trained(agent, args.stochastic)
+    if args.render:
+        render(policy, args, task)
+    else:
+        video(policy, args, task)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

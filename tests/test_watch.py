@@ -1,0 +1,146 @@
+"""The viewer and the video: what they show, and what they say to bad input or without a display."""
+
+import os
+import subprocess
+import sys
+import time
+from ctypes.util import find_library
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_ballbot as ppo
+from ballbot_utils import watch
+
+REPOSITORY = Path(ppo.__file__).resolve().parent
+
+
+def save_policy(path, **train_args):
+    torch.manual_seed(0)
+    args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
+    torch.save({"model": ppo.Agent(args).state_dict(), "args": asdict(args), "global_step": 0}, path)
+    return path
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Short episodes of an untrained policy without cameras."""
+    return watch.Args(checkpoint=save_policy(tmp_path / "policy.pt", cameras=False), terrain="flat", horizon=50)
+
+
+def error_of(args):
+    with pytest.raises(SystemExit) as raised:
+        watch.main(args)
+    message = str(raised.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("change, message", [
+    ({}, "give one of --render and --video"),
+    ({"video": Path("film.gif"), "render": True}, "give one of --render and --video"),
+    ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
+    ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
+    ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
+    ({"render": True, "push": -1.0}, "--push is -1.0: give 0 or more"),
+])  # fmt: skip
+def test_bad_flags(args, change, message):
+    assert message in error_of(replace(args, **change))
+
+
+def test_a_video_that_exists_is_kept(args, tmp_path):
+    film = tmp_path / "film.gif"
+    film.touch()
+    assert "film.gif exists: give --overwrite" in error_of(replace(args, video=film))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a display")
+def test_without_display_or_opengl(args, tmp_path, monkeypatch):
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "--render needs a display" in error_of(replace(args, render=True))
+    pytest.importorskip("PIL")
+    film = replace(args, video=tmp_path / "film.gif")
+    monkeypatch.setattr(watch, "find_library", lambda name: name if name == "OSMesa" else None)
+    assert "put MUJOCO_GL=osmesa before the command" in error_of(film)
+    monkeypatch.setattr(watch, "find_library", lambda name: None)
+    assert "install libosmesa6" in error_of(film)
+
+
+class Window:
+    """A viewer's window that its user closes after `steps` steps."""
+
+    synced = closed = False
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def sync(self):
+        self.synced = True
+
+    def is_running(self):
+        self.steps -= 1
+        return self.steps > 0
+
+    def close(self):
+        self.closed = True
+
+
+def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, capsys):
+    viewer = pytest.importorskip("mujoco.viewer")
+    window = Window(steps=80)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(viewer, "launch_passive", lambda model, data: window)
+    started = time.perf_counter()
+    watch.main(replace(args, render=True))
+    assert 80 * 0.002 <= time.perf_counter() - started < 2
+    assert window.synced and window.closed and window.steps == 0
+    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
+
+
+def opengl():
+    """A value for MUJOCO_GL that works without a display, or None."""
+    if sys.platform == "linux":
+        for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")):
+            test = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16).close()"
+            environment = os.environ | {"MUJOCO_GL": name}
+            if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
+                return name
+    return None
+
+
+def test_video(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("imageio_ffmpeg")
+    backend = opengl()
+    if backend is None:
+        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
+    policy = save_policy(tmp_path / "policy.pt")
+    command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
+               "import ballbot_utils.watch as w\n"
+               "args = w.Args(checkpoint=Path(sys.argv[1]), horizon=100, video=Path(sys.argv[2]))\n"
+               "w.main(args); w.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
+    gif = tmp_path / "film.gif"
+    done = subprocess.run([sys.executable, "-c", command, policy, gif], cwd=REPOSITORY, text=True,
+                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    film = image.open(gif)
+    assert film.size == (480, 360)
+    seconds = 0
+    for i in range(film.n_frames):
+        film.seek(i)
+        seconds += film.info["duration"] / 1000
+    assert seconds == pytest.approx(0.2 + 1, abs=0.06)  # real time, and the last picture stays for a second
+    film.seek(0)
+    picture = np.asarray(film.convert("RGB")).astype(int)
+    assert picture[150:250, 180:300].std() > 30  # the robot
+    red, green, blue = picture[10:100, 10:100].reshape(-1, 3).T
+    assert ((red > 200) & (green > 180) & (blue < 120)).mean() > 0.05  # the ball, near, in the left depth image
+    reader = imageio.get_reader(gif.with_suffix(".mp4"))
+    assert reader.get_meta_data()["size"] == (960, 720) and reader.get_meta_data()["fps"] == 30
+    assert reader.count_frames() == 7 + 29
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4", "policy.pt"]
