@@ -817,6 +817,19 @@ def rotation_matrix(quaternion):
     return matrix.transpose(2, 0, 1)
 
 
+def in_body_frame(orientation, vel):
+    """Rotation vectors (n, 3) in rad and velocities (n, 3) in the world, as the robot sees them.
+
+    Returns lean (n, 2), x and y of the upward direction in its frame, heading (n, 1) in rad, 0 facing +y, from -π to π,
+    and the velocity in its frame (n, 3).
+    """
+    angle = np.linalg.norm(orientation, axis=1, keepdims=True)
+    quaternion = np.concatenate([np.cos(angle / 2), orientation * np.sinc(angle / (2 * np.pi)) / 2], 1)
+    rotation = rotation_matrix(quaternion)  # columns: the robot's axes in the world
+    heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
+    return rotation[:, 2, :2], heading[:, None], (rotation * vel[:, :, None]).sum(1)
+
+
 def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4):
     """The MjModel of assets/ballbot.xml standing on the given terrain.
 

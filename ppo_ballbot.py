@@ -360,24 +360,11 @@ def make_envs(args, num_envs, evaluation=False):
 def proprioception(obs, agent):
     """Proprioception (n, 15 to 17), in the parts that `Agent` names, of a batch of observations."""
     if agent.body_frame:
-        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
+        lean, heading, vel = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
     keys = ballbot_env.PROPRIOCEPTION + (("relative_image_timestamp",) if agent.encoder is not None else ())
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
-
-
-def in_body_frame(orientation, vel):
-    """Rotation vectors (n, 3) in rad and velocities (n, 3) in the world, as the robot sees them.
-
-    Returns lean (n, 2), x and y of the upward direction in its frame, heading (n, 1) in rad, 0 facing +y, from -π to π,
-    and the velocity in its frame (n, 3).
-    """
-    angle = np.linalg.norm(orientation, axis=1, keepdims=True)
-    quaternion = np.concatenate([np.cos(angle / 2), orientation * np.sinc(angle / (2 * np.pi)) / 2], 1)
-    rotation = ballbot_env.rotation_matrix(quaternion)  # columns: the robot's axes in the world
-    heading = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
-    return rotation[:, 2, :2], heading[:, None], (rotation * vel[:, :, None]).sum(1)
 
 
 @torch.no_grad()
@@ -654,7 +641,7 @@ def train(args):
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
         vars(args).update(run["args"] | {"resume": args.resume})
-    size = min(args.num_processes, torch.cuda.device_count()) if args.cuda else args.num_processes
+    size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
     check(args, size)
     if run is None:
@@ -707,7 +694,10 @@ def learn(args, run_dir, run, encoder):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
+    device = torch.device("cpu")
+    if args.cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
 
     agent = Agent(args).to(device)
     if agent.encoder is not None and args.freeze_encoder:

@@ -16,11 +16,10 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from ballbot_env import TIMESTEP
+from ballbot_env import TIMESTEP, in_body_frame
 from ballbot_utils import evaluate
 from ballbot_utils.common import clear_progress, conditions, need
 from ppo_ballbot import Args as TrainArgs
-from ppo_ballbot import in_body_frame
 
 HOLD = 2  # steps that an action is held
 # Costs of the state's squares, of those of the integrals of the two velocities' errors, and of the actions'

@@ -398,7 +398,7 @@ def test_every_field_has_a_flag_with_help():
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
-    lean, heading, vel = ppo.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    lean, heading, vel = ballbot_env.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
     assert lean == pytest.approx(np.zeros((1, 2)), abs=1e-6) and heading == pytest.approx(-np.pi / 2)
     assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
     # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
@@ -409,7 +409,7 @@ def test_body_frame_by_hand():
         mujoco.mju_mulQuat(rotation, np.array(turn), np.array(tilt))
         vector = np.zeros(3)
         mujoco.mju_quat2Vel(vector, rotation, 1.0)
-        lean, heading, _ = ppo.in_body_frame(vector[None], np.zeros((1, 3)))
+        lean, heading, _ = ballbot_env.in_body_frame(vector[None], np.zeros((1, 3)))
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 
