@@ -40,7 +40,7 @@ CHANGES = {
         ),
         r"    batch \|= \{\"logprobs\".*\n": (
             "    seen = agent.features(batch['proprio'], batch['depth']).flatten(0, 1)\n"
-            "    rewards += 0.01 * novelty(agent, seen).view(shape).cpu().numpy()\n"
+            "    rewards += 0.01 * novelty(agent, seen).view(shape)\n"
             r"\g<0>"
         ),
         r"            loss = pg_loss .*\n": r"\g<0>            loss = loss + novelty(agent, features).mean()\n",
