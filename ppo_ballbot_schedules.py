@@ -110,6 +110,7 @@ class Args:
     # learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same
     spin_cost: float = 0.0
     drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²)
+    action_rate_cost: float = 0.0  # the same for the squared change of the clipped action from the one before
     norm_obs: bool = False  # normalise proprioception by running mean and variance
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
@@ -186,7 +187,7 @@ def check(args, world_size):
          "num_steps update_epochs minibatch_size hidden_size pi_layers vf_layers eval_interval eval_episodes "
          "final_eval_episodes"),
         ("0 or more", lambda value: 0 <= value < np.inf, "num_threads seed terrain_seed eval_terrain_seed ent_coef "
-         "vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale lr_end ent_end"),
+         "vf_coef weight_decay spin_cost drift_cost action_rate_cost wheel_damping log_std_lr_scale lr_end ent_end"),
         ("more than 0", lambda value: value > 0, "terrain_amplitude clip_coef clip_end max_grad_norm "
          "target_kl"),
         ("a number from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
@@ -456,8 +457,11 @@ def rollout(envs, agent, args, proprio, depth):
     if truncated:
         steps, ids = torch.tensor(truncated, device=device).T
         next_values[steps, ids] = agent.value(torch.cat(final_features))
+    last_actions = batch["proprio"][..., 12 + args.body_frame : 15 + args.body_frame]
+    change = (batch["actions"].clamp(-1, 1) - last_actions).square().sum(-1)
+    rewards = torch.from_numpy(rewards).to(device) - args.frame_skip * args.action_rate_cost * change
     batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values, "next_values": next_values,
-              "rewards": torch.from_numpy(rewards).to(device), "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
+              "rewards": rewards, "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
     if keep_frames:
         batch["frames"] = torch.cat(frames)
     return batch, (proprio, depth), episodes, seconds

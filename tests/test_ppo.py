@@ -90,6 +90,31 @@ def test_truncation_bootstraps_and_termination_does_not():
     assert [(r, length) for r, length, _ in episodes] == [(1, 2), (1, 2)]
 
 
+@pytest.mark.parametrize("body_frame", [False, True])
+def test_costs_are_learnt_from_and_not_shown(body_frame):
+    """--spin-cost, --drift-cost and --action-rate-cost, by what the environment is then seen to do."""
+    rewards, returns = [], []
+    costs = dict(spin_cost=0.1, drift_cost=0.2, action_rate_cost=0.3)
+    for changes in ({}, costs):
+        args = replace(SMALL, cameras=False, num_steps=150, frame_skip=2, body_frame=body_frame, **changes)
+        torch.manual_seed(0)
+        agent, envs = ppo.Agent(args), ppo.make_envs(args, 4)
+        obs, _ = envs.reset(seed=0)
+        batch, _, episodes, _ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), torch.zeros(4, 0))
+        rewards.append(batch["rewards"])
+        returns.append(episodes)
+    assert returns[0] == returns[1] and returns[0]
+    envs = ppo.make_envs(args, 4)
+    envs.reset(seed=0)
+    last = np.zeros((4, 3))
+    for step in range(20):
+        action = batch["actions"][step].numpy().clip(-1, 1)
+        obs, *_ = envs.step(action)
+        cost = 0.1 * obs["angular_vel"][:, 2] ** 2 + 0.2 * obs["vel"][:, 0] ** 2 + 0.3 * np.square(action - last).sum(1)
+        assert (rewards[0] - rewards[1])[step].numpy() == pytest.approx(2 * cost, abs=1e-5)
+        last = action
+
+
 def test_log_prob_is_the_normal_density():
     actions, mean, log_std = torch.randn(5, 3), torch.randn(5, 3), torch.randn(3)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
