@@ -262,6 +262,9 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
         self.register_buffer("obs_count", torch.zeros(()))
+        # The frames' age, the last, counts for no more than what they show
+        scale = [1.0] * (self.num_proprio - 1) + [args.depth_scale if args.cameras else 1.0]
+        self.register_buffer("obs_scale", torch.tensor(scale), persistent=False)
         # Moving averages of returns and their squares, and the critic's units that follow from them
         self.register_buffer("value_moments", torch.zeros(2))
         self.register_buffer("value_count", torch.zeros(()))
@@ -278,7 +281,7 @@ class Agent(nn.Module):
     def features(self, proprio, depth):
         """What actor and critic see: (n, 56), proprioception normalised with --norm-obs."""
         if self.norm_obs:
-            proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8)
+            proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8) * self.obs_scale
         return torch.cat([proprio, depth], -1)
 
     def value(self, features):
