@@ -438,6 +438,15 @@ def test_body_frame_by_hand():
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 
+def test_the_age_of_frames_counts_for_no_more_than_the_frames():
+    agent = ppo.Agent(replace(SMALL, norm_obs=True, depth_scale=0.1))
+    proprio = torch.randn(1000, 16) * 0.003
+    agent.update_obs_moments(proprio)
+    features = agent.features(proprio, torch.zeros(1000, 40))
+    assert torch.allclose(features[:, :15].std(0), torch.ones(15), atol=0.01)
+    assert features[:, 15].std() == pytest.approx(0.1, abs=0.001)
+
+
 def test_new_units_of_the_critic_leave_its_values():
     torch.manual_seed(0)
     agent, x = ppo.Agent(replace(SMALL, cameras=False)), torch.randn(50, 15)
