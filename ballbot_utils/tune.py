@@ -917,11 +917,10 @@ def main(args, flags):
     quiet()
     module, base = base_settings(args.script, flags)
     deadline = time.time() + 60 * args.budget_minutes
-    why = refused(module, base)
-    need(not why, f"the flags after --: {why}")
     search = None
     try:
         if stepwise:
+            need(not refused(module, base), f"the flags after --: {refused(module, base)}")
             if args.strategy == "one-at-a-time":
                 check_space(parse_space(args.space, module), module, base)
             return take_steps(args, module, base, deadline)
