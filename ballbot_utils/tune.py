@@ -695,14 +695,16 @@ def draw_study(study, search):
     complete = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
     if len({trial.value for trial in complete}) < 2 or len(study.best_params) < 2:
         del kinds["importances"], kinds["interactions"]  # they compare parameters by what differs
-    for name, picture in kinds.items():
-        axes = np.ravel(picture(study))
-        figure = axes[0].figure
-        figure.set_size_inches(max(8, 3 * len(axes)), 5)
-        if name == "interactions":  # the parameters' names lie on one axis
-            axes[0].tick_params(axis="x", rotation=30)
-        write(search.folder / f"{name}.png", partial(figure.savefig, dpi=150, bbox_inches="tight"))
-        pyplot.close(figure)
+    with matplotlib.rc_context():  # Optuna changes the style of all that comes after
+        for name, picture in kinds.items():
+            axes = np.ravel(picture(study))
+            figure = axes[0].figure
+            figure.set_size_inches(max(8, 4 * len(axes)), 5)
+            if name in ("slices", "interactions"):  # numbers and names that would lie on each other
+                for ax in axes:
+                    ax.tick_params(axis="x", which="both", rotation=45)
+            write(search.folder / f"{name}.png", partial(figure.savefig, dpi=150, bbox_inches="tight"))
+            pyplot.close(figure)
     ranked = sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")[:3]
     draw_curves([(f"trial {trial.number}", trial) for trial in ranked], search, search.folder / "curves.png")
     return [f"{name}.png" for name in (*kinds, "curves") if (search.folder / f"{name}.png").exists()]
