@@ -137,7 +137,7 @@ class Failed(Exception):
 
 
 class TimeUp(Exception):
-    """The budget is spent."""
+    """A trial is not to be run, or to its end: it does not count."""
 
 
 # The space
@@ -215,15 +215,20 @@ def parse_space(texts, module):
     return space
 
 
+def fixed_values(space):
+    """Flags for which a space has one value."""
+    return {name: spec[0] for key, spec in space.items() if len(spec) == 1 for name in key.split("+")}
+
+
 def check_space(space, module, base):
     """Exit with one line on values that the script refuses.
 
     Returns the base with what is fixed, the space of what varies, and options: where not every combination of sizes
     divides, they are one parameter whose choices are those that do.
     """
-    sizes = {name: space.pop(name) for name in SIZES if name in space}
-    good, why = [], None
-    fixed = {name: values[0] for key, values in space.items() if len(values) == 1 for name in key.split("+")}
+    sizes = {name: space[name] for name in SIZES if name in space}
+    space = {key: spec for key, spec in space.items() if key not in sizes}
+    good, why, fixed = [], None, fixed_values(space)
     for values in itertools.product(*sizes.values()):
         why = refused(module, base | fixed | dict(zip(sizes, values))) or why
         if not refused(module, base | fixed | dict(zip(sizes, values))):
@@ -352,8 +357,10 @@ def run_trial(trial, search, study):
         else:
             params[name] = trial.suggest_categorical(name, spec)
     # Of workers that began at once, the later ones may be too many.
-    earlier = [t for t in counted(study) if t.number < trial.number and t.state != TrialState.WAITING]
-    if len(earlier) >= search.trials:
+    numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
+    if trial.number not in numbers:
+        raise TimeUp
+    if numbers.index(trial.number) >= search.trials:
         trial.set_user_attr("lost", "one too many")
         raise TimeUp
     settings = search.settings(params)
@@ -434,22 +441,20 @@ def open_study(search):
     }[args.pruner]()
     search.folder.mkdir(parents=True, exist_ok=True)
     foreign = any(search.folder.glob("trial-*"))  # unless the study says that they are its own
-    try:
-        if args.storage:
-            storage = optuna.storages.RDBStorage(
-                args.storage, heartbeat_interval=args.heartbeat, grace_period=2 * args.heartbeat,
-                heartbeat_stale_trial_callback=again,
+    for attempt in range(10):
+        try:
+            study = optuna.create_study(
+                study_name=search.name, storage=open_storage(search), sampler=sampler, pruner=pruner,
+                direction=direction(args.objective), load_if_exists=True,
             )  # fmt: skip
-        else:
-            backend = optuna.storages.journal.JournalFileBackend(str(Path("runs") / root(search) / "study.log"))
-            storage = optuna.storages.JournalStorage(backend)
-        study = optuna.create_study(
-            study_name=search.name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True,
-            direction=direction(args.objective),
-        )  # fmt: skip
-    except Exception as error:  # SQLAlchemy and its drivers raise many kinds
-        text = str(error).strip() or type(error).__name__
-        sys.exit(f"error: --storage {args.storage or 'file'} cannot be used: {text.splitlines()[0]}")
+            break
+        except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+            text = str(error).strip() or type(error).__name__
+            # Where two commands begin at once, one finds what the other is just making.
+            if attempt == 9 or not re.search("unique|duplicate key|already exists", text, re.IGNORECASE):
+                kind = args.storage.partition("://")[0] or "file"  # and not the password in it
+                sys.exit(f"error: the {kind} --storage cannot be used: {text.splitlines()[0]}")
+            time.sleep(0.5)
     asked = json.loads(json.dumps(dict(
         script=args.script.name, strategy=args.strategy, objective=args.objective, seeds=search.seeds, base=search.base,
         space=search.space, options=search.options,
@@ -466,6 +471,18 @@ def open_study(search):
     return study
 
 
+def open_storage(search):
+    """Where a search's study is kept."""
+    args = search.args
+    if args.storage:
+        return optuna.storages.RDBStorage(
+            args.storage, heartbeat_interval=args.heartbeat, grace_period=2 * args.heartbeat,
+            heartbeat_stale_trial_callback=again,
+        )  # fmt: skip
+    file = Path("runs") / root(search) / "study.log"
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+
+
 def root(search):
     """The folder of the whole command under runs/: that of a step lies in it."""
     return search.name.partition("/")[0]
@@ -479,9 +496,14 @@ def again(study, trial):
 
 
 def lost_numbers(trials):
-    """Trials that do not count: what they were to try is tried again."""
-    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
-    return retried | {trial.number for trial in trials if "lost" in trial.user_attrs}
+    """Trials that do not count: what they were to try is tried again, or was queued twice at the same moment."""
+    lost, retried = {trial.number for trial in trials if "lost" in trial.user_attrs}, set()
+    for trial in trials:
+        history = trial.system_attrs.get("retry_history", ())
+        if retried.issuperset(history[-1:]) and history:
+            lost.add(trial.number)
+        retried.update(history)
+    return lost | retried
 
 
 def counted(study):
@@ -536,7 +558,7 @@ def show(study, search):
     complete = [trial.value for trial in done if trial.state == TrialState.COMPLETE]
     best = (min if study.direction.name == "MINIMIZE" else max)(complete, default=None)
     text = "none yet" if best is None else shown(args.objective, best)
-    left = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else "?"
+    left = time.strftime("%H:%M:%S", time.gmtime(max(left, 0))) if left < 86400 else "?"
     progress(f"{len(done)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
              f"{states.count(TrialState.FAIL)} failed, best {args.objective} {text}, {left} left",
              len(done) / search.trials)  # fmt: skip
@@ -587,13 +609,17 @@ def work(search):
             show(study, search)  # others are at the last ones; should they die, those are ours
             time.sleep(1)
             continue
-        study.optimize(partial(run_trial, search=search, study=study), 1, catch=(Failed, TimeUp),
-                       callbacks=[partial(tell, search=search)])  # fmt: skip
+        try:
+            study.optimize(partial(run_trial, search=search, study=study), 1, catch=(Failed, TimeUp),
+                           callbacks=[partial(tell, search=search)])  # fmt: skip
+        except ValueError as error:
+            if "Cannot tell a FAIL trial" not in str(error):  # found dead by others, as if this machine slept
+                raise
 
 
 def tell(study, trial, search):
     """Print a trial's end, and log it."""
-    if "lost" not in trial.user_attrs:
+    if trial.number not in lost_numbers(study.get_trials(deepcopy=False)):
         clear_progress()
         print(describe(trial, search), flush=True)
         log_hparams(trial, search)
@@ -754,7 +780,7 @@ def steps_of(args, module):
     for title, texts in titles.items():
         steps[title] = {}
         for key, values in on_grid(parse_space(texts, module), args.points).items():
-            for value in values:
+            for value in values if len(values) > 1 else ():
                 names = key.split("+")
                 word = str(value).lower() if isinstance(value, bool) else f"{value:g}" if value != int(value) else value
                 label = " ".join(f"--{name.replace('_', '-')} {word}" for name in names)
@@ -924,7 +950,9 @@ def main(args, flags):
         if stepwise:
             need(not refused(module, base), f"the flags after --: {refused(module, base)}")
             if args.strategy == "one-at-a-time":
-                check_space(parse_space(args.space, module), module, base)
+                space = parse_space(args.space, module)
+                check_space(space, module, base)
+                base |= fixed_values(space)
             return take_steps(args, module, base, deadline)
         base, space, options = check_space(parse_space(args.space, module), module, base)
         grid = args.strategy == "grid"

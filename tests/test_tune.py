@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -199,7 +201,7 @@ def test_sizes_only_where_they_divide():
         (["--strategy", "six-steps", "--trials", "3"], [], "--trials means nothing"),
         (["--strategy", "grid", "--points", "30", "--space", "clip-coef=0:1", "ent-coef=0:1", "init-log-std=0:1"], [],
          "the grid has 27,000 combinations"),
-        (["--storage", "nonsense://x", "--space", "clip-coef=0:1"], [], "--storage nonsense://x cannot be used"),
+        (["--storage", "nonsense://a:secret@x", "--space", "clip-coef=0:1"], [], "the nonsense --storage cannot"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_before_any_trial(words, flags, said):
@@ -207,7 +209,7 @@ def test_errors_are_one_line_before_any_trial(words, flags, said):
         run(*words, flags=flags)
     message = str(error.value.code)
     assert message.startswith("error: ") and said in message and "\n" not in message
-    assert not started()
+    assert "secret" not in message and not started()
 
 
 # The objective
@@ -323,6 +325,7 @@ def test_interrupt_then_the_same_command():
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=20)[0]
     assert process.returncode == 1 and out.endswith("stopped; the same command goes on\n") and "Traceback" not in out
+    assert "0 of 3 trials, 0 pruned, 0 failed, best return none yet, ? left" in out  # the live line
     assert not (Path("runs") / started()[1][0] / "finished").exists()
     assert Path("runs/tune-grid/best.json").exists()  # of the first
     out = begin(*words).communicate(timeout=60)[0]
@@ -360,12 +363,47 @@ def test_kill_all_then_the_same_command():
     assert states(load("tune-grid")) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_what_counts_by_hand():
+    """Trial 1 was interrupted and queued again by two commands at once; trial 3 found that others were enough."""
+
+    def trial(number, history=None, **user_attrs):
+        system = {"retry_history": history} if history else {}
+        return optuna.trial.create_trial(value=0.0, user_attrs=user_attrs, system_attrs=system), number
+
+    made = [
+        trial(0),
+        trial(1, lost="interrupted"),
+        trial(2),
+        trial(3, lost="one too many"),
+        trial(4, [1]),
+        trial(5, [1]),
+    ]
+    for frozen, number in made:
+        frozen.number = number
+    assert tune.lost_numbers([frozen for frozen, _ in made]) == {1, 3, 5}
+
+
+def test_a_trial_given_up_by_others_is_not_told_twice(monkeypatch):
+    """Its machine slept, say: another found it dead while it went on."""
+    report = optuna.trial.Trial.report
+
+    def late(trial, value, step):
+        if trial.number == 0:
+            trial.study._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
+            tune.again(trial.study, trial.study._storage.get_trial(trial._trial_id))
+        report(trial, value, step)
+
+    monkeypatch.setattr(optuna.trial.Trial, "report", late)
+    run("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--pruner", "none")
+    assert states(load("tune-grid")) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
 # Step by step
 
 
 def test_one_at_a_time_keeps_the_best_and_goes_on(capfd):
     words = ["--strategy", "one-at-a-time", "--seeds", "1", "2", "--pruner", "none", "--space"]
-    words += ["clip-coef=0.01,0.015,0.1,0.5", "learning-rate=0.01,0.02"]
+    words += ["clip-coef=0.01,0.015,0.1,0.5", "ent-coef=0.1", "learning-rate=0.01,0.02"]
     run(*words)
     out = capfd.readouterr().out
     report = Path("runs/tune-one-at-a-time/report.md").read_text()
@@ -386,6 +424,7 @@ def test_one_at_a_time_keeps_the_best_and_goes_on(capfd):
     run(*words)
     assert len(started()) == count and Path("runs/tune-one-at-a-time/report.md").read_text() == report
     assert {clip for name, clip in started() if "learning-rate" in name} == {0.1}  # on top of what was kept
+    assert json.loads(Path("runs/tune-one-at-a-time/best.json").read_text())["ent_coef"] == 0.1  # in all trials
 
 
 def test_six_steps_with_a_budget_and_without():
@@ -420,6 +459,54 @@ def test_heartbeat_in_a_database():
     trials = load("tune-grid", "sqlite:///shared.db").trials
     assert [trial.state.name for trial in trials].count("COMPLETE") == 2 and len(trials) == 3
     assert trials[0].state.name == "FAIL" and trials[0].params in [trial.params for trial in trials[1:]]
+
+
+@pytest.fixture
+def postgresql():
+    """The address of a PostgreSQL server of our own, from the Debian package postgresql."""
+    found = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    programs = next((Path(path).resolve().parent for path in found if path), None)
+    if programs is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    user = {}
+    if os.getuid() == 0:  # as which it refuses to run
+        shutil.chown(folder, "postgres")
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(program, *words):
+        done = subprocess.run([programs / program, "-D", folder / "data", *words], cwd=folder, **user, timeout=60,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    try:
+        call("initdb", "-A", "trust", "-U", "tune", "--no-sync")
+        call("pg_ctl", "-w", "-l", folder / "log", "-o", f"-p {port} -k {folder} -h 127.0.0.1", "start")
+        yield f"postgresql+psycopg://tune@127.0.0.1:{port}/postgres"
+        call("pg_ctl", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_four_workers_on_postgresql_one_killed(postgresql):
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.10", "--points", "10", "--seeds", "1"]
+    words += ["--pruner", "none", "--storage", postgresql, "--heartbeat", "1", "--", "--seconds", "2"]
+    machines = [begin(*words, workers=2) for _ in range(2)]
+    wait_for(lambda: len(started()) >= 4, 120)
+    trials = load("tune-grid", postgresql).trials
+    running = [trial for trial in trials if trial.state.name == "RUNNING" and "process" in trial.user_attrs]
+    victim = running[0]
+    assert len({trial.user_attrs["process"] for trial in running}) > 1
+    os.kill(int(victim.user_attrs["process"].split()[0]), signal.SIGKILL)
+    for machine in machines:
+        assert "10 of 10 trials, 0 pruned, 0 failed" in machine.communicate(timeout=120)[0]
+    trials = load("tune-grid", postgresql).trials
+    complete = sorted(trial.params["clip-coef"] for trial in trials if trial.state.name == "COMPLETE")
+    assert complete == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
+    assert trials[victim.number].state.name == "FAIL"
 
 
 # Real runs
