@@ -66,8 +66,8 @@ SIX_STEPS = {
 GUIDE_SEEDS = (10, 42, 100, 200, 300)
 SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that divide
 # What says where a run lies, how long it is and how it is judged is the same in all trials.
-NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed eval_interval "
-             "eval_episodes final_eval_episodes").split()  # fmt: skip
+NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
+             "eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
 GRACE = 10  # seconds that a run has to end in before it is killed
 EVALUATION = re.compile(r"(?:evaluation at ([\d,]+) steps|final policy): return (\S+) ± \S+, length (\S+) ±")
 
@@ -346,77 +346,72 @@ def process_mark(pid):
 
 def run_trial(trial, search, study):
     """The objective: the median over the seeds' runs."""
-    args, total = search.args, search.base["total_timesteps"]
-    trial.set_user_attr("host", socket.gethostname())
-    trial.set_user_attr("process", process_mark(os.getpid()))
-    params = {}
-    for name, spec in search.space.items():
-        if isinstance(spec, tuple):
-            suggest = trial.suggest_int if isinstance(spec[0], int) else trial.suggest_float
-            params[name] = suggest(name, spec[0], spec[1], log=spec[2])
-        else:
-            params[name] = trial.suggest_categorical(name, spec)
-    # Of workers that began at once, the later ones may be too many.
-    numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
-    if trial.number not in numbers:
-        raise TimeUp
-    if numbers.index(trial.number) >= search.trials:
-        trial.set_user_attr("lost", "one too many")
-        raise TimeUp
-    settings = search.settings(params)
-    config = search.folder / f"trial-{trial.number}.json"
-    write(config, lambda part: part.write_text(json.dumps(as_config(settings), indent=2) + "\n"))
-    scores, results = [], {}
     try:
-        for i, seed in enumerate(search.seeds):
-            run = f"{search.name}/trial-{trial.number}-seed-{seed}"
-            command = [
-                sys.executable,
-                str(args.script),
-                "--config",
-                str(config),
-                "--seed",
-                str(seed),
-                "--run-name",
-                run,
-            ]
-            evaluations, final = [], False
-            with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
-                for line in lines:
-                    if time.time() > search.deadline:
-                        trial.set_user_attr("lost", "the budget was spent")
-                        raise TimeUp
-                    show(study, search)
-                    if line is None:
-                        continue
-                    # Each line after an evaluation comes when its checkpoint is on the disk.
-                    if args.objective == "steps-to-target" and any(map(reached, evaluations)):
-                        break
-                    match = EVALUATION.match(line.rpartition("\x1b[K")[2].rpartition("\r")[2])
-                    if not match:
-                        continue
-                    steps, *values = (float((group or "nan").replace(",", "")) for group in match.groups())
-                    if not all(map(math.isfinite, values)):
-                        raise Failed(f"not finite: {line}")
-                    final = math.isnan(steps)
-                    evaluations.append((total if final else int(steps), *values))
-                    value = statistics.median([*scores, score(args.objective, evaluations, total)])
-                    if not final or not evaluations[:-1] or evaluations[-2][0] < total:  # a step counts once
-                        trial.report(value, i * total + evaluations[-1][0])
-                    if not final and trial.should_prune():
-                        raise optuna.TrialPruned
-            if not evaluations:
-                raise Failed("no evaluation in its output")
-            scores.append(score(args.objective, evaluations, total))
-            results[seed] = scores[-1]
+        trial.set_user_attr("host", socket.gethostname())
+        trial.set_user_attr("process", process_mark(os.getpid()))
+        params = {name: suggest(trial, name, spec) for name, spec in search.space.items()}
+        # Of workers that began at once, the later ones may be too many.
+        numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
+        if trial.number not in numbers:
+            raise TimeUp
+        if numbers.index(trial.number) >= search.trials:
+            trial.set_user_attr("lost", "one too many")
+            raise TimeUp
+        text = json.dumps(as_config(search.settings(params)), indent=2) + "\n"
+        write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
+        results = {}
+        for seed in search.seeds:
+            try:
+                results[seed] = run_seed(trial, search, study, seed, list(results.values()))
+            except Failed as error:
+                trial.set_user_attr("reason", f"seed {seed}: {error}")
+                raise
             trial.set_user_attr("results", results)
-        return statistics.median(scores)
+        return statistics.median(results.values())
     except KeyboardInterrupt:
         trial.set_user_attr("lost", "interrupted")
         raise
-    except Failed as error:
-        trial.set_user_attr("reason", f"seed {seed}: {error}")
-        raise
+
+
+def suggest(trial, name, spec):
+    """A parameter's value, by the study's sampler."""
+    if not isinstance(spec, tuple):
+        return trial.suggest_categorical(name, spec)
+    low, high, log = spec
+    return (trial.suggest_int if isinstance(low, int) else trial.suggest_float)(name, low, high, log=log)
+
+
+def run_seed(trial, search, study, seed, scores):
+    """What a trial's run with one seed is worth; `scores`: those of the seeds before."""
+    objective, total = search.args.objective, search.base["total_timesteps"]
+    run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
+    command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
+    evaluations = []
+    with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
+        for line in lines:
+            if time.time() > search.deadline:
+                trial.set_user_attr("lost", "the budget was spent")
+                raise TimeUp
+            show(study, search)
+            # The line after an evaluation comes when its checkpoint is on the disk.
+            if line and objective == "steps-to-target" and any(map(reached, evaluations)):
+                break
+            match = EVALUATION.match((line or "").removeprefix("\r\x1b[K"))
+            if not match:
+                continue
+            steps, *values = match.groups()
+            if not all(math.isfinite(float(value)) for value in values):
+                raise Failed(f"not finite: {line}")
+            known = evaluations[-1][0] if evaluations else 0
+            evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
+            if evaluations[-1][0] > known:  # the final policy's may be the second at its step: one is reported
+                value = statistics.median([*scores, score(objective, evaluations, total)])
+                trial.report(value, len(scores) * total + evaluations[-1][0])
+                if steps and trial.should_prune():
+                    raise optuna.TrialPruned
+    if not evaluations:
+        raise Failed("no evaluation in its output")
+    return score(objective, evaluations, total)
 
 
 def as_config(settings):

@@ -336,18 +336,18 @@ def test_interrupt_then_the_same_command():
 
 
 def test_two_workers_one_killed():
-    words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.06", "--points", "6", "--seeds", "1"]
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.04", "--points", "4", "--seeds", "1"]
     words += ["--pruner", "none", "--", "--seconds", "1.5"]
     process = begin(*words, workers=2)
     wait_for(lambda: len(started()) >= 2, 60)
     victim = next(t for t in load("tune-grid").trials if t.state.name == "RUNNING" and "process" in t.user_attrs)
     os.kill(int(victim.user_attrs["process"].split()[0]), signal.SIGKILL)
     out = process.communicate(timeout=60)[0]
-    assert "6 of 6 trials, 0 pruned, 0 failed" in out
+    assert "4 of 4 trials, 0 pruned, 0 failed" in out
     trials = load("tune-grid").trials
     complete = sorted(t.params["clip-coef"] for t in trials if t.state.name == "COMPLETE")
-    assert complete == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
-    assert len(trials) == 7 and trials[victim.number].state.name == "FAIL"
+    assert complete == [0.01, 0.02, 0.03, 0.04]
+    assert len(trials) == 5 and trials[victim.number].state.name == "FAIL"
     assert not Path(f"runs/tune-grid/trial-{victim.number}-seed-1/finished").exists()  # its run ended with it
 
 
@@ -492,8 +492,8 @@ def postgresql():
 
 
 def test_four_workers_on_postgresql_one_killed(postgresql):
-    words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.10", "--points", "10", "--seeds", "1"]
-    words += ["--pruner", "none", "--storage", postgresql, "--heartbeat", "1", "--", "--seconds", "2"]
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.08", "--points", "8", "--seeds", "1"]
+    words += ["--pruner", "none", "--storage", postgresql, "--heartbeat", "1", "--", "--seconds", "1.5"]
     machines = [begin(*words, workers=2) for _ in range(2)]
     wait_for(lambda: len(started()) >= 4, 120)
     trials = load("tune-grid", postgresql).trials
@@ -502,10 +502,10 @@ def test_four_workers_on_postgresql_one_killed(postgresql):
     assert len({trial.user_attrs["process"] for trial in running}) > 1
     os.kill(int(victim.user_attrs["process"].split()[0]), signal.SIGKILL)
     for machine in machines:
-        assert "10 of 10 trials, 0 pruned, 0 failed" in machine.communicate(timeout=120)[0]
+        assert "8 of 8 trials, 0 pruned, 0 failed" in machine.communicate(timeout=120)[0]
     trials = load("tune-grid", postgresql).trials
     complete = sorted(trial.params["clip-coef"] for trial in trials if trial.state.name == "COMPLETE")
-    assert complete == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
+    assert complete == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
     assert trials[victim.number].state.name == "FAIL"
 
 
@@ -518,7 +518,7 @@ def test_real_trials(capfd):
         shutil.copy(ROOT / name, name)
     flags = "--no-cameras --num-steps 32 --minibatch-size 32 --total-timesteps 128 --eval-interval 64 "
     flags += "--eval-episodes 1 --final-eval-episodes 1"
-    args = tune.Args(strategy="random", trials=2, seeds=(1,), space=("clip-coef=0.01:0.3:log", "num-envs=2"),
+    args = tune.Args(strategy="random", trials=1, seeds=(1,), space=("clip-coef=0.01:0.3:log", "num-envs=2"),
                      script=Path("ppo_ballbot.py"))  # fmt: skip
     tune.main(args, flags.split())
     study = load("tune-random")
