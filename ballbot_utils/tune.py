@@ -396,7 +396,7 @@ def run_seed(trial, search, study, seed, scores):
             # The line after an evaluation comes when its checkpoint is on the disk.
             if line and objective == "steps-to-target" and any(map(reached, evaluations)):
                 break
-            match = EVALUATION.match((line or "").removeprefix("\r\x1b[K"))
+            match = EVALUATION.match(line or "")
             if not match:
                 continue
             steps, *values = match.groups()
@@ -716,7 +716,8 @@ def draw_study(study, search):
     complete = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
     if len({trial.value for trial in complete}) < 2 or len(study.best_params) < 2:
         del kinds["importances"], kinds["interactions"]  # they compare parameters by what differs
-    with matplotlib.rc_context():  # Optuna changes the style of all that comes after
+    with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna changes the style of all that comes after
+        warnings.simplefilter("ignore", UserWarning)  # of axes with one value
         for name, picture in kinds.items():
             axes = np.ravel(picture(study))
             figure = axes[0].figure

@@ -306,21 +306,9 @@ def test_budget_ends_in_time_and_loses_nothing():
     assert first.params == second.params and len(started()) == 2
 
 
-def test_interrupt_then_the_same_command():
-    words = [
-        "--strategy",
-        "grid",
-        "--space",
-        "clip-coef=0.01,0.1,0.2",
-        "--seeds",
-        "1",
-        "--pruner",
-        "none",
-        "--",
-        "--seconds",
-        "1",
-    ]
-    process = begin(*words)
+def test_interrupt_then_the_same_command(capfd):
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1,0.2", "--seeds", "1"]
+    process = begin(*words, "--", "--seconds", "1")
     wait_for(lambda: len(started()) == 2)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=20)[0]
@@ -328,7 +316,8 @@ def test_interrupt_then_the_same_command():
     assert "0 of 3 trials, 0 pruned, 0 failed, best return none yet, ? left" in out  # the live line
     assert not (Path("runs") / started()[1][0] / "finished").exists()
     assert Path("runs/tune-grid/best.json").exists()  # of the first
-    out = begin(*words).communicate(timeout=60)[0]
+    run(*words, flags=["--seconds", "1"])
+    out = capfd.readouterr().out
     assert "goes on after 1 trials of 3" in out and "3 of 3 trials, 0 pruned, 0 failed" in out
     complete = [t.params["clip-coef"] for t in load("tune-grid").trials if t.state.name == "COMPLETE"]
     assert sorted(complete) == [0.01, 0.1, 0.2]
@@ -351,16 +340,22 @@ def test_two_workers_one_killed():
     assert not Path(f"runs/tune-grid/trial-{victim.number}-seed-1/finished").exists()  # its run ended with it
 
 
-def test_kill_all_then_the_same_command():
-    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1", "--", "--seconds", "1"]
-    process = begin(*words)
+@pytest.mark.parametrize("storage", [None, "sqlite:///shared.db"])
+def test_kill_all_then_the_same_command(storage, capfd):
+    """Found by its pid in the study's file, and by its heartbeat in the database that machines share."""
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1"]
+    words += ["--storage", storage, "--heartbeat", "1"] if storage else []
+    process = begin(*words, "--", "--seconds", "1")
     wait_for(lambda: len(started()) == 1)
     process.kill()
     process.communicate()
-    assert states(load("tune-grid")) == ["RUNNING"]
-    out = begin(*words).communicate(timeout=60)[0]
-    assert "2 of 2 trials, 0 pruned, 0 failed" in out
-    assert states(load("tune-grid")) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert states(load("tune-grid", storage)) == ["RUNNING"]
+    run(*words, flags=["--seconds", "1"])
+    assert "2 of 2 trials, 0 pruned, 0 failed" in capfd.readouterr().out
+    first, *others = load("tune-grid", storage).trials
+    assert first.state.name == "FAIL" and [trial.state.name for trial in others] == ["COMPLETE", "COMPLETE"]
+    assert sorted(trial.params["clip-coef"] for trial in others) == [0.01, 0.1]
+    assert not Path("runs/tune-grid/trial-0-seed-1/finished").exists()  # its run ended with it
 
 
 def test_what_counts_by_hand():
@@ -444,21 +439,6 @@ def test_six_steps_with_a_budget_and_without():
 
 
 # Databases
-
-
-def test_heartbeat_in_a_database():
-    """The same database that many machines would share, here a file."""
-    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1", "--storage", "sqlite:///shared.db"]
-    words += ["--heartbeat", "1", "--", "--seconds", "1"]
-    process = begin(*words)
-    wait_for(lambda: len(started()) == 1)
-    process.kill()
-    process.communicate()
-    out = begin(*words).communicate(timeout=60)[0]
-    assert "2 of 2 trials, 0 pruned, 0 failed" in out
-    trials = load("tune-grid", "sqlite:///shared.db").trials
-    assert [trial.state.name for trial in trials].count("COMPLETE") == 2 and len(trials) == 3
-    assert trials[0].state.name == "FAIL" and trials[0].params in [trial.params for trial in trials[1:]]
 
 
 @pytest.fixture
