@@ -122,6 +122,7 @@ class Search:
 
     @property
     def folder(self):
+        """Where its trials lie."""
         return Path("runs") / self.name
 
     def settings(self, params):
@@ -308,6 +309,7 @@ def output(command, log_path):
 
 
 def reached(evaluation):
+    """Whether (steps, return, length) meets both targets."""
     return evaluation[1] > TARGET_RETURN and evaluation[2] > TARGET_LENGTH
 
 
@@ -560,6 +562,7 @@ def show(study, search):
 
 
 def finished(trials):
+    """Those that ended, in whatever way."""
     return [trial for trial in trials if trial.state.is_finished()]
 
 

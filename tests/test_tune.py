@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_ballbot
 from ballbot_utils import tune
@@ -237,7 +238,10 @@ def test_median_over_seeds_and_best_json():
     assert "evaluation at 250" in Path("runs/tune-grid/trial-0-seed-9.log").read_text()
     made = {file.name for file in Path("runs/tune-grid").glob("*.png")}
     assert made == {"history.png", "slices.png"}  # one parameter: nothing to compare
-    assert len(list(Path("runs/tune-grid/hparams").glob("trial-*/events*"))) >= 2
+    logs = [EventAccumulator(str(file)).Reload() for file in Path("runs/tune-grid/hparams").glob("trial-*/events*")]
+    logged = [log for log in logs if "tune/return" in log.Tags()["scalars"]]
+    assert sorted(log.Scalars("tune/return")[0].value for log in logged) == pytest.approx([81.2, 90.2])
+    assert all("_hparams_/session_start_info" in log.PluginTagToContent("hparams") for log in logged)
 
 
 def test_steps_to_target_ends_runs_that_met_it():
