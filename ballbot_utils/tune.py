@@ -1,0 +1,974 @@
+"""The guide's tuning strategies: `python -m ballbot_utils.tune --strategy tpe --trials 50 -- --preset tuned`.
+
+A trial is an ordinary run of ppo_ballbot.py for each of --seeds, with the flags that a strategy chose from --space
+and those after `--`. Everything lies in runs/<study>/: for each trial its flags (trial-3.json), and for each seed
+its run (trial-3-seed-1/) and what that printed (trial-3-seed-1.log). The same command again goes on where it was, and
+on other machines, with the same --storage, joins in. Samplers, pruners, storages and plots are Optuna's.
+
+- grid: every combination; a range stands for --points values.
+- one-at-a-time: the first hyperparameter of --space, then the next with the first's best value, and so on.
+- random, tpe: --trials combinations, drawn independently, or by the tree-structured Parzen estimator.
+- six-steps: the guide's systematic process, with its values: baseline, learning rate, clip range, exploration,
+  architecture, validation on its five seeds; --space is not used.
+"""
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from ballbot_utils import diagnose, plot
+from ballbot_utils.common import clear_progress, need, progress, write
+from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+except ImportError:
+    sys.exit("error: tuning needs Optuna: pip install -r requirements-tune.txt")
+
+# The guide's typical ranges. It gives two for the clip range, 0.01 to 0.05 and 0.1 to 0.3, and values for what is no
+# range; num_envs 8 and 16 are ours, between its 4, 10 and 32.
+SPACE = (
+    "learning-rate=1e-5:1e-3:log", "clip-coef=0.01:0.3:log", "num-steps=512,1024,2048,4096", "update-epochs=3:10",
+    "minibatch-size=64,128,256,512", "ent-coef=0.0001:0.01:log", "vf-coef=0.5:2", "norm-adv=false,true",
+    "hidden-size=64,128,256,512", "weight-decay=0:0.1", "num-envs=4,8,10,16,32",
+)  # fmt: skip
+# The guide's process, step by step. It has no values for the initial noise and "different depths": those are ours.
+SIX_STEPS = {
+    "learning rate": ("learning-rate=1e-5,5e-5,1e-4,5e-4,1e-3",),
+    "clip range": ("clip-coef=0.01,0.015,0.02,0.03",),
+    "exploration": ("ent-coef=0.0001,0.001,0.01", "init-log-std=-1,-0.5,0"),
+    "architecture": ("hidden-size=64,128,256", "pi-layers+vf-layers=2,3,4"),
+}
+GUIDE_SEEDS = (10, 42, 100, 200, 300)
+SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that divide
+# What says where a run lies, how long it is and how it is judged is the same in all trials.
+NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
+             "eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
+GRACE = 10  # seconds that a run has to end in before it is killed
+EVALUATION = re.compile(r"(?:evaluation at ([\d,]+) steps|final policy): return (\S+) ± \S+, length (\S+) ±")
+
+
+@dataclass
+class Args:
+    strategy: Literal["grid", "one-at-a-time", "random", "tpe", "six-steps"] = "tpe"
+    """the guide's strategies 1 (both grid and one-at-a-time), 2 and 3, or its systematic process"""
+    space: tuple[str, ...] = SPACE
+    """what to try, in flags' own names: name=low:high, name=low:high:log, name=a,b,c or one value. The default: the
+    guide's typical ranges"""
+    study: str = ""
+    """folder under runs/ and name in the storage; empty: tune-<strategy>"""
+    script: Path = Path("ppo_ballbot.py")
+    """the program to tune: this one, ppo_ballbot_schedules.py or a copy of yours"""
+    objective: Literal["return", "length", "steps-to-target"] = "return"
+    """what is judged, on unseen terrain: the final policy's return or length, or the steps until an evaluation met both
+    targets (a run ends there). Where none did: once to twice --total-timesteps, less the nearer it came"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """each trial's runs, one after the other; their median counts"""
+    trials: int | None = None
+    """trials in all, with those of earlier and other commands; default: 20, or the whole grid"""
+    points: int = 3
+    """values of a range for grid and one-at-a-time"""
+    budget_minutes: float = math.inf
+    """end after this time; a trial cut short is tried again by the next command"""
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    """end bad trials early: below the median of others at equal steps, or by Hyperband"""
+    startup_trials: int = 10
+    """random trials before tpe chooses, and finished ones before the median prunes"""
+    workers: int = 1
+    """trials at a time on this machine"""
+    storage: str = ""
+    """a database that many machines share, postgresql+psycopg://user:password@host/name; empty: a file in the folder"""
+    heartbeat: int = 60
+    """seconds between a trial's signs of life in a database; dead and tried again after twice that"""
+
+
+@dataclass
+class Search:
+    """One Optuna study: all that its workers need."""
+
+    args: Args
+    name: str  # of the study, and of its folder under runs/
+    base: dict  # every flag, as trials have them where nothing else is chosen
+    space: dict  # of each parameter (low, high, log) or a list of choices
+    options: dict  # for parameters whose choices are labels: {parameter: {label: {flag: value}}}
+    seeds: tuple
+    trials: int
+    grid: bool
+    deadline: float
+
+    @property
+    def folder(self):
+        """Where its trials lie."""
+        return Path("runs") / self.name
+
+    def settings(self, params):
+        """Every flag of a trial."""
+        chosen = {}
+        for name, value in params.items():
+            chosen |= self.options[name][value] if name in self.options else {name.replace("-", "_"): value}
+        return self.base | chosen
+
+
+class Failed(Exception):
+    """A trial's run crashed or diverged."""
+
+
+class TimeUp(Exception):
+    """A trial is not to be run, or to its end: it does not count."""
+
+
+# The space
+
+
+def base_settings(script, flags):
+    """The script's module, and every flag as a trial has it: the script's own parser on what came after `--`."""
+    need(script.is_file(), f"--script {script} does not exist")
+    sys.path.insert(0, str(script.resolve().parent))
+    module, argv, said = importlib.import_module(script.stem), sys.argv, io.StringIO()
+    sys.argv = [str(script), *flags]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            settings = module.parse()
+    except SystemExit as error:
+        text = error.code if isinstance(error.code, str) else re.sub(r"[^ -~]+|-{3,}", " ", said.getvalue())
+        sys.exit(f"error: {script.name} refuses the flags after --: {' '.join(text.removeprefix('error: ').split())}")
+    finally:
+        sys.argv = argv
+    need(not (settings.resume or settings.run_name), "trials have run names of their own: give no --run-name or "
+         "--resume after --")  # fmt: skip
+    return module, asdict(settings)
+
+
+def refused(module, settings):
+    """Why the script would not run with these flags, or None."""
+    try:
+        module.check(module.Args(**settings), settings["num_processes"])
+    except SystemExit as error:
+        return str(error.code).removeprefix("error: ")
+
+
+def read_value(word, kind, text):
+    """A value of --space `text`, of the flag's type."""
+    word = word.strip()
+    try:
+        value = {"true": True, "false": False}[word] if kind is bool else kind(word)
+    except (ValueError, KeyError):
+        names = {bool: "neither true nor false", int: "no whole number", float: "no number"}
+        sys.exit(f"error: --space {text}: {word!r} is {names[kind]}")
+    need(kind is str or math.isfinite(value), f"--space {text}: {word} is not finite")
+    return value
+
+
+def parse_space(texts, module):
+    """Texts `name=low:high[:log]`, `name=a,b` or `name=value` to {name: (low, high, log) or list of values}.
+
+    Names joined by + have their value in common.
+    """
+    default, space, seen = asdict(module.Args()), {}, set()
+    for text in texts:
+        key, _, values = text.partition("=")
+        names = [name.replace("-", "_") for name in key.split("+")]
+        for name in names:
+            need(name in default, f"--space {text}: {module.__name__}.py has no flag --{name.replace('_', '-')}")
+            need(name not in NOT_TUNED, f"--space {text}: not for tuning; give it after --, for all trials")
+            need(name not in seen, f"--space {text}: {name.replace('_', '-')} is given twice")
+            seen.add(name)
+        need(values.strip(), f"--space {text}: give name=low:high, name=low:high:log, name=a,b,c or name=value")
+        kind = type(default[names[0]])
+        if ":" in values and kind in (int, float):
+            words = values.split(":")
+            log = words[2:] == ["log"]
+            need(len(words) == 2 or log, f"--space {text}: a range is low:high or low:high:log")
+            low, high = (read_value(word, kind, text) for word in words[:2])
+            need(low < high, f"--space {text}: the range is empty")
+            need(low > 0 or not log, f"--space {text}: a logarithmic range starts above 0")
+            spec = (low, high, log)
+            if names[0] in SIZES:  # the low end doubled, and again: others would hardly divide
+                need(low > 0, f"--space {text}: give sizes of 1 or more")
+                spec = [low * 2**i for i in range(int(math.log2(high / low)) + 1)]
+        else:
+            spec = list(dict.fromkeys(read_value(word, kind, text) for word in values.split(",")))
+        space["+".join(names)] = spec
+    return space
+
+
+def fixed_values(space):
+    """Flags for which a space has one value."""
+    return {name: spec[0] for key, spec in space.items() if len(spec) == 1 for name in key.split("+")}
+
+
+def check_space(space, module, base):
+    """Exit with one line on values that the script refuses.
+
+    Returns the base with what is fixed, the space of what varies, and options: where not every combination of sizes
+    divides, they are one parameter whose choices are those that do.
+    """
+    sizes = {name: space[name] for name in SIZES if name in space}
+    space = {key: spec for key, spec in space.items() if key not in sizes}
+    good, why, fixed = [], None, fixed_values(space)
+    for values in itertools.product(*sizes.values()):
+        why = refused(module, base | fixed | dict(zip(sizes, values))) or why
+        if not refused(module, base | fixed | dict(zip(sizes, values))):
+            good.append(dict(zip(sizes, values)))
+    need(good, f"--space leaves no possible trial: {why}")
+    base = base | fixed | good[0]
+    for key, spec in space.items():
+        for value in spec[:2] if isinstance(spec, tuple) else spec:
+            why = refused(module, base | dict.fromkeys(key.split("+"), value))
+            need(not why, f"--space {key.replace('_', '-')}: {why}")
+    varied = {key.replace("_", "-"): spec for key, spec in space.items() if len(spec) > 1}
+    options = {key: {str(v): dict.fromkeys(key.replace("-", "_").split("+"), v) for v in spec}
+               for key, spec in varied.items() if "+" in key}  # fmt: skip
+    varied |= {key: list(labels) for key, labels in options.items()}
+    if len(good) == math.prod(map(len, sizes.values())):
+        varied |= {name.replace("_", "-"): values for name, values in sizes.items() if len(values) > 1}
+    else:
+        several = {name: values for name, values in sizes.items() if len(values) > 1}
+        key = ", ".join(several).replace("_", "-")
+        labels = {", ".join(str(sizes[name]) for name in several): sizes for sizes in good}
+        if len(labels) > 1:
+            options[key], varied[key] = labels, list(labels)
+    need(varied, "--space has nothing that varies: give a range or several values")
+    return base, varied, options
+
+
+def on_grid(space, points):
+    """The space with `points` values in place of each range."""
+
+    def values(low, high, log):
+        even = (np.geomspace if log else np.linspace)(low, high, points)
+        if isinstance(low, int):
+            return list(dict.fromkeys(even.round().astype(int).tolist()))
+        return [float(f"{value:.3g}") for value in even]
+
+    return {key: values(*spec) if isinstance(spec, tuple) else spec for key, spec in space.items()}
+
+
+# A trial
+
+
+def output(command, log_path):
+    """Run a command; yields each line of its output, which goes to a file too, and None once a second and at least.
+
+    However this ends, so does the command, with all processes that it started.
+    """
+    with open(log_path, "wb", buffering=0) as log:
+        # A session of its own: Ctrl-C reaches it through us alone. If we are killed, its next line finds no reader.
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 start_new_session=True)  # fmt: skip
+        rest = b""
+        try:
+            while True:
+                yield None
+                if not select.select([child.stdout], [], [], 1)[0]:
+                    continue
+                chunk = os.read(child.stdout.fileno(), 1 << 16)
+                log.write(chunk)
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+                if not chunk:
+                    break
+            code = child.wait()
+            if code:
+                text = log_path.read_text(errors="replace").splitlines()
+                errors = [line for line in text if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+                by = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
+                raise Failed(by or [*(line for line in text if line.strip()), "no output", *errors][-1])
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def reached(evaluation):
+    """Whether (steps, return, length) meets both targets."""
+    return evaluation[1] > TARGET_RETURN and evaluation[2] > TARGET_LENGTH
+
+
+def score(objective, evaluations, total):
+    """What a run is worth by its evaluations so far, [(steps, return, length)]."""
+    if objective != "steps-to-target":
+        return evaluations[-1][1 if objective == "return" else 2]
+    met = [steps for steps, *_ in filter(reached, evaluations)]
+    _, last_return, last_length = evaluations[-1]
+    share = min(max(last_return, 0) / TARGET_RETURN, last_length / TARGET_LENGTH, 1)
+    return float(met[0]) if met else total * (2 - share)
+
+
+def shown(objective, value):
+    """A value of the objective as text."""
+    return f"{value:.1f}" if objective == "return" else f"{value:,.0f}"
+
+
+def direction(objective):
+    """Whether Optuna is to maximize or minimize it."""
+    return "minimize" if objective == "steps-to-target" else "maximize"
+
+
+def process_mark(pid):
+    """A process's pid and start, which no other shares; None where it does not run."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        state, *rest = stat.read_text().rpartition(")")[2].split() if stat.exists() else "?"
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    except PermissionError:
+        return str(pid)
+    return None if state == "Z" else " ".join([str(pid), *rest[18:19]])
+
+
+def run_trial(trial, search, study):
+    """The objective: the median over the seeds' runs."""
+    try:
+        trial.set_user_attr("host", socket.gethostname())
+        trial.set_user_attr("process", process_mark(os.getpid()))
+        params = {name: suggest(trial, name, spec) for name, spec in search.space.items()}
+        # Of workers that began at once, the later ones may be too many.
+        numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
+        if trial.number not in numbers:
+            raise TimeUp
+        if numbers.index(trial.number) >= search.trials:
+            trial.set_user_attr("lost", "one too many")
+            raise TimeUp
+        text = json.dumps(as_config(search.settings(params)), indent=2) + "\n"
+        write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
+        results = {}
+        for seed in search.seeds:
+            try:
+                results[seed] = run_seed(trial, search, study, seed, list(results.values()))
+            except Failed as error:
+                trial.set_user_attr("reason", f"seed {seed}: {error}")
+                raise
+            trial.set_user_attr("results", results)
+        return statistics.median(results.values())
+    except KeyboardInterrupt:
+        trial.set_user_attr("lost", "interrupted")
+        raise
+
+
+def suggest(trial, name, spec):
+    """A parameter's value, by the study's sampler."""
+    if not isinstance(spec, tuple):
+        return trial.suggest_categorical(name, spec)
+    low, high, log = spec
+    return (trial.suggest_int if isinstance(low, int) else trial.suggest_float)(name, low, high, log=log)
+
+
+def run_seed(trial, search, study, seed, scores):
+    """What a trial's run with one seed is worth; `scores`: those of the seeds before."""
+    objective, total = search.args.objective, search.base["total_timesteps"]
+    run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
+    command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
+    evaluations = []
+    with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
+        for line in lines:
+            if time.time() > search.deadline:
+                trial.set_user_attr("lost", "the budget was spent")
+                raise TimeUp
+            show(study, search)
+            # The line after an evaluation comes when its checkpoint is on the disk.
+            if line and objective == "steps-to-target" and any(map(reached, evaluations)):
+                break
+            match = EVALUATION.match(line or "")
+            if not match:
+                continue
+            steps, *values = match.groups()
+            if not all(math.isfinite(float(value)) for value in values):
+                raise Failed(f"not finite: {line}")
+            known = evaluations[-1][0] if evaluations else 0
+            evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
+            if evaluations[-1][0] > known:  # the final policy's may be the second at its step: one is reported
+                value = statistics.median([*scores, score(objective, evaluations, total)])
+                trial.report(value, len(scores) * total + evaluations[-1][0])
+                if steps and trial.should_prune():
+                    raise optuna.TrialPruned
+    if not evaluations:
+        raise Failed("no evaluation in its output")
+    return score(objective, evaluations, total)
+
+
+def as_config(settings):
+    """Flags as the scripts take them by --config."""
+    return {key: value for key, value in settings.items() if key not in ("run_name", "config", "resume")}
+
+
+# A study
+
+
+def open_study(search):
+    """The Optuna study of a search, begun or joined; exits with one line where it cannot be."""
+    args = search.args
+    samplers = {"random": optuna.samplers.RandomSampler,
+                "tpe": partial(optuna.samplers.TPESampler, n_startup_trials=args.startup_trials)}  # fmt: skip
+    sampler = optuna.samplers.GridSampler(search.space) if search.grid else samplers[args.strategy]()
+    interval, total = search.base["eval_interval"], search.base["total_timesteps"]
+    pruner = {
+        "median": lambda: optuna.pruners.MedianPruner(args.startup_trials),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(min(interval, total), total * len(search.seeds)),
+        "none": optuna.pruners.NopPruner,
+    }[args.pruner]()
+    search.folder.mkdir(parents=True, exist_ok=True)
+    foreign = any(search.folder.glob("trial-*"))  # unless the study says that they are its own
+    for attempt in range(10):
+        try:
+            study = optuna.create_study(
+                study_name=search.name, storage=open_storage(search), sampler=sampler, pruner=pruner,
+                direction=direction(args.objective), load_if_exists=True,
+            )  # fmt: skip
+            break
+        except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+            text = str(error).strip() or type(error).__name__
+            # Where two commands begin at once, one finds what the other is just making.
+            if attempt == 9 or not re.search("unique|duplicate key|already exists", text, re.IGNORECASE):
+                kind = args.storage.partition("://")[0] or "file"  # and not the password in it
+                sys.exit(f"error: the {kind} --storage cannot be used: {text.splitlines()[0]}")
+            time.sleep(0.5)
+    asked = json.loads(json.dumps(dict(
+        script=args.script.name, strategy=args.strategy, objective=args.objective, seeds=search.seeds, base=search.base,
+        space=search.space, options=search.options,
+    )))  # fmt: skip
+    begun = study.user_attrs.get("settings")
+    if begun is None:
+        need(not foreign, f"{search.folder} has trials of another study: move it away, or "
+             "give another --study")  # fmt: skip
+        study.set_user_attr("settings", asked)
+    else:
+        wrong = [key for key in asked if asked[key] != begun.get(key)]
+        need(not wrong, f"study {search.name} was begun with other flags ({', '.join(wrong)}): give those again, or "
+             "another --study")  # fmt: skip
+    return study
+
+
+def open_storage(search):
+    """Where a search's study is kept."""
+    args = search.args
+    if args.storage:
+        return optuna.storages.RDBStorage(
+            args.storage, heartbeat_interval=args.heartbeat, grace_period=2 * args.heartbeat,
+            heartbeat_stale_trial_callback=again,
+        )  # fmt: skip
+    file = Path("runs") / root(search) / "study.log"
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+
+
+def root(search):
+    """The folder of the whole command under runs/: that of a step lies in it."""
+    return search.name.partition("/")[0]
+
+
+def again(study, trial):
+    """Try a lost trial's parameters again."""
+    trial = copy(trial)
+    trial.user_attrs = {}  # they are of its process
+    optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+def lost_numbers(trials):
+    """Trials that do not count: what they were to try is tried again, or was queued twice at the same moment."""
+    lost, retried = {trial.number for trial in trials if "lost" in trial.user_attrs}, set()
+    for trial in trials:
+        history = trial.system_attrs.get("retry_history", ())
+        if retried.issuperset(history[-1:]) and history:
+            lost.add(trial.number)
+        retried.update(history)
+    return lost | retried
+
+
+def counted(study):
+    """All trials but those lost."""
+    trials = study.get_trials(deepcopy=False)
+    lost = lost_numbers(trials)
+    return [trial for trial in trials if trial.number not in lost]
+
+
+def revive(study):
+    """Try trials again whose process is gone: by their heartbeat in a database, else by their pid on this machine."""
+    storage = study._storage
+    if optuna.storages._heartbeat.is_heartbeat_enabled(storage):
+        return optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        mark = trial.user_attrs.get("process")
+        if mark is None:  # it says so in its first moment, or died in it
+            dead = time.time() - trial.datetime_start.timestamp() > 60
+        else:
+            dead = trial.user_attrs["host"] == socket.gethostname() and process_mark(int(mark.split()[0])) != mark
+        if dead:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker was first
+                if storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
+                    again(study, trial)
+
+
+def retry_lost(study):
+    """Queue what was interrupted and not queued yet."""
+    trials = study.get_trials(deepcopy=False)
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    for trial in trials:
+        if "lost" in trial.user_attrs and trial.number not in retried:
+            again(study, trial)
+
+
+_shown = 0.0
+
+
+def show(study, search):
+    """The live line."""
+    global _shown
+    if time.monotonic() - _shown < 1:
+        return
+    _shown = time.monotonic()
+    trials, args = counted(study), search.args
+    done, running = finished(trials), sum(trial.state == TrialState.RUNNING for trial in trials)
+    states = [trial.state for trial in done]
+    seconds = [(t.datetime_complete - t.datetime_start).total_seconds() for t in done if t.datetime_start]
+    left = search.deadline - time.time()
+    if seconds:
+        left = min(left, statistics.mean(seconds) * (search.trials - len(done)) / max(running, 1))
+    complete = [trial.value for trial in done if trial.state == TrialState.COMPLETE]
+    best = (min if study.direction.name == "MINIMIZE" else max)(complete, default=None)
+    text = "none yet" if best is None else shown(args.objective, best)
+    left = time.strftime("%H:%M:%S", time.gmtime(max(left, 0))) if left < 86400 else "?"
+    progress(f"{len(done)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
+             f"{states.count(TrialState.FAIL)} failed, best {args.objective} {text}, {left} left",
+             len(done) / search.trials)  # fmt: skip
+
+
+def finished(trials):
+    """Those that ended, in whatever way."""
+    return [trial for trial in trials if trial.state.is_finished()]
+
+
+def describe(trial, search):
+    """A finished trial in one line."""
+    words = " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in trial.params.items())  # fmt: skip
+    if trial.state == TrialState.FAIL:
+        return f"trial {trial.number} failed ({words}): {trial.user_attrs.get('reason', 'no reason known')}"
+    value = "" if trial.value is None else f" {search.args.objective} {shown(search.args.objective, trial.value)}"
+    if trial.state == TrialState.PRUNED:
+        return f"trial {trial.number} pruned at{value} ({words})"
+    return f"trial {trial.number}:{value}{spread(trial, search)} ({words})"
+
+
+def spread(trial, search):
+    """The range over a trial's seeds, as text."""
+    values = trial.user_attrs["results"].values()
+    if len(values) < 2:
+        return ""
+    return f" ({' to '.join(shown(search.args.objective, end) for end in (min(values), max(values)))})"
+
+
+def interrupt_once(*_):
+    """Ctrl-C, or SIGTERM; a second one does not disturb what the first began."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def work(search):
+    """Run trials until there are enough, or the time is up."""
+    quiet()
+    study = open_study(search)
+    while time.time() < search.deadline:
+        revive(study)
+        trials = counted(study)
+        done = len(finished(trials))
+        if done >= search.trials:
+            break
+        if done + sum(trial.state == TrialState.RUNNING for trial in trials) >= search.trials:
+            show(study, search)  # others are at the last ones; should they die, those are ours
+            time.sleep(1)
+            continue
+        try:
+            study.optimize(partial(run_trial, search=search, study=study), 1, catch=(Failed, TimeUp),
+                           callbacks=[partial(tell, search=search)])  # fmt: skip
+        except ValueError as error:
+            if "Cannot tell a FAIL trial" not in str(error):  # found dead by others, as if this machine slept
+                raise
+
+
+def tell(study, trial, search):
+    """Print a trial's end, and log it."""
+    if trial.number not in lost_numbers(study.get_trials(deepcopy=False)):
+        clear_progress()
+        print(describe(trial, search), flush=True)
+        log_hparams(trial, search)
+
+
+def be_worker(search):
+    """What the processes do that `run` starts."""
+    with contextlib.suppress(KeyboardInterrupt):
+        work(search)
+
+
+def quiet():
+    """Say nothing but our own lines, and end in order."""
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupt_once)
+
+
+def run(search):
+    """Run a search with --workers; returns its study."""
+    study = open_study(search)
+    revive(study)
+    retry_lost(study)
+    before = len(finished(counted(study)))
+    if before:
+        print(f"{search.folder}: goes on after {before} trials of {search.trials}", flush=True)
+    if search.args.workers == 1:
+        work(search)
+        return study
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=be_worker, args=(search,)) for _ in range(search.args.workers)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+            worker.join()
+    return study
+
+
+# Results
+
+
+def best_trial(study):
+    """The best complete trial, or None."""
+    if any(trial.state == TrialState.COMPLETE for trial in counted(study)):
+        return study.best_trial
+
+
+def save_best(settings, folder):
+    """best.json, which both scripts take by --config."""
+    write(folder / "best.json", lambda part: part.write_text(json.dumps(as_config(settings), indent=2) + "\n"))
+
+
+def log_hparams(trial, search):
+    """A trial for TensorBoard's HParams tab."""
+    if trial.value is None:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(search.folder / "hparams" / f"trial-{trial.number}") as writer:
+        writer.add_hparams(dict(trial.params), {f"tune/{search.args.objective}": trial.value}, run_name=".")
+
+
+def trial_runs(trial, search):
+    """The folders of a trial's runs that have a log."""
+    runs = [search.folder / f"trial-{trial.number}-seed-{seed}" for seed in search.seeds]
+    return [run for run in runs if any(run.glob(plot.EVENT_FILES))]
+
+
+def draw_curves(trials, search, path):
+    """Learning curves of trials, [(label, trial)], where there are finished episodes."""
+    groups, labels = [], []
+    for label, trial in trials:
+        curves = [plot.read(run)[1] for run in trial_runs(trial, search)]
+        curves = [curve for curve in curves if all(len(curve[row[1]][0]) for row in plot.ROWS)]
+        if curves:
+            groups.append(curves)
+            labels.append(label)
+    if groups:
+        write(path, partial(plot.draw(groups, labels).savefig, dpi=150))
+
+
+def draw_study(study, search):
+    """Optuna's pictures of a study, and the learning curves of its three best trials. Returns the files' names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as pictures
+
+    kinds = {"history": pictures.plot_optimization_history, "importances": pictures.plot_param_importances,
+             "slices": pictures.plot_slice, "interactions": pictures.plot_parallel_coordinate}  # fmt: skip
+    complete = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
+    if len({trial.value for trial in complete}) < 2 or len(study.best_params) < 2:
+        del kinds["importances"], kinds["interactions"]  # they compare parameters by what differs
+    with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna changes the style of all that comes after
+        warnings.simplefilter("ignore", UserWarning)  # of axes with one value
+        for name, picture in kinds.items():
+            axes = np.ravel(picture(study))
+            figure = axes[0].figure
+            figure.set_size_inches(max(8, 4 * len(axes)), 5)
+            if name in ("slices", "interactions"):  # numbers and names that would lie on each other
+                for ax in axes:
+                    ax.tick_params(axis="x", which="both", rotation=45)
+            write(search.folder / f"{name}.png", partial(figure.savefig, dpi=150, bbox_inches="tight"))
+            pyplot.close(figure)
+    ranked = sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")[:3]
+    draw_curves([(f"trial {trial.number}", trial) for trial in ranked], search, search.folder / "curves.png")
+    return [f"{name}.png" for name in (*kinds, "curves") if (search.folder / f"{name}.png").exists()]
+
+
+def advice(trial, search, rank):
+    """What `diagnose` says of a trial's first run, with flags to paste: lines of text."""
+    name = f"trial {trial.number}, the {rank}"
+    for run in trial_runs(trial, search)[:1]:
+        params, curves = diagnose.read(run)
+        if params and all(len(curves[tag][0]) for tag in (diagnose.RETURN, diagnose.LENGTH, diagnose.KL)):
+            command = (
+                f"python {search.args.script} --config {shlex.quote(f'{search.folder}/trial-{trial.number}.json')}"
+            )
+            found = diagnose.diagnose(params, curves)
+            lines = [f"  {finding}: {evidence}\n      {command} {flags}" for finding, evidence, flags in found]
+            return [f"{name}:", *lines] if lines else [f"{name}: nothing is wrong"]
+    return [f"{name}: too short for a diagnosis, no episode ended"]
+
+
+def conclude(study, search):
+    """Write and print what a study found."""
+    clear_progress()
+    trials, best = finished(counted(study)), best_trial(study)
+    states = [trial.state for trial in trials]
+    print(f"{search.folder}: {len(trials)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
+          f"{states.count(TrialState.FAIL)} failed")  # fmt: skip
+    if best is None:
+        return print("none was complete: there is no best")
+    save_best(search.settings(best.params), search.folder)
+    names = draw_study(study, search)
+    judged = sorted((t for t in trials if t.value is not None), key=lambda trial: trial.value)
+    worst = judged[0 if study.direction.name == "MAXIMIZE" else -1]
+    print("\n".join(advice(best, search, "best") + (advice(worst, search, "worst") if worst != best else [])))
+    print(f"best: {describe(best, search)}")
+    print(f"  python {search.args.script} --config {shlex.quote(str(search.folder / 'best.json'))}")
+    print(f"pictures: {', '.join(names)}; tensorboard --logdir {search.folder} has an HParams tab")
+
+
+# Step by step
+
+
+def steps_of(args, module):
+    """The steps of one-at-a-time or six-steps: {title: {label: {flag: value}}}."""
+    titles = SIX_STEPS if args.strategy == "six-steps" else {text.partition("=")[0]: (text,) for text in args.space}
+    steps = {}
+    for title, texts in titles.items():
+        steps[title] = {}
+        for key, values in on_grid(parse_space(texts, module), args.points).items():
+            for value in values if len(values) > 1 else ():
+                names = key.split("+")
+                word = str(value).lower() if isinstance(value, bool) else f"{value:g}" if value != int(value) else value
+                label = " ".join(f"--{name.replace('_', '-')} {word}" for name in names)
+                steps[title][label] = dict.fromkeys(names, value)
+    return steps
+
+
+def take_steps(args, module, base, deadline):
+    """Keep the best of each step, and write the report."""
+    name, folder = args.study, Path("runs") / args.study
+    steps = steps_of(args, module)
+    last = "validation" if args.strategy == "six-steps" else None
+    current, value, rows, stopped, number = dict(base), None, [], "", 0
+    for number, title in enumerate(["baseline", *steps, *filter(None, [last])], 1):
+        seeds = args.seeds if title != "validation" else GUIDE_SEEDS
+        if title == "baseline":
+            changes = {"baseline": {}}
+        elif title == "validation":
+            changes = {"baseline": base} | ({"winner": current} if current != base else {})
+        else:
+            changes = {label: change for label, change in steps[title].items() if current | change != current}
+            for label in [label for label, change in changes.items() if refused(module, current | change)]:
+                rows.append(dict(step=title, label=label, values=[], kept=False,
+                                 note=f"cannot be: {refused(module, current | changes.pop(label))}"))  # fmt: skip
+        if not changes:
+            continue
+        slug = title.replace(" ", "-").replace("+", "-")
+        search = Search(args, f"{name}/{number}-{slug}", current, {"change": list(changes)}, {"change": changes}, seeds,
+                        len(changes), True, deadline)  # fmt: skip
+        study = run(search)
+        clear_progress()
+        trials = finished(counted(study))
+        best = best_trial(study)
+        better = title != "validation" and is_better(args, best and best.value, value)
+        by_label = {trial.params["change"]: trial for trial in trials if "change" in trial.params}
+        for label in changes:
+            trial = by_label.get(label)
+            state, values = trial and trial.state, []
+            note = {None: "not run", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}.get(state, "")
+            if state == TrialState.FAIL:
+                note += f": {trial.user_attrs.get('reason', 'no reason known')}"
+            if state == TrialState.COMPLETE:
+                values = list(trial.user_attrs["results"].values())
+            kept = better and trial == best
+            rows.append(dict(step=title, label=label, values=values, note=note, kept=kept))
+        if better:
+            value, current = best.value, current | changes[best.params["change"]]
+        save_best(current, folder)
+        if len(trials) < len(changes):
+            stopped = f"The budget ended at step {number}, {title}; the same command goes on there."
+            break
+        if title == "baseline" and not better:
+            stopped = "The baseline failed: nothing to compare with."
+            break
+    write_report(args, base, current, rows, stopped)
+    return rows
+
+
+def is_better(args, value, than):
+    """Whether an objective's value is better than another; None is none."""
+    if value is None or than is None:
+        return value is not None
+    return value < than if direction(args.objective) == "minimize" else value > than
+
+
+def verdict(args, before, after):
+    """By how much `after` is better than `before`, values over seeds, and whether that is more than their spread."""
+    gain = statistics.median(after) - statistics.median(before)
+    gain = -gain if direction(args.objective) == "minimize" else gain
+    spread = max(max(values) - min(values) for values in (before, after))
+    say = partial(shown, args.objective)
+    more = "more than" if gain > spread else "not more than"
+    return (f"The winner's median {args.objective} is {say(statistics.median(after))}, the baseline's "
+            f"{say(statistics.median(before))}: better by {say(gain)}. That is {more} the seeds' spread, "
+            f"{say(spread)} from worst to best.")  # fmt: skip
+
+
+def write_report(args, base, current, rows, stopped):
+    """report.md and report.png: what was tried, what won, by how much, and whether that is more than the spread."""
+    folder, say = Path("runs") / args.study, partial(shown, args.objective)
+    changed = {key: value for key, value in current.items() if value != base[key]}
+    flags = (
+        " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items()) or "none: the baseline is best"
+    )
+    lines = [
+        f"# {args.strategy}: {args.study}", "",
+        f"Objective: {args.objective} on unseen terrain, the median over seeds {', '.join(map(str, args.seeds))}; "
+        f"{base['total_timesteps']:,} steps each, `{args.script.name}`. Each step keeps its best change if that is "
+        "better than what was kept before.", "", f"Changes kept: `{flags}`", "",
+    ]  # fmt: skip
+    for number, step in enumerate(dict.fromkeys(row["step"] for row in rows), 1):
+        lines += [f"## {number}. {step.capitalize()}", "",
+                  f"| tried | median {args.objective} | seeds, worst to best |  |",
+                  "| --- | --- | --- | --- |"]  # fmt: skip
+        for row in rows:
+            if row["step"] == step:
+                values = sorted(row["values"], reverse=direction(args.objective) == "minimize")
+                median = say(statistics.median(values)) if values else ""
+                ends = f"{say(values[0])} to {say(values[-1])}" if values else ""
+                note = "**kept**" if row["kept"] and step != "baseline" else row["note"].replace("|", "/")
+                lines.append(f"| `{row['label']}` | {median} | {ends} | {note} |")
+        lines.append("")
+    validated = {row["label"]: row["values"] for row in rows if row["step"] == "validation"}
+    baseline = next((row["values"] for row in rows if row["step"] == "baseline"), [])
+    kept = [row["values"] for row in rows if row["kept"] and row["step"] != "baseline"]
+    lines += ["## Result", ""]
+    if validated.get("baseline") and validated.get("winner"):
+        fresh = " These seeds took no part in the choice." if not set(GUIDE_SEEDS) & set(args.seeds) else ""
+        lines.append(verdict(args, validated["baseline"], validated["winner"]) + fresh)
+    elif baseline and kept:
+        lines.append(verdict(args, baseline, kept[-1]) + " These are the seeds that the choice was made by, which "
+                     "flatters the winner.")  # fmt: skip
+    else:
+        lines.append("Nothing was better than the baseline.")
+    lines += ["", stopped] if stopped else []
+    write(folder / "report.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+    draw_report(args, rows, folder / "report.png")
+    clear_progress()
+    print("\n".join(lines))
+    print(f"wrote {folder}/report.md, report.png and best.json: python {args.script} --config {folder}/best.json")
+
+
+def draw_report(args, rows, path):
+    """A panel for each step: the seeds as points, their median as a line, what was kept in colour."""
+    from matplotlib.figure import Figure
+
+    steps = list(dict.fromkeys(row["step"] for row in rows if row["values"]))
+    if not steps:
+        return
+    widths = [sum(row["step"] == step and bool(row["values"]) for row in rows) for step in steps]
+    figure = Figure(figsize=(max(6, 2 + 0.7 * sum(widths)), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(steps), sharey=True, squeeze=False, width_ratios=[n + 0.5 for n in widths])[0]
+    for ax, step in zip(axes, steps):
+        shown_rows = [row for row in rows if row["step"] == step and row["values"]]
+        for x, row in enumerate(shown_rows):
+            color = plot.COLORS[1] if row["kept"] or row["label"] == "winner" else plot.COLORS[0]
+            ax.plot([x] * len(row["values"]), row["values"], "o", ms=4, color=color, alpha=0.6)
+            ax.hlines(statistics.median(row["values"]), x - 0.35, x + 0.35, color=color, lw=2)
+        ax.set_xticks(range(len(shown_rows)), [row["label"].replace(" --", "\n--") for row in shown_rows],
+                      rotation=45, ha="right", size=7)  # fmt: skip
+        ax.set_title(step, size=9)
+        ax.set_xlim(-0.6, len(shown_rows) - 0.4)
+        ax.grid(axis="y", color="0.92")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(args.objective)
+    figure.suptitle("points: seeds; line: their median; orange: kept", size=9)
+    write(path, partial(figure.savefig, dpi=200))
+
+
+def main(args, flags):
+    need(re.fullmatch(r"[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
+    args = replace(args, study=args.study or f"tune-{args.strategy}")
+    for name, low in (("points", 2), ("startup_trials", 0), ("workers", 1), ("heartbeat", 1), ("trials", 1)):
+        value = getattr(args, name)
+        need(value is None or value >= low, f"--{name.replace('_', '-')} is {value}: give {low} or more")
+    need(args.budget_minutes > 0, f"--budget-minutes is {args.budget_minutes}: give more than 0")
+    need(args.seeds and len(set(args.seeds)) == len(args.seeds), "--seeds are none, or one is given twice")
+    stepwise = args.strategy in ("one-at-a-time", "six-steps")
+    need(not (stepwise and args.trials), f"--trials means nothing with {args.strategy}: its steps have their own")
+    given = args.space != SPACE
+    need(not (args.strategy == "six-steps" and given), "--space means nothing with six-steps: it has the guide's")
+    quiet()
+    module, base = base_settings(args.script, flags)
+    deadline = time.time() + 60 * args.budget_minutes
+    search = None
+    try:
+        if stepwise:
+            need(not refused(module, base), f"the flags after --: {refused(module, base)}")
+            if args.strategy == "one-at-a-time":
+                space = parse_space(args.space, module)
+                check_space(space, module, base)
+                base |= fixed_values(space)
+            return take_steps(args, module, base, deadline)
+        base, space, options = check_space(parse_space(args.space, module), module, base)
+        grid = args.strategy == "grid"
+        space = on_grid(space, args.points) if grid else space
+        size = math.prod(map(len, space.values())) if grid else math.inf
+        need(args.trials or not grid or size <= 1000, f"the grid has {size:,} combinations: give a smaller --space, or "
+             "--trials")  # fmt: skip
+        trials = min(args.trials or (size if grid else 20), size)
+        search = Search(args, args.study, base, space, options, args.seeds, trials, grid, deadline)
+        conclude(run(search), search)
+    except KeyboardInterrupt:
+        clear_progress()
+        if search and (best := best_trial(open_study(search))):
+            save_best(search.settings(best.params), search.folder)
+        sys.exit("stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    main(tyro.cli(Args, args=sys.argv[1:cut]), sys.argv[cut + 1 :])
