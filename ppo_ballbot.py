@@ -161,7 +161,7 @@ def parse():
     return args
 
 
-def check(args, world_size):
+def check(args, world_size=None):
     """Exit with one line on the first flag that cannot be, before any work starts."""
     for name, choices in ((field.name, get_args(field.type)) for field in fields(Args)):
         if choices and getattr(args, name) not in choices:
@@ -181,6 +181,7 @@ def check(args, world_size):
         for name in names.split():
             if not good(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {allowed}")
+    world_size = world_size or args.num_processes
     batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
     steps = batch_size * args.frame_skip
     for wrong, message in (
