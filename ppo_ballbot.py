@@ -686,6 +686,8 @@ def train(args):
 
 def be_rank(rank, args, port, started):
     """What the processes do that `train` starts."""
+    # They are sent SIGINT when that process dies; nohup and & have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     global STARTED
     STARTED = started
     size = args.num_processes

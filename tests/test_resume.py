@@ -122,6 +122,9 @@ def test_no_process_outlives_another_and_the_run_goes_on_bit_for_bit(victim, uni
     while any(state_and_parent(rank)[0] not in "XZ" for rank in ranks):
         time.sleep(0.01)
     assert time.time() - killed < 30
+    assert (
+        torch.load(tmp_path / "runs" / "run" / "last.pt", weights_only=True)["iteration"] < 20
+    )  # not to the end alone
     if victim != "parent":
         assert process.returncode == 1
         (line,) = error.strip().splitlines()
