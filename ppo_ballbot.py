@@ -666,7 +666,11 @@ def train(args):
     args.num_processes = size
 
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
+        # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         learn(args, run_dir, run, encoder)
         dist.destroy_process_group()
     elif size == 1:
