@@ -880,6 +880,7 @@ if __name__ == "__main__":
     try:
         train(arguments)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
         sys.exit(f"{CLEAR_LINE}stopped; {go_on}{arguments.run_name}")
     except (RuntimeError, ConnectionError) as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
