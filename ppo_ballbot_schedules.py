@@ -701,10 +701,10 @@ def train(args):
 
     if "RANK" in os.environ:
         # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, number, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
         learn(args, run_dir, run, encoder)
         dist.destroy_process_group()
     elif size == 1:
