@@ -48,18 +48,15 @@ TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 
 class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment, part of the default run name
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}
-    # start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know
+    # start from one of the guide's configurations, or from tuned, the best we know
     preset: Literal["", "aggressive", "conservative", "balanced", "tuned"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
     resume: str = ""  # go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
     torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
     cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
-    # processes that share environments and minibatches, with --cuda no more than GPUs; more pay with minibatches of 512
-    # samples and more. Under torchrun, it decides
-    num_processes: int = 1
-    # CPU threads of physics and renderer in each process, 0: its share of the cores; results do not depend on it
-    num_threads: int = 0
+    num_processes: int = 1  # ranks on this machine; they pay with minibatches of 512 and more. torchrun has its own
+    num_threads: int = 0  # CPU threads of physics and renderer in each process; 0: its share of the cores
     torch_threads: int = 1  # CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine
 
     # The task
@@ -69,17 +66,14 @@ class Args:
     terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
     eval_terrain_seed: int = 1_000_000  # the terrain of evaluations, never trained on
     cameras: bool = True  # observe through the two depth cameras
-    # damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5
-    wheel_damping: float = 0.4
-    # physics steps of 2 ms that an action is held. Steps are physics steps everywhere, but for --num-steps
-    frame_skip: int = 1
+    wheel_damping: float = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 bounds the return at 98.5
+    frame_skip: int = 1  # physics steps of 2 ms that an action is held; steps are these everywhere but in --num-steps
     total_timesteps: int = 10_000_000  # steps to train for, all environments together
     num_envs: int = 10  # environments stepped together, over all processes
 
     # PPO
 
-    # -1: the guide's schedule, 1e-4, then 5e-5 and 1e-5 in the second and last third; a positive value is constant
-    learning_rate: float = -1.0
+    learning_rate: float = -1.0  # -1: the guide's schedule, a third of the steps each at 1e-4, 5e-5 and 1e-5
     anneal_lr: bool = False  # let a constant learning rate fall linearly to 0
     num_steps: int = 2048  # actions per environment and iteration
     gamma: float = 0.99  # discount factor per action; at --frame-skip 1, 0.99 sees 0.2 s ahead and 0.998 a second
@@ -90,22 +84,18 @@ class Args:
     clip_coef: float = 0.015  # clipping range of the probability ratio
     clip_vloss: bool = False  # clip the value loss with clip_coef too
     ent_coef: float = 0.001  # weight of the entropy bonus
-    # weight of the value loss, a mean squared error without CleanRL's factor 0.5 (as in Stable-Baselines3)
-    vf_coef: float = 2.0
+    vf_coef: float = 2.0  # weight of the value loss, which is without CleanRL's factor 0.5 (as Stable-Baselines3's)
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    target_kl: float = 0.3  # end an iteration's updates once the approximate KL divergence of an epoch exceeds this
+    target_kl: float = 0.3  # end an iteration's updates once an epoch's approximate KL divergence exceeds this
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
-    # learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same
-    spin_cost: float = 0.0
+    spin_cost: float = 0.0  # learn from rewards less this times the squared yaw rate (rad²/s²); not in returns shown
     drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²)
-    action_rate_cost: float = 0.0  # the same for the squared change of the clipped action from the one before
     norm_obs: bool = False  # normalise proprioception by running mean and variance
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
     # Networks
 
-    # see lean, velocity and the world's +y in the robot's frame: control is then alike at any heading
-    body_frame: bool = False
+    body_frame: bool = False  # see lean, velocity and +y in the robot's frame: control is alike at any heading
     hidden_size: int = 128  # units per hidden layer
     pi_layers: int = 4  # hidden layers of the actor
     vf_layers: int = 4  # hidden layers of the critic
@@ -171,7 +161,7 @@ def check(args, world_size=None):
          "num_steps update_epochs minibatch_size hidden_size pi_layers vf_layers eval_interval eval_episodes "
          "final_eval_episodes"),
         ("0 or more", lambda value: 0 <= value < np.inf, "num_threads seed terrain_seed eval_terrain_seed ent_coef "
-         "vf_coef weight_decay spin_cost drift_cost action_rate_cost wheel_damping log_std_lr_scale"),
+         "vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale"),
         ("more than 0", lambda value: value > 0, "terrain_amplitude clip_coef max_grad_norm target_kl"),
         ("a number from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
         ("a finite number", np.isfinite, "init_log_std depth_scale"),
@@ -387,28 +377,25 @@ def depth_features(envs, agent, depth):
 def rollout(envs, agent, args, proprio, depth):
     """Act `num_steps` times in every environment, from the observation `proprio` (envs, 15), `depth` (envs, 40).
 
-    Returns a dict of tensors (steps, envs, ...); the observation to go on from, as it was given; a list of (return,
-    length, step) of the episodes that ended; and the seconds spent in the environments. The frames to train an encoder
-    on are batch["frames"] (n, 2, size, size): each is kept once, and batch["frame_index"] tells which a step saw.
+    Returns a dict of tensors (steps, envs, ...), with the frames if an encoder is trained on them; the observation to
+    go on from, as it was given; a list of (return, length, step) of the episodes that ended; and the seconds spent in
+    the environments.
     """
     shape, device = (args.num_steps, envs.num_envs), agent.log_std.device
     names = {"proprio": agent.num_proprio, "depth": agent.num_depth, "actions": 3}
     batch = {name: torch.empty(*shape, width, device=device) for name, width in names.items()}
+    if agent.encoder is not None and not args.freeze_encoder:
+        batch["frames"] = torch.empty(*shape, *envs.frames.shape[1:], device=device)
     noise = agent.log_std.exp() * torch.randn(*shape, 3, device=device)
     rewards, dones = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    episodes, seconds = [], 0.0
-    terminated, truncated, final_features = [], [], []  # a truncated episode's final observation is worth something
-    keep_frames = agent.encoder is not None and not args.freeze_encoder
-    if keep_frames:
-        frames, seen, num_frames = [envs.frames.clone()], torch.arange(shape[1]), shape[1]
-        batch["frame_index"] = torch.empty(shape, dtype=torch.long, device=device)
+    episodes, ends, seconds = [], [], 0.0
 
     for step in range(args.num_steps):
         batch["proprio"][step], batch["depth"][step] = proprio, depth
+        if "frames" in batch:
+            batch["frames"][step] = envs.frames
         action = agent.actor(agent.features(proprio, depth)) + noise[step]
         batch["actions"][step] = action
-        if keep_frames:
-            batch["frame_index"][step] = seen
 
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
@@ -416,42 +403,26 @@ def rollout(envs, agent, args, proprio, depth):
         cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + args.drift_cost * obs["vel"][:, 0] ** 2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
-        if keep_frames and envs.new_frames.any():
-            new = torch.from_numpy(envs.new_frames.copy())
-            frames.append(envs.frames[new])
-            seen = seen.clone()
-            seen[new] = torch.arange(num_frames, num_frames + len(frames[-1]))
-            num_frames += len(frames[-1])
-        if "episode" in infos:
-            for i in np.flatnonzero(infos["_episode"]):
-                episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
-                if terminations[i]:
-                    terminated.append((step, i))
-                    continue
+        for i in np.flatnonzero(dones[step]):
+            episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
+            value = torch.zeros(1, device=device)
+            if not terminations[i]:  # the final observation of an episode cut short is worth something
                 final = {key: value[None] for key, value in infos["final_obs"][i].items()}
                 final_depth = depth[:1]
                 if agent.encoder is not None:
-                    final_frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
-                    final_depth = agent.encode(final_frames.to(device))
-                truncated.append((step, i))
-                final_features.append(agent.features(proprioception(final, agent), final_depth))
+                    frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
+                    final_depth = agent.encode(frames.to(device))
+                value = agent.value(agent.features(proprioception(final, agent), final_depth))
+            ends.append((step, i, value))
         proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
 
-    # One pass over the whole batch is cheaper than one a step.
+    # One pass over the whole batch is cheaper than one a step
     values = agent.value(agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)).view(shape)
     next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth))[None]])
-    for step, i in terminated:
-        next_values[step, i] = 0
-    if truncated:
-        steps, ids = torch.tensor(truncated, device=device).T
-        next_values[steps, ids] = agent.value(torch.cat(final_features))
-    last_actions = batch["proprio"][..., 12 + args.body_frame : 15 + args.body_frame]
-    change = (batch["actions"].clamp(-1, 1) - last_actions).square().sum(-1)
-    rewards = torch.from_numpy(rewards).to(device) - args.frame_skip * args.action_rate_cost * change
+    for step, i, value in ends:
+        next_values[step, i] = value[0]
     batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values, "next_values": next_values,
-              "rewards": rewards, "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
-    if keep_frames:
-        batch["frames"] = torch.cat(frames)
+              "rewards": torch.from_numpy(rewards).to(device), "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
     return batch, (proprio, depth), episodes, seconds
 
 
@@ -470,10 +441,10 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     return advantages
 
 
-def update(agent, optimizer, args, batch, frames=None):
+def update(agent, optimizer, args, batch):
     """`update_epochs` passes of minibatch gradient steps over this rank's samples, a dict of (samples, ...) tensors.
 
-    `frames` (n, 2, size, size) are encoded anew in each step if the encoder is trained.
+    Its frames are encoded anew in each step, if the encoder is trained.
     Returns the means of losses and diagnostics over the last epoch's minibatches and all ranks, a dict of floats.
     """
     parameters = [p for p in agent.parameters() if p.requires_grad]
@@ -488,7 +459,7 @@ def update(agent, optimizer, args, batch, frames=None):
         stats = []
         for samples, mb_advantages in zip(minibatches, advantages):
             mb = {key: value[samples] for key, value in batch.items()}
-            depth = mb["depth"] if frames is None else agent.encode(frames[mb["frame_index"]])
+            depth = agent.encode(mb["frames"]) if "frames" in mb else mb["depth"]
             features = agent.features(mb["proprio"], depth)
 
             # Clipped objective: arXiv 1707.06347, equation 7
@@ -772,17 +743,16 @@ def learn(args, run_dir, run, encoder):
         rendering += envs.render_seconds
         inferring = time.perf_counter() - start - simulating
 
-        frames, values = batch.pop("frames", None), batch["values"]
-        advantages = gae(batch["rewards"], values, batch["next_values"], batch["dones"], args.gamma, args.gae_lambda)
+        values, next_values = batch["values"], batch["next_values"]
+        advantages = gae(batch["rewards"], values, next_values, batch["dones"], args.gamma, args.gae_lambda)
         returns = advantages + values
-        squares = [returns.mean(), returns.square().mean(), advantages.mean(), advantages.square().mean()]
-        mean, square, error, square_error = moments = average(torch.stack(squares))
+        moments = torch.stack([power.mean() for x in (returns, advantages) for power in (x, x.square())])
+        mean, square, error, square_error = average(moments)
         if args.norm_value:
             agent.rescale_values(moments[:2])
-        batch |= {"advantages": advantages, "values": (values - agent.value_mean) / agent.value_std,
-                  "returns": (returns - agent.value_mean) / agent.value_std}  # fmt: skip
-        batch = {name: value.flatten(0, 1) for name, value in batch.items()}
-        losses = update(agent, optimizer, args, batch, frames)
+        units = {key: (x - agent.value_mean) / agent.value_std for key, x in (("values", values), ("returns", returns))}
+        batch = {key: x.flatten(0, 1) for key, x in (batch | units | {"advantages": advantages}).items()}
+        losses = update(agent, optimizer, args, batch)
         if not all(map(np.isfinite, losses.values())):
             stop(f"the losses after step {global_step} are not finite: lower --learning-rate or --max-grad-norm; "
                  f"{run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
