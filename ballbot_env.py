@@ -6,6 +6,7 @@ environment reset with seed + i.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -408,7 +409,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for name, value in weights.items():
             need(is_number(value), name, value, "a finite number")
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, device=torch.device(device))
         except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
             need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
         need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
@@ -850,6 +851,45 @@ def sealed(content):
     torch.save(content, buffer)
     data = buffer.getvalue()[:-2] + b"\x40\0"  # the comment's length
     return data + hashlib.sha256(data).hexdigest().encode()
+
+
+def write_sealed(path, content, keep_as=None):
+    """Write a checkpoint in one piece, what was there staying as the file `keep_as` if its disk has links.
+
+    Raises OSError where the disk fails, which leaves what was there, as does the end of the process at any moment.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(sealed(content))
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as and path.exists():
+            keep_as.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(path, keep_as)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def claim(folder):
+    """Make a folder, and keep it to this process until the file descriptor returned is closed.
+
+    Raises BlockingIOError where another process has it. On a disk without locks nobody is kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass
+    return descriptor
 
 
 def unsealed(path):

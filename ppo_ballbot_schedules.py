@@ -21,9 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
 
 import argparse
-import contextlib
 import copy
-import fcntl
 import json
 import math
 import os
@@ -180,66 +178,68 @@ def parse():
                 raise ValueError("there is no such file")
             settings = typed(json.loads(Path(start.config).read_bytes()))
         except (OSError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            sys.exit(f"error: --config {start.config} is not a run's config.json: {error}")
+            stop(f"--config {start.config} is not a run's config.json: {error}")
     preset = start.preset or settings.get("preset", "")
     args = tyro.cli(Args, default=replace(Args(), **PRESETS.get(preset, {}) | settings))
     if args.resume and args != Args(resume=args.resume):
-        sys.exit("error: --resume takes its flags from the run: give no others")
+        stop("--resume takes its flags from the run: give no others")
     return args
 
 
 def typed(settings):
     """A dict of flags' values, each of its flag's type or a whole number for a float; raises ValueError on others."""
-    defaults, values = vars(Args()), {}
+    flags, values = {field.name: field for field in fields(Args)}, {}
     for name, value in settings.items():
-        if name not in defaults:
+        if name not in flags:
             raise ValueError(f"there is no flag {name!r:.40}")
-        kind = type(defaults[name])
+        kind, choices = type(flags[name].default), get_args(flags[name].type)
         values[name] = float(value) if kind is float and type(value) is int else value
         if type(values[name]) is not kind:
             raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}")
+        if kind is str and not value.isprintable():
+            raise ValueError(f"--{name.replace('_', '-')} has a character that cannot be printed")
+        if choices and value not in choices:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give {', '.join(filter(None, choices))}")
     return values
 
 
 def check(args, world_size=None):
     """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
-    for name, choices in ((field.name, get_args(field.type)) for field in fields(Args)):
-        if choices and getattr(args, name) not in choices:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {', '.join(filter(None, choices))}")
-    for allowed, good, names in (
-        ("1 or more, to 1e12", lambda value: 1 <= value <= 1e12, "total_timesteps num_envs num_steps update_epochs "
-         "minibatch_size hidden_size eval_interval eval_episodes final_eval_episodes"),
-        ("1 or more, to 1000", lambda value: 1 <= value <= 1000, "frame_skip num_processes torch_threads pi_layers "
-         "vf_layers"),
-        ("0 or more, to 1000", lambda value: 0 <= value <= 1000, "num_threads"),
-        ("0 or more, to 1e18", lambda value: 0 <= value <= 1e18, "seed terrain_seed eval_terrain_seed"),
-        ("0 or more, to 1e6", lambda value: 0 <= value <= 1e6, "ent_coef "
-         "vf_coef weight_decay spin_cost drift_cost action_rate_cost wheel_damping log_std_lr_scale lr_end ent_end"),
-        ("more than 0, to 1e6 or inf", lambda value: 0 < value <= 1e6 or value == np.inf,
-         "terrain_amplitude clip_coef clip_end max_grad_norm "
+    try:
+        typed(vars(args))
+    except (ValueError, OverflowError) as error:
+        stop(error)
+    for low, high, names in (
+        (1, 1e12, "total_timesteps num_envs num_steps update_epochs minibatch_size eval_interval eval_episodes "
+         "final_eval_episodes hidden_size"),
+        (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
+        (0, 1000, "num_threads"),
+        (0, 1e18, "seed terrain_seed eval_terrain_seed"),
+        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost action_rate_cost wheel_damping log_std_lr_scale lr_end ent_end"),
+        (1e-9, 1e6, "terrain_amplitude clip_coef clip_end max_grad_norm "
          "target_kl"),
-        ("a number from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
-        ("a number from -10 to 10", lambda value: -10 <= value <= 10, "init_log_std depth_scale"),
-        ("-1 for the schedule, or a positive constant, to 1e6", lambda value: value == -1 or 0 < value <= 1e6,
-         "learning_rate"),
+        (0, 1, "gamma gae_lambda"),
+        (-10, 10, "init_log_std depth_scale"),
     ):  # fmt: skip
         for name in names.split():
-            if not good(getattr(args, name)):
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {allowed}")
-    world_size = world_size or args.num_processes
-    batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
+            if not low <= getattr(args, name) <= high:
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {low:g} to {high:g}")
+    world_size, size = world_size or args.num_processes, args.minibatch_size
+    batch_size = args.num_envs * args.num_steps
     steps = batch_size * args.frame_skip
-    # Bytes: samples and the largest layer on all of them, frames, networks with gradients, moments and copies
+    # GB, of samples and a layer on all of them, of environments, of networks with gradients, moments and copies
     sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (args.cameras and not args.freeze_encoder)
     network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
     memory = batch_size * sample + args.num_envs * (2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
-    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9  # of this machine
+    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9  # on this machine
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     divisors = (d for k in range(1, math.isqrt(min(batch_size, 10**12)) + 1) if batch_size % k == 0
                 for d in (k, batch_size // k))  # fmt: skip
     for wrong, message in (
         (memory > there, f"this takes about {memory:,.0f} GB of memory, and there are {there:,.0f}: give fewer "
          "--num-envs, --num-steps or --num-processes, or a smaller --hidden-size"),
+        (args.learning_rate != -1 and not 0 < args.learning_rate <= 1e6, f"--learning-rate is {args.learning_rate}: "
+         "give -1 for the schedule, or a positive constant"),
         (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
          "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
         (args.terrain_amplitude > 100, f"--terrain-amplitude is {args.terrain_amplitude}: give 100 m or less"),
@@ -663,20 +663,9 @@ def kl_adapted(learning_rate, approx_kl, target_kl):
 
 def save(path, content, keep_as=None):
     """Write a checkpoint in one piece, what was there staying as `keep_as`; a full disk leaves all as it was."""
-    part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(ballbot_env.sealed(content))
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as and path.exists():
-            keep_as.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a disk without links
-                os.link(path, keep_as)
-        os.replace(part, path)
+        ballbot_env.write_sealed(path, content, keep_as)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
 
 
@@ -707,27 +696,24 @@ def load(path):
 
 def misfit(run, args, agent, optimizer):
     """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
-    policy = dict(model=agent.state_dict(), args=..., global_step=1)
+    n, policy = args.num_envs // args.num_processes, dict(model=agent.state_dict(), args=..., global_step=1)
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
-    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
-    n = args.num_envs // args.num_processes
     state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
                  rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
-    fresh, best = optimizer.state_dict(), run.get("best")
+    fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
+    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
     wrong = ballbot_env.unlike(run, policy | dict(
         optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
-        best=best and policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
-        targets_met=run.get("targets_met") and "", ranks=[state] * args.num_processes,
+        best=None if best is None else policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
+        targets_met=None if met is None else "", ranks=[state] * args.num_processes,
     ))  # fmt: skip
     if wrong:
         return wrong
-    steps, settings = args.num_envs * args.num_steps * args.frame_skip, (fresh, run["optimizer"])
-    same, other = ([group | {"lr": 0.0} for group in optimizer["param_groups"]] for optimizer in settings)
-    good = (same == other and run["global_step"] == run["iteration"] * steps <= args.total_timesteps
-            and 0 < (best or run)["global_step"] <= run["global_step"]
-            and 0 <= run["seconds"] <= run["elapsed"] < 1e9)  # fmt: skip
-    return "" if good else "its count of steps, its time or its optimizer's settings"
+    same, other = ([g | {"lr": 0.0} for g in o["param_groups"]] for o in (fresh, run["optimizer"]))
+    steps = run["iteration"] * args.num_envs * args.num_steps * args.frame_skip
+    good = same == other and 0 < (best or run)["global_step"] <= run["global_step"] == steps <= args.total_timesteps
+    return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
 
 
 def load_encoder(path):
@@ -745,17 +731,15 @@ def load_encoder(path):
 
 def stop(message):
     """Exit with one line. All ranks come to the same end: the first says it."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 0)
+    message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 0)
 
 
-def going_on(path):
-    """What to do when a run has ended too soon; `path` is its folder, or a checkpoint in it."""
-    run_dir = path.parent if path.suffix == ".pt" else path
-    for resume in (run_dir, run_dir / "previous.pt"):
-        with contextlib.suppress(OSError, ValueError):
-            ballbot_env.unsealed(resume / "last.pt" if resume == run_dir else resume)
-            return f"to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(resume))}"
-    return "start anew, under another --run-name: it has no checkpoint yet"
+def going_on(run_dir):
+    """What to do when a run has ended too soon."""
+    if (run_dir / "last.pt").is_file():
+        return f"to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
+    return "start anew, under another --run-name: there is no checkpoint yet"
 
 
 def train(args, spawned=False):
@@ -817,32 +801,24 @@ def train(args, spawned=False):
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
-    folder = claim(run_dir) if first else None
+    folder = None
+    if first:
+        # What TensorBoard's thread meets on the disk is raised here as well: it need not be shown twice
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
+        try:
+            folder = ballbot_env.claim(run_dir)
+        except OSError as error:
+            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
     try:
         learn(args, run_dir, run, encoder)
     except OSError as error:  # a disk or an output that is full, closed or gone
         stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
     finally:
         if first:
-            os.close(folder)
+            os.close(folder)  # another may go on with it
     if dist.is_initialized():
         dist.destroy_process_group()
     return run_dir
-
-
-def claim(run_dir):
-    """Keep a run's folder to this process until the file descriptor returned is closed, or exit with one line."""
-    # What TensorBoard's thread meets on the disk is raised here as well: it need not be shown twice
-    threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f"{run_dir} is in use by another process: let it end, or start under another --run-name")
-    except OSError:  # a disk without locks
-        pass
-    return folder
 
 
 def be_rank(rank, args, port, started):
@@ -1059,23 +1035,20 @@ def main():
         pass
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
-    arguments = parse()
+    arguments, why = parse(), f"{CLEAR_LINE}stopped"
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        train(arguments)
+        return train(arguments)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        why = f"{CLEAR_LINE}stopped"
     except (RuntimeError, ConnectionError) as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
             raise
         why = "error: a process of this run is gone"
-    else:
-        return
     path = Path(arguments.resume or Path("runs") / arguments.run_name)
-    sys.exit(f"{why}; {going_on(path)}" if os.environ.get("RANK", "0") == "0" else 0)
+    sys.exit(f"{why}; {going_on(path.parent if path.suffix == '.pt' else path)}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Conditions:
 def need(good, message):
     """Exit with one line unless `good`."""
     if not good:
-        sys.exit(f"error: {message}")
+        sys.exit("".join(letter if letter.isprintable() else "?" for letter in f"error: {message}"))
 
 
 def need_from(args, low, *names):
@@ -165,7 +165,7 @@ def load(path):
                             ("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
                             ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip
         value = getattr(train_args, name)
-        must(low <= value <= high, f"has {name} = {value:g} in its args: expected {low} to {high:g}")
+        must(low <= value <= high, f"has a {name} that is not from {low:g} to {high:g} in its args")
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
         wrong = unlike(content["model"], ppo_ballbot.Agent(train_args).state_dict(), "model")
     must(not wrong, f"has weights that do not fit its args, or are not finite: {wrong}")

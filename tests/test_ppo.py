@@ -367,8 +367,8 @@ def test_it_learns(tmp_path, monkeypatch):
     "changes, message",
     [
         ({"minibatch_size": 100}, "which does not divide --num-envs * --num-steps = 256: 64 does"),
-        ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
-        ({"num_processes": 0}, "--num-processes is 0: give 1 or more"),
+        ({"num_envs": -1}, "--num-envs is -1: give 1 to 1e+12"),
+        ({"num_processes": 0}, "--num-processes is 0: give 1 to 1000"),
         ({"total_timesteps": 100}, "give at least --num-envs * --num-steps * --frame-skip = 256"),
         ({"num_processes": 3}, "3 processes cannot share --num-envs 4 and --minibatch-size 64"),
         ({"learning_rate": -2.0}, "give -1 for the schedule"),
