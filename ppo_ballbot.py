@@ -199,7 +199,8 @@ def check(args, world_size=None):
         (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
         (0, 1000, "num_threads"),
         (0, 1e18, "seed terrain_seed eval_terrain_seed"),
-        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost action_rate_cost wheel_damping log_std_lr_scale"),
+        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost action_rate_cost "
+         "wheel_damping log_std_lr_scale"),
         (1e-9, 1e6, "terrain_amplitude clip_coef max_grad_norm target_kl"),
         (0, 1, "gamma gae_lambda"),
         (-10, 10, "init_log_std depth_scale"),
