@@ -62,6 +62,9 @@ class Attempt:
 
 
 def script(module, *flags):
+    """Train, but for the evaluations, which only take time."""
+    figures = [(key + end, 1.0) for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
+    module.evaluate = lambda agent, args, episodes: {"episodes": episodes} | dict(figures)
     sys.argv = [f"{module.__name__}.py", *flags]
     return module.main()
 
@@ -574,7 +577,7 @@ def environments(most, seed):
         )
         envs.reset(seed=seed)
         special = [np.nan, np.inf, -np.inf, 3e38, -3e38, 0, 1e-40]
-        for _ in range(300):
+        for _ in range(150):
             actions = rng.normal(0, 10.0 ** rng.integers(-2, 4), (3, 3)).astype(np.float32)
             if rng.random() < 0.1:
                 actions[rng.integers(3), rng.integers(3)] = rng.choice(special)
@@ -759,7 +762,7 @@ KINDS = {
     "faults": partial(faults, most=80, seed=3),
     "environment": partial(environments, most=120, seed=4),
     "tools": tools,
-    "true command lines": partial(processes, number=24),
+    "true command lines": partial(processes, number=12),
 }
 SMALL_PART = 12  # of each kind
 
