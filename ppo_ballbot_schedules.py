@@ -229,7 +229,7 @@ def check(args, world_size=None):
     batch_size = args.num_envs * args.num_steps
     steps = batch_size * args.frame_skip
     # GB, of samples and a layer on all of them, of environments, of networks with gradients, moments and copies
-    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (args.cameras and not args.freeze_encoder)
+    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder) * min(args.frame_skip, 6) / 3
     network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
     memory = batch_size * sample + args.num_envs * (2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
     memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9  # on this machine
@@ -893,7 +893,7 @@ def learn(args, run_dir, run, encoder):
         except (ValueError, RuntimeError) as error:
             stop(f"{args.resume} is damaged: {error}")
     started = STARTED if run is None else time.perf_counter()
-    result, good = None, not args.resume.endswith(".pt") or args.resume.endswith("last.pt")  # good: last.pt loads
+    result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
@@ -1049,7 +1049,8 @@ def main():
             raise
         why = "error: a process of this run is gone"
     path = Path(arguments.resume or Path("runs") / arguments.run_name)
-    sys.exit(f"{why}; {going_on(path.parent if path.suffix == '.pt' else path)}")
+    advice = going_on(path.parent if path.suffix == ".pt" else path)
+    sys.exit(f"{why}; {advice}" if os.environ.get("RANK", "0") == "0" else 0)
 
 
 if __name__ == "__main__":

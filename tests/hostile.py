@@ -561,7 +561,7 @@ def faults(base, most, seed):
 # The environment
 
 
-def environments(most, seed):
+def environments(base, most, seed):
     def make(name, act):
         return Attempt("environment", name, act)
 
@@ -754,14 +754,14 @@ def processes(number):
 
 
 KINDS = {
-    "command line": command_lines,
     "config file": config_files,
-    "checkpoint, resumed": partial(tampered, most=400, seed=0),
-    "checkpoint, evaluated": partial(tampered_policies, most=150, seed=1),
     "bit flips and cuts": partial(damaged, most=600, seed=2),
-    "faults": partial(faults, most=80, seed=3),
-    "environment": partial(environments, most=120, seed=4),
+    "checkpoint, evaluated": partial(tampered_policies, most=150, seed=1),
     "tools": tools,
+    "checkpoint, resumed": partial(tampered, most=300, seed=0),
+    "command line": command_lines,
+    "environment": partial(environments, most=60, seed=4),
+    "faults": partial(faults, most=80, seed=3),
     "true command lines": partial(processes, number=12),
 }
 SMALL_PART = 12  # of each kind
