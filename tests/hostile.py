@@ -726,7 +726,7 @@ def descendants(pid):
     return found
 
 
-def processes(number):
+def processes(base, number):
     run = (*SMALL, "--run-name", "run")
     two = " & ".join([f"{sys.executable} {REPOSITORY / 'ppo_ballbot.py'} {' '.join(SMALL)}"] * 2) + " & wait"
     trials = [
