@@ -1008,8 +1008,10 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
-        sys.stdout and sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout and sys.stdout.flush()
     except OSError as error:
         sys.stdout = None
         stop(f"the output cannot be written ({error.strerror})")

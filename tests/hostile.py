@@ -131,14 +131,14 @@ def outcome(attempt):
                 ended = os.waitpid(pid, 0)
                 break
         code, said = os.waitstatus_to_exitcode(ended[1]), err.read_text(errors="replace")
-        failure, allowed = "", getattr(attempt.act, "keywords", {}).get("killed", False)
+        failure = ""
         errors = [line for line in said.strip().splitlines() if line]
         ends = "done" if code == 0 else "refused"
         if late == "cut short":
             ends = late
         elif late:
             failure = late
-        elif code < 0 and not allowed:
+        elif code < 0 and not attempt.name.startswith("killed"):
             failure = f"signal {-code}"
         elif "Traceback" in said or "Exception ignored" in said:
             failure = "traceback"
@@ -446,7 +446,7 @@ def at_iteration(number, act, *flags):
     script(ppo, *flags)
 
 
-def killed_at_call(name, number, *flags, killed=True):
+def killed_at_call(name, number, *flags):
     """Run, and die like by kill -9 at the n-th call of a function of `os`, before or after it."""
     calls, function = iter(range(10**6)), getattr(os, name)
 
@@ -714,7 +714,8 @@ def process(*flags, redirect="", environment=(), interrupt_after=None):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGINT)
             time.sleep(0.02)
-    sys.exit(min(shell.wait(), 1))
+    code = shell.wait()
+    sys.exit(0 if interrupt_after is not None and code == 128 + signal.SIGINT else min(code, 1))  # dies before it says
 
 
 def descendants(pid):

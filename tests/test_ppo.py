@@ -379,7 +379,7 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"ent_coef": float("nan")}, "--ent-coef is nan"),
         ({"eval_terrain_seed": 0}, "terrain not trained on"),
         ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
-        ({"encoder_path": "ballbot_env.py"}, "damaged or not a depth encoder"),
+        ({"encoder_path": "ballbot_env.py"}, "ballbot_env.py is damaged, or not a checkpoint"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_before_any_work(changes, message, tmp_path, monkeypatch):
