@@ -6,12 +6,16 @@ environment reset with seed + i.
 """
 
 import contextlib
+import fcntl
 import functools
+import hashlib
+import io
 import json
 import math
 import os
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -387,13 +391,15 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for name, (value, low) in whole.items():
             need(is_number(value, (int, np.integer)) and value >= low, name, value, f"a whole number from {low} on")
         need(terrain in ("perlin", "flat"), "terrain", terrain, '"perlin" or "flat"')
+        need(not is_number(terrain_amplitude) or terrain_amplitude <= 100, "terrain_amplitude", terrain_amplitude,
+             "a height of 100 m or less")  # fmt: skip
         above_0 = {"terrain_amplitude": (terrain_amplitude, 'a height above 0 m, or terrain="flat"'),
                    "camera_rate": (camera_rate, "a rate above 0 Hz")}  # fmt: skip
         for name, (value, what) in above_0.items():
             need(is_number(value) and value > 0, name, value, what)
         need(isinstance(cameras, bool), "cameras", cameras, "True or False")
-        need(is_number(wheel_damping) and wheel_damping >= 0, "wheel_damping", wheel_damping,
-             "a damping of 0 N·m·s/rad or more")  # fmt: skip
+        need(is_number(wheel_damping) and 0 <= wheel_damping <= 1e6, "wheel_damping", wheel_damping,
+             "a damping of 0 N·m·s/rad or more, to 1e6")  # fmt: skip
         need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
         direction = np.asarray(goal, dtype=object)
         need(direction.shape == (2,) and all(map(is_number, direction)) and any(direction), "goal", goal,
@@ -403,7 +409,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for name, value in weights.items():
             need(is_number(value), name, value, "a finite number")
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, device=torch.device(device))
         except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
             need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
         need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
@@ -556,12 +562,26 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return state
 
     def set_state(self, state):
-        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments."""
+        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments.
+
+        Raises ValueError on what is none, and is then as it was.
+        """
+        rngs = [np.random.default_rng() for _ in range(self.num_envs)]
+        if self._needs_reset:
+            self._rngs = rngs
+        wrong = unlike(state, self.get_state())
+        if not wrong and not 0 <= state["clock"] < 2**53:
+            wrong = "clock"
+        try:
+            for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
+                rng.bit_generator.state = rng_state
+        except Exception:  # NumPy raises many kinds
+            wrong = wrong or "rngs"
+        if wrong:
+            raise ValueError(f"{wrong} is not as these environments have it")
+        self._rngs = rngs
         self.batch.state[:] = state["physics"].numpy()
         self.batch.warning[:] = state["warnings"].numpy()
-        self._rngs = [np.random.default_rng() for _ in range(self.num_envs)]
-        for rng, rng_state in zip(self._rngs, json.loads(state["rngs"])):
-            rng.bit_generator.state = rng_state
         self._clock = state["clock"]
         for name in ("_actions", "_steps", "_returns", "physics_errors"):
             getattr(self, name)[:] = state[name].numpy()
@@ -793,6 +813,106 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 def copied(value):
     """A copy of an array or tensor."""
     return value.clone() if torch.is_tensor(value) else value.copy()
+
+
+def unlike(value, like, name="content"):
+    """Where `value` differs in structure from `like`, or "" if it does not.
+
+    Both are dicts, lists and tuples of tensors, numbers, strings and None. Alike are equal keys and lengths, the same
+    types, and the same shapes, strides and dtypes; all numbers of `value` must be finite. In `like` a list that ends in
+    ... is any number of its first element, and ... is anything.
+    """
+    if like is ...:
+        return ""
+    if isinstance(like, torch.Tensor):
+        alike = type(value) is torch.Tensor and value.layout == like.layout and not value.requires_grad
+        alike = alike and (value.shape, value.stride(), value.dtype) == (like.shape, like.stride(), like.dtype)
+        return "" if alike and (not value.is_floating_point() or value.isfinite().all()) else name
+    if isinstance(like, dict):
+        if not isinstance(value, dict) or value.keys() != like.keys():
+            return name
+        return next(filter(None, (unlike(value[key], like[key], f"{name} {key}") for key in like)), "")
+    if type(value) is not type(like) or (isinstance(value, float) and not math.isfinite(value)):
+        return name
+    if isinstance(like, (list, tuple)):
+        like = [like[0]] * len(value) if like and like[-1] is ... else like
+        if len(value) != len(like):
+            return name
+        return next(filter(None, (unlike(v, w, f"{name} {i}") for i, (v, w) in enumerate(zip(value, like)))), "")
+    return ""
+
+
+def sealed(content):
+    """The bytes of a checkpoint: a file of `torch.save` that ends in the SHA-256 of all before it.
+
+    Such a file is a ZIP archive, and the checksum, 64 letters, is its comment: `torch.load` reads it as any other.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()[:-2] + b"\x40\0"  # the comment's length
+    return data + hashlib.sha256(data).hexdigest().encode()
+
+
+def write_sealed(path, content, keep_as=None):
+    """Write a checkpoint in one piece, what was there staying as the file `keep_as` if its disk has links.
+
+    Raises OSError where the disk fails, which leaves what was there, as does the end of the process at any moment.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(sealed(content))
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as and path.exists():
+            keep_as.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(path, keep_as)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def claim(folder):
+    """Make a folder, and keep it to this process until the file descriptor returned is closed.
+
+    Raises BlockingIOError where another process has it. On a disk without locks nobody is kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass
+    return descriptor
+
+
+def unsealed(path):
+    """What `sealed` has made the bytes of a file of, plain data alone: no code in it is run.
+
+    Raises ValueError, which says what is wrong with the file, or OSError where it cannot be read.
+    """
+    if not path.is_file():  # a pipe may have no end
+        raise ValueError("is missing" if not path.exists() else "is no file")
+    data = path.read_bytes()
+    whole = hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]
+    if not whole and (data[:2], data[-22:-18]) != (b"PK", b"PK\5\6"):  # which torch.save alone begins and ends with
+        raise ValueError("is damaged, or not a checkpoint: its checksum is not that of its content")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(record.file_size for record in archive.infolist()) > len(data):
+                raise ValueError("it would grow as it is unpacked")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # many kinds
+        raise ValueError("is damaged, or not a checkpoint, or holds code, which is never run") from None
+    if not whole and os.environ.get("RANK", "0") == "0":
+        print(f"note: {path} has no checksum, as in versions before: damage to it goes unseen", file=sys.stderr)
+    return content
 
 
 def need(good, name, value, what):

@@ -10,21 +10,26 @@ It runs on --num-processes ranks of this machine, or on those that torchrun star
 environments and of every minibatch; all have the same networks, as gradients are averaged.
 """
 
+import signal
 import time
 
 STARTED = time.perf_counter()  # the time to the targets counts from here: the imports are part of it
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
 
 import argparse
 import copy
-import io
 import json
+import math
 import os
+import shlex
 import shutil
-import signal
 import sys
+import threading
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -40,14 +45,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ballbot_env
 
-CLEAR_LINE = "\r\x1b[K" if sys.stdout.isatty() else ""
+CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment, part of the default run name
-    run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}
+    run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: one of a name of its own
     # start from one of the guide's configurations, or from tuned, the best we know
     preset: Literal["", "aggressive", "conservative", "balanced", "tuned"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
@@ -138,48 +143,81 @@ def parse():
     early.add_argument("--preset", default="")
     early.add_argument("--config", default="")
     start, _ = early.parse_known_args()
-    default = replace(Args(), **PRESETS.get(start.preset, {}))
+    settings = {}
     if start.config:
         try:
-            settings = json.loads(Path(start.config).read_text())
-            default = replace(default, **{key: type(getattr(default, key))(value) for key, value in settings.items()})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            sys.exit(f"error: --config {start.config} is not a run's config.json: {error}")
-    args = tyro.cli(Args, default=default)
+            if not Path(start.config).is_file():
+                raise ValueError("there is no such file")
+            settings = typed(json.loads(Path(start.config).read_bytes()))
+        except (OSError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            stop(f"--config {start.config} is not a run's config.json: {error}")
+    preset = start.preset or settings.get("preset", "")
+    args = tyro.cli(Args, default=replace(Args(), **PRESETS.get(preset, {}) | settings))
     if args.resume and args != Args(resume=args.resume):
-        sys.exit("error: --resume takes its flags from the run: give no others")
+        stop("--resume takes its flags from the run: give no others")
     return args
 
 
+def typed(settings):
+    """A dict of flags' values, each of its flag's type or a whole number for a float; raises ValueError on others."""
+    flags, values = {field.name: field for field in fields(Args)}, {}
+    for name, value in settings.items():
+        if name not in flags:
+            raise ValueError(f"there is no flag {name!r:.40}")
+        kind, choices = type(flags[name].default), get_args(flags[name].type)
+        values[name] = float(value) if kind is float and type(value) is int else value
+        if type(values[name]) is not kind:
+            raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}")
+        if kind is str and not value.isprintable():
+            raise ValueError(f"--{name.replace('_', '-')} has a character that cannot be printed")
+        if choices and value not in choices:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give {', '.join(filter(None, choices))}")
+    return values
+
+
 def check(args, world_size=None):
-    """Exit with one line on the first flag that cannot be, before any work starts."""
-    for name, choices in ((field.name, get_args(field.type)) for field in fields(Args)):
-        if choices and getattr(args, name) not in choices:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {', '.join(filter(None, choices))}")
-    for allowed, good, names in (
-        ("1 or more", lambda value: value >= 1, "frame_skip total_timesteps num_processes torch_threads num_envs "
-         "num_steps update_epochs minibatch_size hidden_size pi_layers vf_layers eval_interval eval_episodes "
-         "final_eval_episodes"),
-        ("0 or more", lambda value: 0 <= value < np.inf, "num_threads seed terrain_seed eval_terrain_seed ent_coef "
-         "vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale"),
-        ("more than 0", lambda value: value > 0, "terrain_amplitude clip_coef max_grad_norm target_kl"),
-        ("a number from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
-        ("a finite number", np.isfinite, "init_log_std depth_scale"),
-        ("-1 for the schedule, or a positive constant", lambda value: value == -1 or 0 < value < np.inf,
-         "learning_rate"),
+    """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
+    try:
+        typed(vars(args))
+    except (ValueError, OverflowError) as error:
+        stop(error)
+    for low, high, names in (
+        (1, 1e12, "total_timesteps num_envs num_steps update_epochs minibatch_size eval_interval eval_episodes "
+         "final_eval_episodes hidden_size"),
+        (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
+        (0, 1000, "num_threads"),
+        (0, 1e18, "seed terrain_seed eval_terrain_seed"),
+        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale"),
+        (1e-9, 1e6, "terrain_amplitude clip_coef max_grad_norm target_kl"),
+        (0, 1, "gamma gae_lambda"),
+        (-10, 10, "init_log_std depth_scale"),
     ):  # fmt: skip
         for name in names.split():
-            if not good(getattr(args, name)):
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {allowed}")
-    world_size = world_size or args.num_processes
-    batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
+            if not low <= getattr(args, name) <= high:
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {low:g} to {high:g}")
+    world_size, size = world_size or args.num_processes, args.minibatch_size
+    batch_size = args.num_envs * args.num_steps
     steps = batch_size * args.frame_skip
+    # GB, of samples and a layer on all of them, of environments, of networks with gradients, moments and copies
+    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
+    network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
+    memory = batch_size * sample + args.num_envs * (2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
+    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9  # on this machine
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    divisors = (d for k in range(1, math.isqrt(min(batch_size, 10**12)) + 1) if batch_size % k == 0
+                for d in (k, batch_size // k))  # fmt: skip
     for wrong, message in (
+        (memory > there, f"this takes about {memory:,.0f} GB of memory, and there are {there:,.0f}: give fewer "
+         "--num-envs, --num-steps or --num-processes, or a smaller --hidden-size"),
+        (args.learning_rate != -1 and not 0 < args.learning_rate <= 1e6, f"--learning-rate is {args.learning_rate}: "
+         "give -1 for the schedule, or a positive constant"),
         (args.anneal_lr and args.learning_rate < 0, "--anneal-lr needs a positive --learning-rate: -1 has its own"),
         (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
          "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
+        (args.terrain_amplitude > 100, f"--terrain-amplitude is {args.terrain_amplitude}: give 100 m or less"),
         (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
-         f"{batch_size}: {max(d for d in range(1, size + 1) if batch_size % d == 0)} does"),
+         f"{batch_size}: {max(d for d in divisors if d <= size)} does"),
+        (args.norm_adv and size == 1, "--norm-adv needs a --minibatch-size above 1"),
         (args.num_envs % world_size or size % world_size, f"{world_size} processes cannot share --num-envs "
          f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
         (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
@@ -188,6 +226,7 @@ def check(args, world_size=None):
     ):  # fmt: skip
         if wrong:
             stop(message)
+    return memory
 
 
 class DepthEncoder(nn.Module):
@@ -543,7 +582,11 @@ def summary(result):
 def say(text, end="\n"):
     """Print it, on rank 0, in place of the line of progress."""
     if rank() == 0:
-        print(CLEAR_LINE + text, end=end, flush=True)
+        try:
+            print(CLEAR_LINE + text, end=end, flush=True)
+        except OSError:
+            sys.stdout = None  # nothing more is written there
+            raise
 
 
 def learning_rate_now(args, progress_remaining):
@@ -553,61 +596,88 @@ def learning_rate_now(args, progress_remaining):
     return 1e-4 if progress_remaining > 0.66 else 5e-5 if progress_remaining > 0.33 else 1e-5
 
 
-def save(path, content):
-    """Write a checkpoint in one piece: a crash or a full disk leaves what was there."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    part = path.with_suffix(".part")
+def save(path, content, keep_as=None):
+    """Write a checkpoint in one piece, what was there staying as `keep_as`; a full disk leaves all as it was."""
     try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        ballbot_env.write_sealed(path, content, keep_as)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write {path} ({error.strerror}): make room, then --resume {path.parent}")
-    os.replace(part, path)
+        stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
 
 
 def load(path):
-    """The content of a checkpoint, or exit with one line. No pickled code is run."""
-    other = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt")
-    offer = f"; {other} is there too: --resume {other}" if other.is_file() else ""
+    """The content of a checkpoint to go on from, or exit with one line. No pickled code is run."""
+    other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = {field.name for field in fields(Args)} ^ set(content["args"])
-        content["model"], content["optimizer"]  # a policy alone cannot go on
-    except FileNotFoundError:
-        stop(f"{path} is missing{offer}")
-    except Exception:  # torch.load raises many kinds on damaged files
-        stop(f"{path} is damaged, or not a checkpoint to go on from{offer}")
-    if "frame_skip" in wrong:
-        stop(f"{path} was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+        offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
+        run = ballbot_env.unsealed(path)
+        wrong = {field.name for field in fields(Args)} ^ set(run["args"])
+        if "frame_skip" in wrong:
+            raise ValueError(
+                "was trained on the robot before its rollers were mended, which spun up at speed: train anew"
+            )
+        if wrong:
+            raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
+        run["args"] = typed(run["args"])
+        check(Args(**run["args"]))
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            wrong = ballbot_env.unlike(run["model"], Agent(Args(**run["args"])).state_dict(), "model")
+        if wrong:
+            raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
+        return run
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else "is no checkpoint to go on from"
+    stop(f"{path} {problem}{offer}")
+
+
+def misfit(run, args, agent, optimizer):
+    """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
+    n, policy = args.num_envs // args.num_processes, dict(model=agent.state_dict(), args=..., global_step=1)
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
+    state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
+                 rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
+    fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
+    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
+    wrong = ballbot_env.unlike(run, policy | dict(
+        optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
+        best=None if best is None else policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
+        targets_met=None if met is None else "", ranks=[state] * args.num_processes,
+    ))  # fmt: skip
     if wrong:
-        stop(f"{path} is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
-    return content
+        return wrong
+    same, other = ([g | {"lr": 0.0} for g in o["param_groups"]] for o in (fresh, run["optimizer"]))
+    steps = run["iteration"] * args.num_envs * args.num_steps * args.frame_skip
+    good = same == other and 0 < (best or run)["global_step"] <= run["global_step"] == steps <= args.total_timesteps
+    return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
 
 
 def load_encoder(path):
     """The state of the pretrained depth encoder, or exit with one line."""
+    problem = "is not a depth encoder"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["encoder"]
-        DepthEncoder().load_state_dict(state)
-        return state
-    except FileNotFoundError:
-        problem = "is missing"
-    except Exception:  # torch.load and load_state_dict raise many kinds on damaged or foreign files
-        problem = "is damaged or not a depth encoder"
+        state = ballbot_env.unsealed(path)["encoder"]
+        if not ballbot_env.unlike(state, DepthEncoder().state_dict()):
+            return state
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else problem
     stop(f"{path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, or train one with "
          "--no-freeze-encoder")  # fmt: skip
 
 
 def stop(message):
     """Exit with one line. All ranks come to the same end: the first says it."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 0)
+    message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 0)
 
 
-def train(args):
+def going_on(run_dir):
+    """What to do when a run has ended too soon."""
+    if (run_dir / "last.pt").is_file():
+        return f"to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
+    return "start anew, under another --run-name: there is no checkpoint yet"
+
+
+def train(args, spawned=False):
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
 
     A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
@@ -615,40 +685,43 @@ def train(args):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
     if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
         args.resume = str(Path("runs") / args.run_name)
-    run = encoder = None
+    run, encoder, first = None, None, os.environ.get("RANK", "0") == "0"
     if args.resume:
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
         vars(args).update(run["args"] | {"resume": args.resume})
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
-    check(args, size)
     if run is None:
+        memory = check(args, size)
         if args.cameras and args.freeze_encoder:
             encoder = load_encoder(Path(__file__).resolve().parent / args.encoder_path)
         if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
-        args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
-        run_dir = Path("runs") / args.run_name
-        if run_dir.exists() and os.environ.get("RANK", "0") == "0" and not restarted:
-            stop(f"{run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
+        unique = f"{int(time.time())}_{os.getpid()}"
+        args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{unique}"
+        run_dir, parts = Path("runs") / args.run_name, args.run_name.split("/")  # a study's runs lie in its folder
+        if {"", ".", ".."} & set(parts) or parts[-1].endswith(".pt") or max(map(len, parts)) > 200:
+            stop("--run-name or --exp-name is no name of a folder under runs/: give letters, digits, _ and -")
+        if first and not (spawned or restarted):
+            try:
+                run_dir.mkdir(parents=True)
+            except FileExistsError:
+                stop(f"{run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
+            except OSError as error:
+                stop(f"{run_dir} cannot be made: {error.strerror}")
+            if memory > 2:
+                say(f"this takes about {memory:.0f} GB of memory")
     elif size != args.num_processes:
         stop(f"{path} is of a run on {args.num_processes} processes, here are {size}: give it as many")
     args.num_processes = size
 
-    if "RANK" in os.environ:
-        # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
-        store, number, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        learn(args, run_dir, run, encoder)
-        dist.destroy_process_group()
-    elif size == 1:
-        learn(args, run_dir, run, encoder)
-    else:  # start the ranks as torchrun does
+    if size > 1 and "RANK" not in os.environ:  # start the ranks as torchrun does
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        resource_tracker.ensure_running()  # it would let SIGINT through
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ranks hear of Ctrl-C once they can end by it
         ranks = mp.spawn(be_rank, (args, store.port, STARTED), size, join=False, daemon=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             while not ranks.join(grace_period=2):
                 pass
@@ -656,20 +729,52 @@ def train(args):
             if getattr(error, "exit_code", 0) > 0:
                 sys.exit(1)  # it has said why
             raise ConnectionError(str(error)) from None
+        return run_dir
+    if "RANK" in os.environ:
+        # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
+        store, number, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+    folder = None
+    if first:
+        # What TensorBoard's thread meets on the disk is raised here as well: it need not be shown twice
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
+        try:
+            folder = ballbot_env.claim(run_dir)
+        except OSError as error:
+            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
+    try:
+        learn(args, run_dir, run, encoder)
+    except OSError as error:  # a disk or an output that is full, closed or gone
+        stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
+    finally:
+        if first:
+            os.close(folder)  # another may go on with it
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return run_dir
 
 
 def be_rank(rank, args, port, started):
     """What the processes do that `train` starts."""
     # They are sent SIGINT when that process dies; nohup and & have it ignored
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     global STARTED
     STARTED = started
     size = args.num_processes
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
-    train(args)
+    train(args, spawned=True)
+
+
+def interrupt(*_, last=[-9.0]):  # noqa: B006
+    """Raise KeyboardInterrupt, but not on a second signal within a second: it would only disturb the end."""
+    before, last[0] = last[0], time.monotonic()
+    if last[0] - before > 1:
+        raise KeyboardInterrupt
 
 
 def learn(args, run_dir, run, encoder):
@@ -704,32 +809,35 @@ def learn(args, run_dir, run, encoder):
         depth = depth_features(envs, agent, torch.zeros(num_envs, agent.num_depth, device=device))
         observation = proprioception(obs, agent), depth
     else:
-        try:
-            agent.load_state_dict(run["model"])
-            optimizer.load_state_dict(run["optimizer"])
-        except (RuntimeError, ValueError, KeyError):
-            stop(f"{args.resume} is of another version: its networks or optimizer are stored otherwise")
+        if wrong := misfit(run, args, agent, optimizer):
+            stop(f"{args.resume} is damaged or of another version: {wrong} is not as its flags imply")
+        agent.load_state_dict(dict(run["model"]))
+        optimizer.load_state_dict(run["optimizer"])
         iteration, global_step, best, targets_met, elapsed, seconds = (
             run[name] for name in ("iteration", "global_step", "best", "targets_met", "elapsed", "seconds")
         )
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
-        envs.set_state(state["envs"])
         observation = state["proprio"].to(device), state["depth"].to(device)
-        torch.set_rng_state(state["rng"])
-        if args.cuda:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        try:
+            envs.set_state(state["envs"])
+            torch.set_rng_state(state["rng"])
+            if args.cuda:
+                torch.cuda.set_rng_state(state["cuda_rng"])
+        except (ValueError, RuntimeError) as error:
+            stop(f"{args.resume} is damaged: {error}")
     started = STARTED if run is None else time.perf_counter()
-    result = None
+    result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
         if run is None:
             settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
             (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
             rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
             writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        if best is not None:
+            save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
 
     while iteration < num_iterations:
@@ -755,7 +863,7 @@ def learn(args, run_dir, run, encoder):
         losses = update(agent, optimizer, args, batch)
         if not all(map(np.isfinite, losses.values())):
             stop(f"the losses after step {global_step} are not finite: lower --learning-rate or --max-grad-norm; "
-                 f"{run_dir}/last.pt is the policy before ({losses})")  # fmt: skip
+                 + f"{run_dir}/last.pt is the policy before " * (iteration > 1) + f"({losses})")  # fmt: skip
         if args.norm_obs:
             agent.update_obs_moments(batch["proprio"])
         spent = time.perf_counter() - start
@@ -802,7 +910,7 @@ def learn(args, run_dir, run, encoder):
             f"[{'#' * (20 * iteration // num_iterations):<20}] {global_step:,} steps, {global_step / seconds:,.0f} "
             f"SPS, {left} left, return {mean_return:.1f}, length {mean_length:.0f}, {'/'.join(parts)} {shares} %"
         )
-        if sys.stdout.isatty():
+        if CLEAR_LINE:
             say(line[: shutil.get_terminal_size().columns - 1], end="")
         else:
             say(line)
@@ -814,12 +922,11 @@ def learn(args, run_dir, run, encoder):
                 say(f"targets met after {targets_met}")
         if is_best:
             save(run_dir / "best.pt", best)
-        if (run_dir / "last.pt").exists():
-            shutil.copyfile(run_dir / "last.pt", run_dir / "previous.pt")
         save(run_dir / "last.pt", policy | dict(
             optimizer=optimizer.state_dict(), iteration=iteration, best=best, targets_met=targets_met, elapsed=now,
             seconds=seconds, finished=list(finished), ranks=states,
-        ))  # fmt: skip
+        ), run_dir / "previous.pt" if good else None)  # fmt: skip
+        good = True
 
     envs.close()
     policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
@@ -843,16 +950,35 @@ def learn(args, run_dir, run, encoder):
         + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
 
 
-if __name__ == "__main__":
-    arguments = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
-    go_on = f"to go on: python {sys.argv[0]} --resume runs/"
+def main():
+    """Train by the command line."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
+        pass
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    arguments, why = parse(), f"{CLEAR_LINE}stopped"
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        train(arguments)
+        return train(arguments)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
-        sys.exit(f"{CLEAR_LINE}stopped; {go_on}{arguments.run_name}")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     except (RuntimeError, ConnectionError) as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
             raise
-        stop(f"a process of this run is gone; {go_on}{arguments.run_name}")
+        why = "error: a process of this run is gone"
+    path = Path(arguments.resume or Path("runs") / arguments.run_name)
+    advice = going_on(path.parent if path.suffix == ".pt" else path)
+    sys.exit(f"{why}; {advice}" if os.environ.get("RANK", "0") == "0" else 0)
+
+
+if __name__ == "__main__":
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout and sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None
+        stop(f"the output cannot be written ({error.strerror})")

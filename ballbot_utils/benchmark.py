@@ -78,7 +78,7 @@ def check(args):
     need(args.output.suffix == ".png", f"--output is {args.output}: give a name ending in .png")
     files = [args.output.with_suffix(suffix) for suffix in (".png", ".md", ".json")]
     for file in files:
-        need_file("--output", file, args.overwrite)
+        need_file("--output", file, args.overwrite, ".png", ".md", ".json")
     for package in ["matplotlib"] + ["stable_baselines3"] * (args.sb3_envs > 0):
         try:
             __import__(package)

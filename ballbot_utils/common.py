@@ -1,5 +1,6 @@
 """What the programs beside it share: their conditions, checks of flags and files, progress, policies and episodes."""
 
+import contextlib
 import math
 import os
 import sys
@@ -10,14 +11,14 @@ import numpy as np
 import torch
 
 import ppo_ballbot
-from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
+from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, unlike, unsealed
 from ppo_ballbot import depth_features, proprioception
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
 # What a checkpoint's args must have. All else ppo_ballbot.Args has is for training and may differ.
-NEEDED = {"cameras": bool, "hidden_size": int, "pi_layers": int, "vf_layers": int, "terrain": str,
-          "terrain_seed": int, "eval_terrain_seed": int, "wheel_damping": float, "frame_skip": int}  # fmt: skip
+NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
+          "wheel_damping", "frame_skip")  # fmt: skip
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Conditions:
 def need(good, message):
     """Exit with one line unless `good`."""
     if not good:
-        sys.exit(f"error: {message}")
+        sys.exit("".join(letter if letter.isprintable() else "?" for letter in f"error: {message}"))
 
 
 def need_from(args, low, *names):
@@ -62,21 +63,34 @@ def need_from(args, low, *names):
         need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
-def need_file(flag, path, overwrite):
-    """Exit with one line where the file `path` of a flag cannot be written."""
-    need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
-    need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
-    need(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
+def need_file(flag, path, overwrite, *suffixes):
+    """Exit with one line where the file `path` of a flag cannot be written, or its name ends in none of `suffixes`."""
+    try:
+        need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
+        need(path.suffix in suffixes, f"{flag} is {path}: give a name ending in {' or '.join(suffixes)}")
+        need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
+        need(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
+        need(path.is_file() or not path.exists(), f"{flag} is {path}, which is no file: give another name")
+        write(path.with_name(f"try_{path.name}"), lambda part: part.touch())
+        path.with_name(f"try_{path.name}").unlink()
+    except (OSError, ValueError) as error:
+        need(False, f"{flag} is {path}, which cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def write(path, save):
-    """Let `save(part)` write a file beside `path`, which then takes its place: what was there outlives a failure."""
-    part = path.with_name(f"part_{path.name}")
+    """Let `save(part)` write a file beside `path`, which then takes its place: what was there outlives a failure.
+
+    Exits with one line where the disk fails.
+    """
+    part = path.with_name(f"part_{os.getpid()}_{path.name}")
     try:
         save(part)
         os.replace(part, path)
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written: {error.strerror or error}")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def check_conditions(args):
@@ -123,18 +137,15 @@ def load(path):
     def must(good, problem):
         need(good, f"{path} {problem}")
 
-    if path.is_dir():
-        folder, path = path, path / "best.pt"
-        other = "name its last.pt" if (folder / "last.pt").exists() else "give a .pt file or the folder of a run"
-        if not path.exists():
-            sys.exit(f"error: {folder} has no best.pt (no evaluation yet?): {other}")
-    must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on damaged and foreign files
-        foreign = "Weights only load failed" in str(error)
-        must(False, "is no checkpoint of ppo_ballbot.py, or holds code, which is never run" if foreign
-             else f"is damaged, cut short or no checkpoint ({type(error).__name__})")  # fmt: skip
+        if path.is_dir():
+            folder, path = path, path / "best.pt"
+            other = "name its last.pt" if (folder / "last.pt").exists() else "give a .pt file or the folder of a run"
+            need(path.exists(), f"{folder} has no best.pt (no evaluation yet?): {other}")
+        must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
+        content = unsealed(path)
+    except (OSError, ValueError) as error:
+        must(False, getattr(error, "strerror", None) or error)
     must(isinstance(content, dict) and isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict),
          "is no checkpoint of ppo_ballbot.py: it has no model or args")  # fmt: skip
     given = content["args"]
@@ -142,20 +153,25 @@ def load(path):
          "which spun up at speed: train anew")  # fmt: skip
     missing = [name for name in NEEDED if name not in given]
     must(not missing, f"has no {', '.join(missing)} in its args: it is no checkpoint of ppo_ballbot.py")
-    must(isinstance(content.get("global_step", 0), int), "has a global_step that is no whole number")
-    for name, kind in NEEDED.items():
-        kinds = (int, float) if kind is float else kind
-        must(isinstance(given[name], kinds), f"has {name} = {given[name]!r} in its args: expected {kind.__name__}")
-    must(given["terrain"] in ("perlin", "flat"), f"has terrain = {given['terrain']!r}: expected perlin or flat")
+    step = content.get("global_step", 0)
+    must(type(step) is int and 0 <= step < 2**63, "has a global_step that is no number of steps")
     known = {field.name for field in fields(ppo_ballbot.Args)}
-    train_args = ppo_ballbot.Args(**{name: value for name, value in given.items() if name in known})
     try:
-        agent = ppo_ballbot.Agent(train_args)
-        agent.load_state_dict(content["model"])
-    except Exception as error:  # sizes that cannot be, or weights that do not fit them
-        must(False, f"has weights that do not fit its args: {str(error).splitlines()[-1].strip()}")
-    must(all(tensor.isfinite().all() for tensor in agent.state_dict().values()), "has weights that are not finite")
-    return agent, train_args, content.get("global_step", 0)
+        train_args = ppo_ballbot.Args(**ppo_ballbot.typed({name: given[name] for name in given if name in known}))
+    except (ValueError, OverflowError) as error:
+        must(False, f"has args that cannot be: {error}")
+    must(train_args.terrain in ("perlin", "flat"), "has another terrain than perlin or flat")
+    for name, low, high in (("hidden_size", 1, 1e6), ("pi_layers", 1, 1000), ("vf_layers", 1, 1000),
+                            ("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
+                            ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip
+        value = getattr(train_args, name)
+        must(low <= value <= high, f"has a {name} that is not from {low:g} to {high:g} in its args")
+    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+        wrong = unlike(content["model"], ppo_ballbot.Agent(train_args).state_dict(), "model")
+    must(not wrong, f"has weights that do not fit its args, or are not finite: {wrong}")
+    agent = ppo_ballbot.Agent(train_args)
+    agent.load_state_dict(dict(content["model"]))
+    return agent, train_args, step
 
 
 def trained(agent, stochastic=False):

@@ -51,7 +51,7 @@ def check(args):
         need(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
     need(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
     if args.json not in ("", "-"):
-        need_file("--json", Path(args.json), args.overwrite)
+        need_file("--json", Path(args.json), args.overwrite, ".json")
 
 
 def read(run):

@@ -86,7 +86,7 @@ def check(args):
     need_from(args, 0, "num_threads")
     check_conditions(args)
     if args.json not in ("", "-"):
-        need_file("--json", Path(args.json), args.overwrite)
+        need_file("--json", Path(args.json), args.overwrite, ".json")
 
 
 def run_episodes(policy, args, task, title=""):

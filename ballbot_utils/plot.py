@@ -60,7 +60,7 @@ def check(args):
     need(args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg")
     files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
     for file in files:
-        need_file("--output", file, args.overwrite)
+        need_file("--output", file, args.overwrite, ".png", ".svg")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

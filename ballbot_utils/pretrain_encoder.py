@@ -5,6 +5,7 @@ default. The encoder of ppo_ballbot.py learns features from which a decoder, thr
 rebuilds the frame. Held-out terrains then tell what the features are worth. Needs no display and no GPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -26,6 +27,8 @@ from ballbot_env import (
     DepthRenderer,
     make_model,
     perlin_terrain,
+    sealed,
+    unsealed,
 )
 from ballbot_utils.common import clear_progress, need, need_file, need_from, progress, write
 from ppo_ballbot import DepthEncoder
@@ -262,10 +265,14 @@ def check(args):
     need(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
          f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
     need(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
-    for name in ("output", "picture"):
-        path = getattr(args, name)
-        if path is not None:
-            need_file(f"--{name}", path, args.overwrite)
+    need_file("--output", args.output, args.overwrite, ".pt")
+    if args.output.exists():  # which --overwrite lets it replace, if it is an encoder or nothing that can be read
+        with contextlib.suppress(ValueError):
+            need(
+                "encoder" in unsealed(args.output), f"--output is {args.output}, which is no encoder: give another name"
+            )
+    if args.picture is not None:
+        need_file("--picture", args.picture, args.overwrite, ".png")
     need(args.picture is None or importlib.util.find_spec("matplotlib"),
          "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
 
@@ -334,12 +341,12 @@ def pretrain(args):
         scores = result["probes"][name] = dict(zip(names, probe_all(a, targets, b, val_targets, noise)))
         print(f"{name:30}" + "  ".join(f"{score:{len(n)}.3f}" for n, score in scores.items()))
 
-    if args.picture is not None:
-        write(args.picture, lambda part: save_picture(part, val_frames, rebuilt, mean))
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
     content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
-    write(args.output, lambda part: torch.save(content, part))
+    write(args.output, lambda part: part.write_bytes(sealed(content)))
     print(f"{args.output}: made in {seconds:.0f} s")
+    if args.picture is not None:
+        write(args.picture, lambda part: save_picture(part, val_frames, rebuilt, mean))
     return content
 
 

@@ -61,8 +61,7 @@ def check(args):
     check_conditions(args)
     need(args.render != (args.video is not None), "give one of --render and --video")
     if args.video:
-        need(args.video.suffix in FPS, f"--video is {args.video}: give a name ending in .mp4 or .gif")
-        need_file("--video", args.video, args.overwrite)
+        need_file("--video", args.video, args.overwrite, *FPS)
 
 
 def episode(envs, policy, args, seed):

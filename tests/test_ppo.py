@@ -362,8 +362,8 @@ def test_it_learns(tmp_path, monkeypatch):
     "changes, message",
     [
         ({"minibatch_size": 100}, "which does not divide --num-envs * --num-steps = 256: 64 does"),
-        ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
-        ({"num_processes": 0}, "--num-processes is 0: give 1 or more"),
+        ({"num_envs": -1}, "--num-envs is -1: give 1 to 1e+12"),
+        ({"num_processes": 0}, "--num-processes is 0: give 1 to 1000"),
         ({"total_timesteps": 100}, "give at least --num-envs * --num-steps * --frame-skip = 256"),
         ({"num_processes": 3}, "3 processes cannot share --num-envs 4 and --minibatch-size 64"),
         ({"learning_rate": -2.0}, "give -1 for the schedule"),
@@ -374,7 +374,7 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"ent_coef": float("nan")}, "--ent-coef is nan"),
         ({"eval_terrain_seed": 0}, "terrain not trained on"),
         ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
-        ({"encoder_path": "ballbot_env.py"}, "damaged or not a depth encoder"),
+        ({"encoder_path": "ballbot_env.py"}, "ballbot_env.py is damaged, or not a checkpoint"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_before_any_work(changes, message, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_values_in_force_are_logged_and_used(tmp_path, monkeypatch):
         (dict(lr_schedule="step"), "--lr-schedule is step: give guide, constant, linear, cosine, kl"),
         (dict(ent_schedule="kl"), "--ent-schedule is kl: give constant, linear, cosine"),
         (dict(learning_rate=-2.0), "--learning-rate is -2.0: give -1 for the schedule, or a positive constant"),
-        (dict(clip_end=0.0), "--clip-end is 0.0: give more than 0"),
+        (dict(clip_end=0.0), "--clip-end is 0.0: give 1e-09 to 1e+06"),
         (dict(ent_end=-1.0), "--ent-end is -1.0"),
     ],
 )

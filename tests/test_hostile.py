@@ -1,0 +1,23 @@
+"""A small part of the attempts of hostile.py; `python tests/hostile.py` makes all of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("hostile.py")
+KINDS = ("command line", "config file", "checkpoint, resumed", "checkpoint, evaluated", "bit flips and cuts", "faults",
+         "environment", "tools")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output():
+    return subprocess.run([sys.executable, SCRIPT, "--small"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attempt_fails(kind, output):
+    (row,) = (line for line in output.splitlines() if line.startswith(f"| {kind} |"))
+    *_, attempts, _, _, _, failed = row.strip("| ").split(" | ")
+    assert int(attempts) >= 10 and failed == "0", output
