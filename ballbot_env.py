@@ -41,6 +41,9 @@ TERRAIN_NODES = 1169  # per side: cells of 40 m / 1168 = 10/292 m
 EDGE = 1.0  # m, episodes are truncated this close to the terrain's edge
 START_EXTENT = 10.0  # m, starts are drawn from the square |x|, |y| <= START_EXTENT
 MAX_DEPTH = 1.0  # m
+# rad: going to +y, wheels 1 and 2 then turn at 0.87 of the ball's rim speed and wheel 0 rests. Heading 0 asks 0.95 of
+# wheel 1, which runs out of torque first
+EASY_HEADING = 0.22
 # MuJoCo's warnings end the episode and are printed; they need no MUJOCO_LOG.TXT in the working directory.
 _log = mujoco.MjLogConfig.get()
 _log.logto_file = False

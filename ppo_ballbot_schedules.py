@@ -104,6 +104,7 @@ class Args:
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
     spin_cost: float = 0.0  # learn from rewards less this times the squared yaw rate (rad²/s²); not in returns shown
     drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²)
+    heading_cost: float = 0.0  # the same for the squared heading (rad²) off the one at which two wheels share the drive
     norm_obs: bool = False  # normalise proprioception by running mean and variance
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
@@ -206,9 +207,9 @@ def check(args, world_size=None):
         (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
         (0, 1000, "num_threads"),
         (0, 1e18, "seed terrain_seed eval_terrain_seed"),
-        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost wheel_damping log_std_lr_scale lr_end ent_end"),
-        (1e-9, 1e6, "terrain_amplitude clip_coef clip_end max_grad_norm "
-         "target_kl"),
+        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
+         "log_std_lr_scale lr_end ent_end"),
+        (1e-9, 1e6, "terrain_amplitude max_grad_norm target_kl clip_coef clip_end"),
         (0, 1, "gamma gae_lambda"),
         (-10, 10, "init_log_std depth_scale"),
     ):  # fmt: skip
@@ -459,6 +460,9 @@ def rollout(envs, agent, args, proprio, depth):
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
         cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + args.drift_cost * obs["vel"][:, 0] ** 2
+        if args.heading_cost:
+            heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0]
+            cost += args.heading_cost * (heading - ballbot_env.EASY_HEADING) ** 2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):

@@ -92,9 +92,9 @@ def test_truncation_bootstraps_and_termination_does_not():
 
 @pytest.mark.parametrize("body_frame", [False, True])
 def test_costs_are_learnt_from_and_not_shown(body_frame):
-    """--spin-cost and --drift-cost, by what the environment is then seen to do."""
+    """--spin-cost, --drift-cost and --heading-cost, by what the environment is then seen to do."""
     rewards, returns = [], []
-    costs = dict(spin_cost=0.1, drift_cost=0.2)
+    costs = dict(spin_cost=0.1, drift_cost=0.2, heading_cost=0.3)
     for changes in ({}, costs):
         args = replace(SMALL, cameras=False, num_steps=150, frame_skip=2, body_frame=body_frame, **changes)
         torch.manual_seed(0)
@@ -109,6 +109,13 @@ def test_costs_are_learnt_from_and_not_shown(body_frame):
     for step in range(20):
         obs, *_ = envs.step(batch["actions"][step].numpy())
         cost = 0.1 * obs["angular_vel"][:, 2] ** 2 + 0.2 * obs["vel"][:, 0] ** 2
+        headings = []
+        for vector in obs["orientation"].astype(float):
+            quaternion, matrix = np.empty(4), np.empty(9)
+            mujoco.mju_axisAngle2Quat(quaternion, vector / np.linalg.norm(vector), np.linalg.norm(vector))
+            mujoco.mju_quat2Mat(matrix, quaternion)
+            headings.append(np.arctan2(matrix[3], matrix[0]))  # of the base's x axis
+        cost += 0.3 * (np.array(headings) - 0.22) ** 2
         assert (rewards[0] - rewards[1])[step].numpy() == pytest.approx(2 * cost, abs=1e-5)
 
 
