@@ -141,8 +141,8 @@ PRESETS = {
         num_processes=2, frame_skip=4, body_frame=True, learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0,
         vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733,
         norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5,
-        depth_scale=0.1, spin_cost=0.005, drift_cost=0.05, log_std_lr_scale=5.0, terrain_amplitude=0.15,
-        total_timesteps=3_000_000, eval_interval=250_000,
+        depth_scale=0.1, spin_cost=0.005, drift_cost=0.05, heading_cost=0.02, log_std_lr_scale=5.0,
+        terrain_amplitude=0.15, total_timesteps=3_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
 
