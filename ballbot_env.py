@@ -37,6 +37,7 @@ TERRAIN_NODES = 1169  # per side: cells of 40 m / 1168 = 10/292 m
 EDGE = 1.0  # m, episodes are truncated this close to the terrain's edge
 START_EXTENT = 10.0  # m, starts are drawn from the square |x|, |y| <= START_EXTENT
 MAX_DEPTH = 1.0  # m
+MAX_COMMAND, STANDING, COMMAND_STEPS = 0.6, 0.2, 1000  # m/s; share of commands to stand still; steps a drawn one holds
 # MuJoCo's warnings end the episode and are printed; they need no MUJOCO_LOG.TXT in the working directory.
 _log = mujoco.MjLogConfig.get()
 _log.logto_file = False
@@ -105,10 +106,13 @@ class BallbotEnv(gym.Env):
     | `depth_0`                  | all   | planar depth of the right camera: (1, row, column) | 0   | 1    | m        |
     | `depth_1`                  | all   | planar depth of the left camera: (1, row, column)  | 0   | 1    | m        |
     | `relative_image_timestamp` | 0     | time since the two frames were taken               | 0   | 0.01 | s        |
+    | `command`                  | 0     | velocity wanted, in the world: x                   | -2  | 2    | m/s      |
+    |                            | 1     | the same: y                                        | -2  | 2    | m/s      |
 
-    Values beyond Min and Max are clipped. With `cameras=False` the last three keys are absent. Position and goal are
-    not observed. The images' shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The maximum of
-    `relative_image_timestamp` follows from `camera_rate`; 0.01 s is that of the default.
+    Values beyond Min and Max are clipped. With `cameras=False` depth and its timestamp are absent. `command` is there
+    only with `goal="command"` (see Commands). Position, and a goal that is a direction, are not observed. The images'
+    shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The maximum of `relative_image_timestamp`
+    follows from `camera_rate`; 0.01 s is that of the default.
 
     ### Cameras
     - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
@@ -128,7 +132,9 @@ class BallbotEnv(gym.Env):
     The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost + healthy_reward*:
 
     - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
-      observed, that is after clipping, times the unit vector along `goal` (default +y).
+      observed, that is after clipping, times the unit vector along `goal` (default +y). With `goal="command"` it is
+      the weight times |c| - |v - c|, where v is x and y of `vel` and c the command: as much as going at c along a goal
+      where v is c, 0 standing still, and negative going elsewhere, or going at all where c is 0.
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
     - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
 
@@ -155,6 +161,12 @@ class BallbotEnv(gym.Env):
     ### Pushes
     `env.unwrapped.push(force)` pushes the base at its centre of mass by (x, y, z) N, in the world's frame, from the
     next step on, until a force is given anew ((0, 0, 0) ends it) or the episode ends.
+
+    ### Commands
+    With `goal="command"` the velocity to go at is observed, and drawn anew at the start and after every 1000 steps
+    (2 s) of an episode: one in five is to stand still, the others have speeds uniform from 0 to 0.6 m/s and directions
+    uniform in the plane. `env.unwrapped.command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s
+    each: it counts from the next step on, until one is set anew or the episode ends. None is drawn in between.
 
     ## Episode End
     ### Termination
@@ -209,7 +221,7 @@ class BallbotEnv(gym.Env):
     | `frame_skip`            | **int**       | `1`        | steps     | Physics steps that an action is held       |
     | `max_episode_steps`     | **int, None** | see below  | steps     | Length at which an episode is truncated    |
     | `max_tilt`              | **float**     | `20.0`     | degrees   | Tilt above which an episode terminates     |
-    | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, of any length      |
+    | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, or `"command"`     |
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
@@ -235,7 +247,7 @@ class BallbotEnv(gym.Env):
     ## Version History
     * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
       returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip`, options of
-      `reset()`, `push()` and the reward's terms in `info` are new.
+      `reset()`, `push()`, `goal="command"` and the reward's terms in `info` are new.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -295,6 +307,13 @@ class BallbotEnv(gym.Env):
             raise ValueError(f"force has shape {np.shape(force)}, expected (3,)")
         self._envs.push([force])
 
+    def command(self, velocity):
+        """Want the robot to go at `velocity` (2,), m/s in the world's frame; only with `goal="command"`.
+
+        It counts from the next step on, until it is given anew or the episode ends; none is drawn in between.
+        """
+        self._envs.command(np.asarray(velocity)[None])
+
     def render(self):
         """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
         if self.render_mode is None:
@@ -346,7 +365,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
       terminated and counts it in `info["physics_errors"]`; the others go on.
 
-    To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector),
+    To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector,
+    or None with `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it),
     `frames` (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`),
     `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors` (num_envs,).
 
@@ -396,8 +416,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
              "a damping of 0 N·m·s/rad or more")  # fmt: skip
         need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
         direction = np.asarray(goal, dtype=object)
-        need(direction.shape == (2,) and all(map(is_number, direction)) and any(direction), "goal", goal,
-             "a direction (x, y) other than (0, 0)")  # fmt: skip
+        commanded = isinstance(goal, str) and goal == "command"
+        need(commanded or (direction.shape == (2,) and all(map(is_number, direction)) and any(direction)), "goal", goal,
+             'a direction (x, y) other than (0, 0), or "command"')  # fmt: skip
         weights = {"forward_reward_weight": forward_reward_weight, "ctrl_cost_weight": ctrl_cost_weight,
                    "healthy_reward": healthy_reward}  # fmt: skip
         for name, value in weights.items():
@@ -413,7 +434,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.metadata = self.metadata | {"render_fps": round(1 / (TIMESTEP * frame_skip))}  # a picture for each action
         self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
-        self.goal = np.asarray(goal, dtype=float) / math.hypot(*goal)
+        self.goal = None if commanded else np.asarray(goal, dtype=float) / math.hypot(*goal)
+        self.commands = np.zeros((num_envs, 2)) if commanded else None  # m/s
+        self._commands_set = np.zeros(num_envs, bool)  # from outside: none are drawn for the rest of the episode
         self._weights = tuple(weights.values())
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
@@ -426,6 +449,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             boxes |= {f"depth_{i}": spaces.Box(0, MAX_DEPTH, shape, np.float32) for i in (0, 1)}
             age = max(self.frame_interval - 1, 1) * TIMESTEP  # a space needs some extent
             boxes["relative_image_timestamp"] = spaces.Box(0, np.float32(age), (1,), np.float32)
+        if commanded:
+            boxes["command"] = spaces.Box(-2, 2, (2,), np.float32)
         self.single_observation_space = spaces.Dict(boxes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -541,6 +566,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"forces have shape {np.shape(forces)}, expected ({self.num_envs}, 3)")
         self._forces[:] = forces
 
+    def command(self, velocities):
+        """Want the robots to go at `velocities` (num_envs, 2), m/s in the world's frame; only with `goal="command"`.
+
+        They count from the next step on, until they are given anew or the episode ends; none is drawn in between.
+        """
+        if self.commands is None:
+            raise ValueError('command() needs the goal "command": gym.make("Ballbot-v0", goal="command")')
+        velocities = np.asarray(velocities, float)
+        if velocities.shape != (self.num_envs, 2):
+            raise ValueError(f"velocities have shape {velocities.shape}, expected ({self.num_envs}, 2)")
+        need((np.abs(velocities) <= 2).all(), "the velocity", velocities, "x and y from -2 to 2 m/s")
+        self.commands[:], self._commands_set[:] = velocities, True
+
     def get_state(self):
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
         state = {
@@ -551,6 +589,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         }
         for name in ("_actions", "_steps", "_returns", "physics_errors"):
             state[name] = torch.tensor(getattr(self, name))
+        if self.commands is not None:
+            state |= {"commands": torch.tensor(self.commands), "commands_set": torch.tensor(self._commands_set)}
         if self.frames is not None:
             state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
         return state
@@ -566,6 +606,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for name in ("_actions", "_steps", "_returns", "physics_errors"):
             getattr(self, name)[:] = state[name].numpy()
         self._started[:] = time.perf_counter()
+        if self.commands is not None:
+            self.commands[:], self._commands_set[:] = state["commands"].numpy(), state["commands_set"].numpy()
         if self.frames is not None:
             self.frames.copy_(state["frames"])
             self._frame_time[:] = state["frame_time"].numpy()
@@ -634,6 +676,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             ground = self._highest(x, y)
             self._position[i] = x, y, ground + BASE_START
             self._ball_position[i] = x, y, ground + BALL_START
+        if self.commands is not None:
+            self._draw_commands(ids)
+            self._commands_set[ids] = False
         if starts:
             self._turn(starts.get("heading", np.zeros(self.num_envs)), starts.get("tilt", np.zeros((self.num_envs, 2))))
             for columns in self._linear_velocities:
@@ -643,6 +688,13 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._returns[ids] = 0
         self._started[ids] = time.perf_counter()
         self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
+
+    def _draw_commands(self, ids):
+        """New commands for the environments `ids`."""
+        for i in ids:
+            kind, speed, turn = self._rngs[i].random(3)
+            speed = 0 if kind < STANDING else MAX_COMMAND * speed
+            self.commands[i] = speed * math.cos(2 * math.pi * turn), speed * math.sin(2 * math.pi * turn)
 
     def _turn(self, heading, tilt):
         """Turn upright bases by `heading` (num_envs,), then by `tilt` (num_envs, 2) about their balls' centres, rad."""
@@ -729,7 +781,12 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         else:
             counted, healthy = True, taken
         terminations, truncations = fell.any(1), over.any(1)
-        speed = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2) @ self.goal
+        velocity = np.minimum(np.maximum(self._record["qvel"][:, :, self._velocity_columns[3:5]], -2), 2)
+        if self.commands is None:
+            speed = velocity @ self.goal
+        else:
+            wanted = self.commands[:, None]
+            speed = np.linalg.norm(wanted, axis=2) - np.linalg.norm(velocity - wanted, axis=2)
         forward_weight, ctrl_weight, healthy_weight = self._weights
         forward = forward_weight * (speed * counted).sum(1)
         ctrl = -ctrl_weight * np.square(self._actions, dtype=float).sum(1) * taken
@@ -747,6 +804,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._clock += self.frame_skip
         self._steps += taken
         self._returns += rewards
+        if self.commands is not None:
+            new = self._steps // COMMAND_STEPS > (self._steps - taken) // COMMAND_STEPS
+            self._draw_commands(np.flatnonzero(new & ~self._commands_set))
         infos = self._infos()
         infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
         return self._observe(ended_at), rewards, terminations, truncations, infos
@@ -766,6 +826,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self.frames is not None:
             age = (clock - self._frame_time) * TIMESTEP
             obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
+        if self.commands is not None:
+            obs["command"] = self.commands.astype(np.float32)
         return obs
 
     def _infos(self):

@@ -147,6 +147,8 @@ def load(path):
         kinds = (int, float) if kind is float else kind
         must(isinstance(given[name], kinds), f"has {name} = {given[name]!r} in its args: expected {kind.__name__}")
     must(given["terrain"] in ("perlin", "flat"), f"has terrain = {given['terrain']!r}: expected perlin or flat")
+    goal = given.get("goal", "forward")  # of all before there were commands
+    must(goal in ("forward", "command"), f"has goal = {goal!r}: expected forward or command")
     known = {field.name for field in fields(ppo_ballbot.Args)}
     train_args = ppo_ballbot.Args(**{name: value for name, value in given.items() if name in known})
     try:
@@ -190,6 +192,8 @@ def conditions(args, train_args, policy):
         "frame_skip": train_args.frame_skip,
         "max_episode_steps": args.horizon,
     }
+    if train_args.goal == "command":
+        task["goal"] = "command"
     if task["terrain"] == "perlin":
         task["terrain_seed"] = train_args.eval_terrain_seed if args.terrain_seed is None else args.terrain_seed
         task["terrain_amplitude"] = args.terrain_amplitude or 0.1
