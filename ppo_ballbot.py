@@ -98,7 +98,7 @@ class Args:
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
     # learn from rewards less this times the squared yaw rate (rad²/s²); returns shown are the task's all the same
     spin_cost: float = 0.0
-    drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²); none with --goal command
+    drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²); commands have none
     action_rate_cost: float = 0.0  # the same for the squared change of the clipped action from the one before
     norm_obs: bool = False  # normalise proprioception by running mean and variance
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
@@ -246,8 +246,8 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
-    An observation is split in `proprio` (n, 15), one more each with the frames' age and --body-frame and two with --goal
-    command, and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
+    An observation is split in `proprio` (n, 15), one more each with the frames' age and --body-frame, two for a command,
+    and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
     """
 
     def __init__(self, args):
@@ -375,7 +375,7 @@ def proprioception(obs, agent):
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
     keys = ballbot_env.PROPRIOCEPTION + ("command",) * agent.commanded
-    keys += ("relative_image_timestamp",) * (agent.encoder is not None)
+    keys += ("relative_image_timestamp",) if agent.encoder is not None else ()
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
 
 
@@ -420,8 +420,8 @@ def rollout(envs, agent, args, proprio, depth):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
-        drift_cost = 0 if agent.commanded else args.drift_cost
-        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + drift_cost * obs["vel"][:, 0] ** 2
+        drift = 0 if agent.commanded else obs["vel"][:, 0]
+        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + args.drift_cost * drift**2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
         if keep_frames and envs.new_frames.any():

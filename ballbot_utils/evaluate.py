@@ -2,8 +2,9 @@
 
 Every checkpoint plays episodes on terrain it was not trained on, and a table sets them side by side: return,
 length, speed and more, with 95 % bootstrap intervals, the guide's targets, and the gap between training and
-unseen terrain. A policy that is given commands has their tracking error instead of a speed. Longer episodes (`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a
-policy is; `python -m ballbot_utils.watch` shows one of them.
+unseen terrain; for a policy that is given commands, their tracking error instead of speed. Longer episodes
+(`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a policy is;
+`python -m ballbot_utils.watch` shows one of them.
 
 --push J is a horizontal force on the base's centre of mass in a random direction, of impulse J (N·s) and 20 ms,
 every `--push-interval` seconds. 1 N·s changes the speed of the robot, 3.9 kg, by some 0.26 m/s.
@@ -94,9 +95,9 @@ def run_episodes(policy, args, task, title=""):
 
     `policy` is as `play` wants it. Returns a dict of arrays (episodes,), in the order of their seeds: return, length
     (steps), speed (m/s) and distance (m) along the goal, effort (mean of ||action||² after clipping), and whether it
-    fell or left the terrain. With commands there is, instead of speed and distance, tracking_error (m/s): the mean
-    distance of the velocity from the command. As in ppo_ballbot.evaluate every environment's first episode counts, and no other, so that
-    short ones are not favoured.
+    fell or left the terrain. With commands, tracking_error (m/s), the mean distance of the velocity from the command,
+    is there instead of speed and distance. As in ppo_ballbot.evaluate every environment's first episode counts, and no
+    other, so that short ones are not favoured.
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, **task)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
@@ -193,6 +194,8 @@ def table(results, width):
 
     def verdict(name, target):
         def text(r):
+            if "tracking_error" in r["summary"]:
+                return "-"  # another task
             s = r["summary"][name]
             unsure = ", within error" if s["low"] <= target < s["high"] else ""
             return ("reached" if s["mean"] > target else "missed") + unsure
