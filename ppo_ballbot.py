@@ -246,8 +246,8 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
-    An observation is split in `proprio` (n, 15), one more each with the frames' age and --body-frame, two for a command,
-    and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
+    An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame and two with
+    commands, and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
     """
 
     def __init__(self, args):
