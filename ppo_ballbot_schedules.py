@@ -75,6 +75,7 @@ class Args:
     eval_terrain_seed: int = 1_000_000  # the terrain of evaluations, never trained on
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: float = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 bounds the return at 98.5
+    goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a velocity that is observed and changes
     frame_skip: int = 1  # physics steps of 2 ms that an action is held; steps are these everywhere but in --num-steps
     total_timesteps: int = 10_000_000  # steps to train for, all environments together
     num_envs: int = 10  # environments stepped together, over all processes
@@ -103,8 +104,8 @@ class Args:
     target_kl: float = 0.3  # KL divergence that ends an iteration's updates; --lr-schedule kl keeps near it
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
     spin_cost: float = 0.0  # learn from rewards less this times the squared yaw rate (rad²/s²); not in returns shown
-    drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²)
-    heading_cost: float = 0.0  # the same for the squared heading (rad²) off the one at which two wheels share the drive
+    drift_cost: float = 0.0  # the same for the squared velocity across the goal (m²/s²); commands have none
+    heading_cost: float = 0.0  # the same for the squared heading (rad²) off that at which two wheels share the drive
     norm_obs: bool = False  # normalise proprioception by running mean and variance
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
@@ -294,13 +295,14 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
-    An observation is split in `proprio` (n, 15), one more with the frames' age and one more with --body-frame, and
-    `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
+    An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame and two with
+    commands, and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
     """
 
     def __init__(self, args):
         super().__init__()
-        self.num_proprio = 15 + args.body_frame + args.cameras
+        self.commanded = args.goal == "command"
+        self.num_proprio = 15 + args.body_frame + args.cameras + 2 * self.commanded
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         # channels_last: a quarter faster on a CPU
@@ -408,16 +410,21 @@ def make_envs(args, num_envs, evaluation=False):
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
         num_threads=args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
+        goal="command" if args.goal == "command" else (0, 1),
     )  # fmt: skip
 
 
 def proprioception(obs, agent):
-    """Proprioception (n, 15 to 17), in the parts that `Agent` names, of a batch of observations."""
+    """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
     if agent.body_frame:
+        if agent.commanded:
+            *_, command = ballbot_env.in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
+            obs = obs | {"command": command[:, :2].astype(np.float32)}
         lean, heading, vel = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    keys = ballbot_env.PROPRIOCEPTION + (("relative_image_timestamp",) if agent.encoder is not None else ())
+    keys = ballbot_env.PROPRIOCEPTION + ("command",) * agent.commanded
+    keys += ("relative_image_timestamp",) if agent.encoder is not None else ()
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
 
 
@@ -459,10 +466,10 @@ def rollout(envs, agent, args, proprio, depth):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
-        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2 + args.drift_cost * obs["vel"][:, 0] ** 2
-        if args.heading_cost:
-            heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0]
-            cost += args.heading_cost * (heading - ballbot_env.EASY_HEADING) ** 2
+        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2
+        if not agent.commanded and (args.drift_cost or args.heading_cost):
+            heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
+            cost += args.drift_cost * obs["vel"][:, 0] ** 2 + args.heading_cost * heading**2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):

@@ -206,6 +206,8 @@ def conditions(args, train_args, policy):
         "frame_skip": train_args.frame_skip,
         "max_episode_steps": args.horizon,
     }
+    if train_args.goal == "command":
+        task["goal"] = "command"
     if task["terrain"] == "perlin":
         task["terrain_seed"] = train_args.eval_terrain_seed if args.terrain_seed is None else args.terrain_seed
         task["terrain_amplitude"] = args.terrain_amplitude or 0.1

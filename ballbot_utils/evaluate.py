@@ -2,8 +2,9 @@
 
 Every checkpoint plays episodes on terrain it was not trained on, and a table sets them side by side: return,
 length, speed and more, with 95 % bootstrap intervals, the guide's targets, and the gap between training and
-unseen terrain. Longer episodes (`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a
-policy is; `python -m ballbot_utils.watch` shows one of them.
+unseen terrain; for a policy that is given commands, their tracking error instead of speed. Longer episodes
+(`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a policy is;
+`python -m ballbot_utils.watch` shows one of them.
 
 --push J is a horizontal force on the base's centre of mass in a random direction, of impulse J (N·s) and 20 ms,
 every `--push-interval` seconds. 1 N·s changes the speed of the robot, 3.9 kg, by some 0.26 m/s.
@@ -94,30 +95,40 @@ def run_episodes(policy, args, task, title=""):
 
     `policy` is as `play` wants it. Returns a dict of arrays (episodes,), in the order of their seeds: return, length
     (steps), speed (m/s) and distance (m) along the goal, effort (mean of ||action||² after clipping), and whether it
-    fell or left the terrain. As in ppo_ballbot.evaluate every environment's first episode counts, and no other, so that
-    short ones are not favoured.
+    fell or left the terrain. With commands, tracking_error (m/s), the mean distance of the velocity from the command,
+    is there instead of speed and distance. As in ppo_ballbot.evaluate every environment's first episode counts, and no
+    other, so that short ones are not favoured.
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, **task)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
-    names = ("return", "length", "speed", "distance", "effort", "fell", "left")
+    along = ("tracking_error",) if envs.goal is None else ("speed", "distance")
+    names = ("return", "length", *along, "effort", "fell", "left")
     rows, done, rounds = np.empty((args.episodes, len(names))), 0, -(-args.episodes // envs.num_envs)
     for round_ in range(rounds):
         first = round_ * envs.num_envs
         obs, info = begin(envs, args.seed + first, args.horizon)
         start = info["position"][:, :2]
-        effort = np.zeros(envs.num_envs)
+        effort, error, wanted = np.zeros(envs.num_envs), np.zeros(envs.num_envs), obs.get("command")
         running = first + np.arange(envs.num_envs) < args.episodes
         for step, actions, result in play(envs, obs, policy, args, rng, generator):
-            _, _, terminations, truncations, infos = result
+            obs, _, terminations, truncations, infos = result
             effort += np.square(np.clip(actions, -1, 1)).sum(1)
             ended = np.flatnonzero((terminations | truncations) & running)
             for i in ended:
                 length = infos["episode"]["l"][i]
-                distance = (infos["final_info"]["position"][i, :2] - start[i]) @ envs.goal
                 left = truncations[i] and length < args.horizon
-                rows[first + i] = (infos["episode"]["r"][i], length, distance / (length * TIMESTEP), distance,
-                                   effort[i] * envs.frame_skip / step, terminations[i], left)  # fmt: skip
+                if envs.goal is None:
+                    error[i] += np.linalg.norm(infos["final_obs"][i]["vel"][:2] - wanted[i])
+                    along = (error[i] * envs.frame_skip / step,)
+                else:
+                    distance = (infos["final_info"]["position"][i, :2] - start[i]) @ envs.goal
+                    along = distance / (length * TIMESTEP), distance
+                rows[first + i] = (infos["episode"]["r"][i], length, *along, effort[i] * envs.frame_skip / step,
+                                   terminations[i], left)  # fmt: skip
             running[ended] = False
+            if envs.goal is None:
+                error += np.linalg.norm(obs["vel"][:, :2] - wanted, axis=1)
+                wanted = obs["command"]
             done += len(ended)
             if step // envs.frame_skip % 50 == 0:
                 share = (round_ + step / args.horizon) / rounds
@@ -148,7 +159,7 @@ def bootstrap_interval(values, minus=(0.0,), resamples=2000, level=0.95, seed=0)
 def summarise(episodes):
     """Means with intervals of every quantity, counts of falls, and whether the targets hold."""
     summary = {"episodes": len(episodes["return"])}
-    for name in ("return", "length", "speed", "distance", "effort"):
+    for name in [name for name in episodes if name not in ("fell", "left")]:
         low, high = bootstrap_interval(episodes[name])
         summary[name] = {"mean": float(episodes[name].mean()), "low": low, "high": high}
     summary |= {name: int(episodes[name].sum()) for name in ("fell", "left")}
@@ -178,10 +189,13 @@ def table(results, width):
     """The results side by side, in as many blocks as the width (characters) needs."""
 
     def interval(name, digits):
-        return lambda r: "{mean:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **r["summary"][name])
+        figures = "{mean:.{0}f} [{low:.{0}f}, {high:.{0}f}]"
+        return lambda r: figures.format(digits, **r["summary"][name]) if name in r["summary"] else "-"
 
     def verdict(name, target):
         def text(r):
+            if "tracking_error" in r["summary"]:
+                return "-"  # another task
             s = r["summary"][name]
             unsure = ", within error" if s["low"] <= target < s["high"] else ""
             return ("reached" if s["mean"] > target else "missed") + unsure
@@ -208,10 +222,15 @@ def table(results, width):
         "falls": lambda r: f"{r['summary']['fell']} of {r['summary']['episodes']}",
         "speed along goal (m/s)": interval("speed", 3),
         "distance along goal (m)": interval("distance", 2),
+        "tracking error (m/s)": interval("tracking_error", 3),
         "effort (mean ||action||²)": interval("effort", 3),
         f"target: return > {TARGET_RETURN}": verdict("return", TARGET_RETURN),
         f"target: length > {TARGET_LENGTH}": verdict("length", TARGET_LENGTH),
     }
+    for name, key in (("speed along goal (m/s)", "speed"), ("distance along goal (m)", "distance"),
+                      ("tracking error (m/s)", "tracking_error")):  # fmt: skip
+        if not any(key in r["summary"] for r in results):
+            del rows[name]
     if any(r["summary"]["left"] for r in results):
         rows["ended at the terrain's edge"] = lambda r: f"{r['summary']['left']} of {r['summary']['episodes']}"
     if any(r["gap"] for r in results):

@@ -2,7 +2,8 @@
 
 `--render` shows it in MuJoCo's viewer, episode after episode in real time, until the window is closed; it needs a
 display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners; it needs OpenGL and the
-packages of requirements-dev.txt. Conditions and disturbances are those of `python -m ballbot_utils.evaluate`.
+packages of requirements-dev.txt. Arrows show the goal or the velocity commanded (green), the robot's velocity (white,
+to the same scale) and pushes (red). Conditions and disturbances are those of `python -m ballbot_utils.evaluate`.
 """
 
 import itertools
@@ -24,7 +25,7 @@ except (AttributeError, OSError):  # MUJOCO_GL names a library that is not there
     sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')}: its library is missing (Debian: apt-get install "
              "libosmesa6 for osmesa, libegl1 and libgl1-mesa-dri for egl)")  # fmt: skip
 
-from ballbot_env import ASSETS, TERRAIN_EXTENT, TERRAIN_NODES, TIMESTEP, perlin_terrain
+from ballbot_env import TIMESTEP, Painter, draw_arrows
 from ballbot_utils.common import (
     Conditions,
     begin,
@@ -42,6 +43,8 @@ from ballbot_utils.common import (
 
 PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
 SHOWN_EVERY = 8  # steps, in the window
+PUSH_SHOWN = 150  # steps that a push's arrow stays in a video
+TERRAIN = ("terrain", "terrain_seed", "terrain_amplitude")
 
 
 @dataclass
@@ -78,14 +81,17 @@ def episode(envs, policy, args, seed):
         yield steps, total, ""
 
 
-def check_display():
+def check_display(what="--render", instead="write a --video instead"):
     """Exit with one line where no window can be opened: MuJoCo's viewer would end the process with its own."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        sys.exit("error: --render needs a display, and there is none (DISPLAY is not set): write a --video instead")
+        sys.exit(f"error: {what} needs a display, and there is none (DISPLAY is not set): {instead}")
 
 
-def render(policy, args, task):
-    """Show episodes in MuJoCo's viewer, in real time, until its window is closed."""
+def render(policy, args, task, on_key=None, steer=None):
+    """Show episodes in MuJoCo's viewer, in real time, until its window is closed.
+
+    `on_key(code)` is told of keys (GLFW's codes), and `steer(envs, viewer)` is called before each picture.
+    """
     import mujoco.viewer
 
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
@@ -93,13 +99,19 @@ def render(policy, args, task):
     print("episodes follow one another until you close the window or press Ctrl-C")
     viewer = None
     try:
-        viewer = mujoco.viewer.launch_passive(envs.model, data)
+        viewer = mujoco.viewer.launch_passive(envs.model, data, key_callback=on_key)
+        viewer.cam.type, viewer.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, envs.model.body("base").id
+        viewer.cam.azimuth, viewer.cam.elevation, viewer.cam.distance = 90, -25, 2.5  # +y is away from you
         for seed in itertools.count(args.seed):
             started = time.perf_counter()
             for steps, total, end in episode(envs, policy, args, seed):
                 if steps % SHOWN_EVERY < envs.frame_skip and not end:
                     envs.batch.get_data(0, data)
                     mujoco.mj_forward(envs.model, data)
+                    viewer.user_scn.ngeom = 0
+                    draw_arrows(viewer.user_scn, envs.arrows(0))
+                    if steer:
+                        steer(envs, viewer)
                     viewer.sync()
                 time.sleep(max(0, started + steps * TIMESTEP - time.perf_counter()))
                 if not viewer.is_running():
@@ -108,7 +120,7 @@ def render(policy, args, task):
     except KeyboardInterrupt:
         pass
     except RuntimeError as error:  # no window after all
-        sys.exit(f"error: --render: {error}")
+        sys.exit(f"error: the window: {error}")
     finally:
         if viewer is not None:
             viewer.close()
@@ -141,93 +153,35 @@ def video(policy, args, task):
     """Write a video of one episode, in real time, the depth images in its corners."""
     fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
-    shots = []  # pose, depth images or None, caption
+    shots = []  # pose, depth images or None, arrows, caption
+    base, force, pushed = envs.model.body("base").id, np.zeros(3), 0  # of the last push, and the step of it
     for step, total, end in episode(envs, policy, args, args.seed):
         if not end:
             pose = envs.batch.qpos[0].copy()
             frames = None if envs.frames is None else envs.frames[0].numpy().copy()
+            now = envs.batch.xfrc_applied[0, base, :3]
+            if now.any() or step > pushed + PUSH_SHOWN:  # a push is shorter than a picture
+                force, pushed = now.copy(), step
+            speed, arrows = np.linalg.norm(envs.velocities[0, :2]), envs.arrows(0, force)
         if end or (step - 1) * TIMESTEP * fps >= len(shots):
             fallen = "    fell" if end == "fell" else ""
-            shots.append((pose, frames, f"{step * TIMESTEP:.2f} s    return {total:.1f}{fallen}"))
+            caption = f"{step * TIMESTEP:.2f} s    {speed:.2f} m/s    return {total:.1f}{fallen}"
+            shots.append((pose, frames, arrows, caption))
             progress(f"playing: step {step:,} of at most {args.horizon:,}", step / args.horizon)
 
-    model = scene([pose[envs.model.joint("base").qposadr[0] :][:2] for pose, *_ in shots], task)
-    data = mujoco.MjData(model)
-    with mujoco.Renderer(model, height, width) as renderer:
-        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_FOG] = True
+    places = [pose[envs.model.joint("base").qposadr[0] :][:2] for pose, *_ in shots]
+    painter = Painter(height, width, places, **{key: value for key, value in task.items() if key in TERRAIN})
 
-        def pictures():
-            for i, (pose, frames, caption) in enumerate(shots):
-                data.qpos[:] = pose
-                mujoco.mj_forward(model, data)
-                renderer.update_scene(data, camera="track")
-                for geom in renderer.scene.geoms[: renderer.scene.ngeom]:
-                    if geom.category == mujoco.mjtCatBit.mjCAT_STATIC:  # the ground: its shadows on itself are ragged,
-                        geom.category = mujoco.mjtCatBit.mjCAT_DECOR  # and decoration casts none
-                picture = compose(renderer.render(), frames, caption)
-                yield from [picture] * (fps if i == len(shots) - 1 else 1)  # the end stays for a second
-                progress(f"rendering: picture {i + 1} of {len(shots)}", (i + 1) / len(shots))
+    def pictures():
+        for i, (pose, frames, arrows, caption) in enumerate(shots):
+            picture = compose(painter.picture(pose, arrows), frames, caption)
+            yield from [picture] * (fps if i == len(shots) - 1 else 1)  # the end stays for a second
+            progress(f"rendering: picture {i + 1} of {len(shots)}", (i + 1) / len(shots))
 
-        write(args.video, lambda part: encode(pictures(), part, fps))
+    write(args.video, lambda part: encode(pictures(), part, fps))
+    painter.close()
     clear_progress()
     print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
-
-
-def scene(places, task):
-    """A model to render the robot by: of the terrain only what the camera sees from `places` (n, 2), m.
-
-    The whole of it would take a second a picture without a GPU. Its texture shows the relief: green valleys, sandy
-    hills, and the shading of a low sun.
-    """
-    spec = mujoco.MjSpec.from_file(str(ASSETS / "ballbot.xml"))
-    spec.visual.map.fogstart, spec.visual.map.fogend = 4, 8
-    spec.visual.rgba.fog = [0.8, 0.88, 0.95, 1]  # as the sky at the horizon
-    spec.visual.quality.shadowsize = 2048  # faster
-    spec.visual.map.shadowclip = 0.6  # and yet as sharp
-    model = spec.compile()
-    if task["terrain"] == "flat":
-        return model
-    data = mujoco.MjData(model)
-    mujoco.mj_forward(model, data)
-    right, _, back = data.camera("track").xmat.reshape(3, 3).T[:, :2]
-    corners = np.array([(2, 2), (-2, -2), 5 * right - 8 * back, -5 * right - 8 * back])  # of what is in view
-    low, high = np.min(places, 0) + corners.min(0), np.max(places, 0) + corners.max(0)
-    cell, stride = 2 * TERRAIN_EXTENT / (TERRAIN_NODES - 1), 2  # every other node is enough to see
-    low, high = (np.clip((c + TERRAIN_EXTENT) / cell, 0, TERRAIN_NODES - 1).astype(int) for c in (low, high))
-    heights = perlin_terrain(task["terrain_seed"])[low[1] : high[1] + 1 : stride, low[0] : high[0] + 1 : stride]
-    bottom, span = heights.min(), np.ptp(heights)
-    rows, cols = heights.shape
-    half = np.array([cols - 1, rows - 1]) * stride * cell / 2
-    middle = low * cell - TERRAIN_EXTENT + half
-    amplitude = task["terrain_amplitude"]
-    spec.add_hfield(name="terrain", nrow=rows, ncol=cols, size=[*half, amplitude * span, 0.1],
-                    userdata=((heights - bottom) / span).ravel())  # fmt: skip
-    ground = spec.geom("ground")
-    ground.type, ground.hfieldname = mujoco.mjtGeom.mjGEOM_HFIELD, "terrain"
-    ground.pos = [*middle, amplitude * bottom]
-
-    pixels = 2048
-    spec.add_texture(name="relief", type=mujoco.mjtTexture.mjTEXTURE_2D, width=pixels, height=pixels, nchannel=3,
-                     builtin=mujoco.mjtBuiltin.mjBUILTIN_FLAT)  # fmt: skip
-    material = spec.material("ground")
-    textures = list(material.textures)
-    textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "relief"
-    material.textures, material.texrepeat, material.texuniform = textures, [1, 1], False
-    model = spec.compile()
-
-    height = torch.nn.functional.interpolate(torch.tensor(heights)[None, None], size=(pixels, pixels), mode="bilinear",
-                                             align_corners=True)[0, 0].numpy()  # fmt: skip
-    slope_y, slope_x = np.gradient(amplitude * height, 2 * half[1] / (pixels - 1), 2 * half[0] / (pixels - 1))
-    sun = np.array([0.4, -0.5, 0.4])
-    light = (sun[2] - sun[0] * slope_x - sun[1] * slope_y) / (sun[2] * np.sqrt(1 + slope_x**2 + slope_y**2))
-    x, y = (m + h * np.linspace(-1, 1, pixels) for m, h in zip(middle, half))
-    tile = (np.floor(x / 0.25)[None] + np.floor(y / 0.25)[:, None]) % 2  # tiles of 25 cm
-    colors = np.array([[112, 142, 104], [196, 186, 140], [240, 224, 196]])
-    rgb = np.stack([np.interp(height, [0, 0.35, 1], channel) for channel in colors.T], -1)
-    rgb = np.clip(rgb * (light * (1 - 0.1 * tile))[..., None], 0, 255).astype(np.uint8)
-    start = model.texture("relief").adr[0]
-    model.tex_data[start : start + rgb.size] = rgb.ravel()
-    return model
 
 
 def compose(picture, frames, caption):

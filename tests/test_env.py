@@ -133,6 +133,17 @@ def test_rgb_array_render():
         assert "OpenGL" in str(error)
         pytest.skip("no OpenGL here")
     assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8 and picture.std() > 10
+    env.unwrapped.push((30, 0, 0))
+    later = []
+    for _ in range(20):
+        env.step(np.zeros(3))
+        later.append(env.render())
+    assert all(same is picture for same in later[:19]) and later[19] is not picture  # 25 pictures a second
+    assert not picture.flags.writeable
+    red, green, blue = later[19].astype(int).reshape(-1, 3).T
+    assert ((green > 120) & (red < 60) & (blue < 80)).sum() > 50  # the arrow of the goal
+    env.reset()
+    assert env.render() is not later[19]
     pictures = make(2, render_mode="rgb_array")
     pictures.reset(seed=0)
     assert [p.shape for p in pictures.render()] == [(480, 640, 3)] * 2
@@ -742,6 +753,46 @@ def test_goal_changes_the_reward_alone():
     assert np.all(np.abs(rewards - rewards_b) > 1e-5)
 
 
+def test_commands_are_drawn_and_set():
+    envs = make(2000, goal="command", frame_skip=4)
+    obs, _ = envs.reset(seed=0)
+    first = obs["command"]
+    speed = np.linalg.norm(first, axis=1)
+    assert (speed == 0).mean() == pytest.approx(0.2, abs=0.03) and 0.59 < speed.max() <= 0.6 + 1e-6
+    assert speed[speed > 0].mean() == pytest.approx(0.3, abs=0.02) and np.abs(first.mean(0)).max() < 0.03
+    envs = make(3, goal="command", frame_skip=4)
+    singles = [BallbotEnv("flat", cameras=False, goal="command", frame_skip=4) for _ in range(3)]
+    obs, _ = envs.reset(seed=7)
+    starts = [single.reset(seed=7 + i)[0] for i, single in enumerate(singles)]
+    for env in (envs, *(single._envs for single in singles)):
+        env._steps[:] = 986  # the next are drawn at 1000
+    wanted = np.stack([start["command"] for start in starts])
+    for step in range(10):
+        if step == 2:  # one of them is told
+            envs.command(np.stack([envs.commands[0], [0.1, -0.7], envs.commands[2]]))
+            envs._commands_set[[0, 2]] = False
+            singles[1].command((0.1, -0.7))
+            wanted[1] = 0.1, -0.7
+        obs, rewards, *_, infos = envs.step(np.full((3, 3), 0.1))
+        for i, single in enumerate(singles):
+            obs_i, reward, *_ = single.step(np.full(3, 0.1))
+            assert_same({key: value[i] for key, value in obs.items()}, obs_i)
+            assert reward == rewards[i]
+        gained = np.linalg.norm(wanted, axis=1) - np.linalg.norm(obs["vel"][:, :2] - wanted, axis=1)
+        np.testing.assert_allclose(infos["reward_forward"], 4 * 0.03 * gained, atol=2e-3)  # 4 steps, of which 1 is seen
+        changed = (obs["command"] != wanted.astype(np.float32)).any(1)
+        assert changed.tolist() == ([True, False, True] if step == 3 else [False] * 3), step
+        wanted = obs["command"]
+    envs.reset()
+    assert not envs._commands_set.any()
+    for env, good in ((envs, np.zeros((3, 2))), (singles[0], np.zeros(2))):
+        for bad in (np.zeros(3), good + 3, good + np.nan):
+            with pytest.raises(ValueError, match=r"expected|give x and y from -2 to 2 m/s"):
+                env.command(bad)
+    with pytest.raises(ValueError, match=r'needs the goal "command"'):
+        make().command(np.zeros((3, 2)))
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"max_tilt": 5.0}])
 def test_episodes_terminate_at_max_tilt_and_not_before(kwargs):
     limit = kwargs.get("max_tilt", 20.0)
@@ -926,6 +977,7 @@ BAD = [
     (dict(goal=(0, 0)), r"goal is \(0, 0\)"),
     (dict(goal=(1, 2, 3)), r"goal is \(1, 2, 3\)"),
     (dict(goal=None), "goal is None"),
+    (dict(goal="forward"), "goal is 'forward': give a direction .* or \"command\""),
     (dict(healthy_reward="much"), "healthy_reward is 'much'"),
     (dict(num_threads=-1), "num_threads is -1"),
     (dict(device="gpu"), "device is 'gpu': give a device that PyTorch finds here"),

@@ -79,6 +79,33 @@ def test_statistics_are_those_of_a_plain_loop():
     assert not found["left"].any()
 
 
+def test_tracking_error_is_that_of_a_plain_loop():
+    agent, train_args = make_agent(cameras=False, goal="command", frame_skip=4)
+    task = evaluate.conditions(ARGS, train_args, "run")
+    found = evaluate.run_episodes(evaluate.trained(agent), ARGS, task)
+    assert "speed" not in found
+    for i, seed in enumerate((7, 8, 9)):
+        env = gym.make("Ballbot-v0", **task)
+        obs, _ = env.reset(seed=seed)
+        errors, over = [], False
+        while not over:
+            wanted = obs["command"]
+            with torch.no_grad():
+                batch = {key: value[None] for key, value in obs.items()}
+                action = agent.actor(ppo.proprioception(batch, agent))[0].numpy()
+            obs, _, fell, truncated, _ = env.step(action)
+            errors.append(np.linalg.norm(obs["vel"][:2] - wanted))
+            over = fell or truncated
+        assert found["tracking_error"][i] == pytest.approx(np.mean(errors), rel=1e-3)
+    forward = dict.fromkeys(("return", "length", "speed", "distance", "effort", "fell", "left"), np.ones(3))
+    both = {"commanded": found, "forward": forward}
+    columns = [evaluate.column(name, ARGS, FLAT, episodes) for name, episodes in both.items()]
+    lines = {line.split("   ")[0]: line for line in evaluate.table(columns, 200).splitlines()}
+    assert f"{found['tracking_error'].mean():.3f} [" in lines["tracking error (m/s)"]
+    assert lines["tracking error (m/s)"].endswith(" -")
+    assert lines["speed along goal (m/s)"].split()[4] == "-"
+
+
 def test_same_figures_as_the_training_scripts_own_evaluation():
     agent, train_args = make_agent(cameras=False)
     expected = ppo.evaluate(agent, train_args, 3)

@@ -90,6 +90,19 @@ def test_truncation_bootstraps_and_termination_does_not():
     assert [(r, length) for r, length, _ in episodes] == [(1, 2), (1, 2)]
 
 
+def test_a_command_is_seen_in_the_robots_frame():
+    args = replace(SMALL, cameras=False, goal="command")
+    envs = ppo.make_envs(args, 2)
+    obs, _ = envs.reset(seed=0)
+    obs["orientation"][:] = [0, 0, np.pi / 2]  # it faces -x, so that +y is to its right
+    obs["command"][:] = [0, 0.4]
+    for body_frame, command in ((False, [0, 0.4]), (True, [0.4, 0])):
+        agent = ppo.Agent(replace(args, body_frame=body_frame))
+        proprio = ppo.proprioception(obs, agent)
+        assert proprio.shape == (2, agent.num_proprio) == (2, 17 + body_frame)
+        np.testing.assert_allclose(proprio[:, -2:], [command] * 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("body_frame", [False, True])
 def test_costs_are_learnt_from_and_not_shown(body_frame):
     """--spin-cost, --drift-cost and --heading-cost, by what the environment is then seen to do."""

@@ -170,14 +170,19 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
     assert "Traceback" not in error
 
 
-def test_environment_state_is_all_of_it():
-    args = replace(ppo.Args(), num_threads=1)
+@pytest.mark.parametrize("goal", ["forward", "command"])
+def test_environment_state_is_all_of_it(goal):
+    args = replace(ppo.Args(), num_threads=1, goal=goal)
     envs, again = (ppo.make_envs(args, 3) for _ in range(2))
     envs.reset(seed=0)
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (700, 3, 3))
     for action in actions[:200]:
         envs.step(action)
+    if goal == "command":  # one is told, and two draw soon
+        envs._steps[:] = 950
+        envs.command(np.full((3, 2), 0.3))
+        envs._commands_set[1:] = False
     again.set_state(envs.get_state())
     ends = 0
     for action in actions[200:]:

@@ -8,6 +8,7 @@ from ctypes.util import find_library
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,7 @@ class Window:
 
     def __init__(self, steps):
         self.steps = steps
+        self.user_scn, self.cam = mujoco.MjvScene(), mujoco.MjvCamera()
 
     def sync(self):
         self.synced = True
@@ -93,7 +95,7 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     viewer = pytest.importorskip("mujoco.viewer")
     window = Window(steps=80)
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(viewer, "launch_passive", lambda model, data: window)
+    monkeypatch.setattr(viewer, "launch_passive", lambda model, data, key_callback: window)
     started = time.perf_counter()
     watch.main(replace(args, render=True))
     assert 80 * 0.002 <= time.perf_counter() - started < 2
@@ -110,6 +112,31 @@ def opengl():
             if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
                 return name
     return None
+
+
+def test_record_video(tmp_path):
+    """Gymnasium's RecordVideo has a film in real time, of pictures drawn 25 times a second."""
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("moviepy")
+    backend = opengl()
+    if backend is None:
+        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
+    command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
+               "picture, drawn = ballbot_env.Painter.picture, []\n"
+               "ballbot_env.Painter.picture = lambda *args: drawn.append(1) or picture(*args)\n"
+               "env = gym.make('Ballbot-v0', terrain='flat', render_mode='rgb_array')\n"
+               "env = gym.wrappers.RecordVideo(env, sys.argv[1])\n"
+               "env.reset(seed=0)\n"
+               "for _ in range(100):\n"
+               "    env.step(np.zeros(3))\n"
+               "env.close()\n"
+               "print('drawn:', len(drawn))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], cwd=REPOSITORY, text=True,
+                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "drawn: 6" in done.stdout
+    meta = imageio.get_reader(tmp_path / "rl-video-episode-0.mp4").get_meta_data()
+    assert meta["size"] == (640, 480) and meta["duration"] == pytest.approx(0.2, abs=0.03)
 
 
 def test_video(tmp_path):
