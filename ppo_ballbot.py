@@ -538,12 +538,9 @@ def evaluate(agent, args, episodes):
     for start in range(mine.start, mine.stop, 100):
         envs = make_envs(args, min(mine.stop - start, 100), evaluation=True)
         obs, _ = envs.reset(seed=1_000_000 + start)
-        depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
-        running = np.ones(envs.num_envs, bool)
+        policy, running = Policy(agent, args), np.ones(envs.num_envs, bool)
         while running.any():
-            depth = depth_features(envs, agent, depth)
-            action = agent.actor(agent.features(proprioception(obs, agent), depth))
-            obs, _, terminations, truncations, infos = envs.step(action.cpu().numpy())
+            obs, _, terminations, truncations, infos = envs.step(policy(obs))
             ended = (terminations | truncations) & running
             if ended.any():
                 columns = infos["episode"]["r"], infos["episode"]["l"], terminations
@@ -555,6 +552,57 @@ def evaluate(agent, args, episodes):
     for name, values in zip(("episodic_return", "episodic_length", "falls"), columns):
         result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
     return result
+
+
+class Policy:
+    """A trained policy as a function: `action = policy(obs)`.
+
+    Observations are those of `gym.make`, or of `gym.make_vec` with their leading axis; actions, float32 (3,) or (n, 3),
+    are clipped to [-1, 1], and drawn (by a torch `generator`, if given) unless `deterministic`. Frames are encoded when
+    they differ from those of the call before, so that it need not know of resets. `args` are those of the training: the
+    environment must have their `frame_skip` and `cameras`.
+    """
+
+    def __init__(self, agent, args):
+        self.agent, self.args = agent, args
+        self.frames, self.depth = None, torch.empty(0, agent.num_depth)  # of the call before, and their features
+
+    @torch.no_grad()
+    def __call__(self, obs, deterministic=True, generator=None):
+        agent, single = self.agent, obs["vel"].ndim == 1
+        obs = {key: value[None] for key, value in obs.items()} if single else obs
+        if len(self.depth) != len(obs["vel"]):
+            self.frames, self.depth = None, torch.empty(len(obs["vel"]), agent.num_depth, device=agent.log_std.device)
+        if agent.encoder is not None:
+            frames = obs["depth_0"], obs["depth_1"]
+            right, left = (frame != old for frame, old in zip(frames, self.frames or (np.nan, np.nan)))
+            new = right.any((1, 2, 3)) | left.any((1, 2, 3))
+            if new.any():
+                images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
+                self.depth[torch.as_tensor(new)] = agent.encode(images)
+                self.frames = list(map(ballbot_env.copied, frames))
+        action = agent.actor(agent.features(proprioception(obs, agent), self.depth))
+        if not deterministic:
+            action += agent.log_std.exp() * torch.randn(action.shape, generator=generator).to(action.device)
+        action = action.clamp(-1, 1).cpu().numpy()
+        return action[0] if single else action
+
+
+def load_policy(path):
+    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none."""
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        args = Args(**{name: value for name, value in run["args"].items() if name in Args.__dataclass_fields__})
+        agent = Agent(args)
+        agent.load_state_dict(run["model"])
+    except FileNotFoundError:
+        stop(f"{path} is missing: give runs/<run name>, or a checkpoint in it")
+    except Exception:  # torch.load and load_state_dict raise many kinds on damaged and foreign files
+        stop(f"{path} is damaged, or holds no policy of this program")
+    if "frame_skip" not in run["args"]:
+        stop(f"{path} was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+    return Policy(agent, args)
 
 
 def reached(result):

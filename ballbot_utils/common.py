@@ -11,7 +11,6 @@ import torch
 
 import ppo_ballbot
 from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
-from ppo_ballbot import depth_features, proprioception
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
@@ -162,18 +161,8 @@ def trained(agent, stochastic=False):
     """A trained policy for `play`; a stochastic one draws its actions."""
 
     def start(envs, generator):
-        depth = torch.zeros(envs.num_envs, agent.num_depth)
-
-        @torch.no_grad()
-        def act(obs):
-            nonlocal depth
-            depth = depth_features(envs, agent, depth)
-            actions = agent.actor(agent.features(proprioception(obs, agent), depth))
-            if stochastic:
-                actions += agent.log_std.exp() * torch.randn(actions.shape, generator=generator)
-            return actions.numpy()
-
-        return act
+        policy = ppo_ballbot.Policy(agent, None)
+        return lambda obs: policy(obs, not stochastic, generator)
 
     return start
 
