@@ -18,7 +18,9 @@ import time
 STARTED = time.perf_counter()  # the time to the targets counts from here: the imports are part of it
 
 import argparse
+import contextlib
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -132,6 +134,13 @@ class Args:
     eval_interval: int = 500_000  # steps between deterministic evaluations
     eval_episodes: int = 16  # episodes of each
     final_eval_episodes: int = 100  # episodes of the one at the end
+    capture_video: bool = False  # film an episode at each, to runs/<run name>/videos; needs OpenGL
+
+    # Weights & Biases
+
+    track: bool = False  # log there too; needs pip install wandb
+    wandb_project_name: str = "ballbot"  # the project
+    wandb_entity: str = ""  # the team; empty: your default one
 
 
 # The guide's three configurations, and the best that we know.
@@ -210,6 +219,7 @@ def check(args, world_size=None):
          f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
         (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
          f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
         (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
     ):  # fmt: skip
         if wrong:
@@ -621,6 +631,15 @@ def load_policy(path):
     return Policy(agent, args)
 
 
+def film(agent, args, run_dir, global_step):
+    """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
+    from ballbot_utils import watch
+
+    (run_dir / "videos").mkdir(exist_ok=True)
+    flags = watch.Args(checkpoint=run_dir, video=run_dir / "videos" / f"{global_step}.mp4", overwrite=True)
+    watch.video(watch.trained(agent), flags, watch.conditions(flags, args, run_dir))
+
+
 def reached(result):
     """Whether an evaluation meets the targets: that of the return, that of the length."""
     return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
@@ -713,6 +732,19 @@ def load_encoder(path):
          "--no-freeze-encoder")  # fmt: skip
 
 
+@contextlib.contextmanager
+def closed_output_ends():
+    """A block that ends without a traceback where its output is closed, as by `| head`."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush may write
+            sys.exit(1)
+
+
 def stop(message):
     """Exit with one line. All ranks come to the same end: the first says it."""
     sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 0)
@@ -731,12 +763,16 @@ def train(args):
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
         vars(args).update(run["args"] | {"resume": args.resume})
+    if args.capture_video and os.environ.get("RANK", "0") == "0":
+        from ballbot_utils.watch import check_video
+
+        check_video(Path("video.mp4"), "--capture-video")
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
     check(args, size)
     if run is None:
         if args.cameras and args.freeze_encoder:
-            encoder = load_encoder(Path(__file__).resolve().parent / args.encoder_path)
+            encoder = load_encoder(ballbot_env.ASSETS.parent / args.encoder_path)
         if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
         args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -770,6 +806,7 @@ def train(args):
     return run_dir
 
 
+@closed_output_ends()
 def be_rank(rank, args, port, started):
     """What the processes do that `train` starts."""
     # They are sent SIGINT when that process dies; nohup and & have it ignored
@@ -835,6 +872,19 @@ def learn(args, run_dir, run, encoder):
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity or None,
+                name=run_dir.name,
+                dir=run_dir,
+                id=run_dir.name,
+                resume="allow",
+                config=vars(args),
+                sync_tensorboard=True,
+            )
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
         if run is None:
             settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
@@ -937,6 +987,8 @@ def learn(args, run_dir, run, encoder):
             if targets_met is None and all(reached(result)):
                 targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
                 say(f"targets met after {targets_met}")
+            if args.capture_video:
+                film(agent, args, run_dir, global_step)
         if is_best:
             save(run_dir / "best.pt", best)
         if (run_dir / "last.pt").exists():
@@ -953,6 +1005,8 @@ def learn(args, run_dir, run, encoder):
     if rank() == 0 and not result:
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
+        if args.capture_video:
+            film(agent, args, run_dir, global_step)
     if best is not None and best["global_step"] < global_step:
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)
@@ -962,16 +1016,21 @@ def learn(args, run_dir, run, encoder):
     if rank() == 0:
         save(run_dir / "best.pt", final)
         writer.close()
+        if args.track:
+            wandb.finish()
     on_return, on_length = ("reached" if yes else "missed" for yes in reached(final["eval"]))
     say(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "
         f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
         + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
 
 
-if __name__ == "__main__":
+@closed_output_ends()
+def main():
+    """Train by the flags of the command line."""
     arguments = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
-    go_on = f"to go on: python {sys.argv[0]} --resume runs/"
+    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    go_on = f"to go on: {program} --resume runs/"
     try:
         train(arguments)
     except KeyboardInterrupt:
@@ -981,3 +1040,7 @@ if __name__ == "__main__":
         if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
             raise
         stop(f"a process of this run is gone; {go_on}{arguments.run_name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,11 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 import ppo_ballbot
 from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
@@ -46,6 +48,14 @@ class Conditions:
 
 
 # Flags and files
+
+
+@ppo_ballbot.closed_output_ends()
+def command(main, args, **kwargs):
+    """Run a program on the flags of the command line, an `args`; `kwargs` are those of `tyro.cli`."""
+    called = Path(sys.argv[0])
+    name = f"python -m ballbot_utils.{called.stem}" if called.suffix == ".py" else called.name
+    main(tyro.cli(args, prog=name, **kwargs))
 
 
 def need(good, message):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
 from ballbot_env import (
     ASSETS,
@@ -27,7 +26,7 @@ from ballbot_env import (
     make_model,
     perlin_terrain,
 )
-from ballbot_utils.common import clear_progress, need, need_file, need_from, progress, write
+from ballbot_utils.common import clear_progress, command, need, need_file, need_from, progress, write
 from ppo_ballbot import DepthEncoder
 
 SIZE = 64  # pixels a side: the encoder's last layer fits no other
@@ -343,5 +342,9 @@ def pretrain(args):
     return content
 
 
+def cli():
+    command(pretrain, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    pretrain(tyro.cli(Args))
+    cli()
