@@ -702,13 +702,13 @@ def load_encoder(path):
 def closed_output_ends():
     """A block that ends without a traceback where its output is closed, as by `| head`."""
     try:
-        yield
-    finally:
         try:
+            yield
+        finally:
             sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush may write
-            sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush at the end may write
+        sys.exit(1)
 
 
 def stop(message):
