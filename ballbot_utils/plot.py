@@ -182,21 +182,22 @@ def draw(groups, labels, lqr=None):
             ax.grid(color="0.92")
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
-        if lqr is not None and name == ROWS[0][0]:
-            for ax in (left, right):
-                ax.axhline(lqr, color="0.35", ls=":", lw=1, zorder=1)
-            left.annotate(f"LQR: {lqr:g}", (0, lqr), (4, 3), left.get_yaxis_transform(), "offset points",
-                          color="0.35", size=8)  # fmt: skip
         bottom, top = left.get_ylim()  # of both
         near = top > target / 3  # from further off the target would squash the curves: it is named at the top instead
-        left.set_ylim(
-            min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, max(top, 1.05 * target * near)
-        )
+        marked = lqr if name == ROWS[0][0] else None
+        top = max(top, 1.05 * target, marked or 0) if near else top
+        left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, top)
         for ax in (left, right) if near else ():
             ax.axhline(target, color="0.35", ls=(0, (4, 3)), lw=1, zorder=1)
         at, y = ("target", target) if near else ("↑ target", left.get_ylim()[1])
         right.annotate(f"{at}\n> {target}", (1, y), (4, 0), right.get_yaxis_transform(), "offset points",
                        va="center" if near else "top", color="0.35", size=8)  # fmt: skip
+        if marked is not None:
+            for ax in (left, right) if near else ():
+                ax.axhline(marked, color="0.35", ls=":", lw=1, zorder=1)
+            at, y, up = ("LQR", marked, 3) if near else ("↑ LQR", y, -9)
+            left.annotate(f"{at}: {marked:g}", (0, y), (4, up), left.get_yaxis_transform(), "offset points",
+                          color="0.35", size=8)  # fmt: skip
     for ax, name in zip(axes[1], ("environment steps", "wall-clock time (minutes)")):
         ax.set_xlabel(name)
         ax.set_xlim(left=0)

@@ -198,3 +198,13 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"pip install -r requirements-dev\.txt"):
         plot.main(plot.Args((run,), tmp_path / "curves.png"))
     assert not list(tmp_path.glob("curves.*"))
+
+
+def test_short_runs_fill_the_picture():
+    steps = np.linspace(1e4, 1e5, 20)
+    run = {tag: (steps, steps / 1e5, np.linspace(8, 16, 20)) for tag in plot.TAGS}
+    axes = plot.draw([[run]], ["short"], lqr=101.6).axes
+    for ax in axes:
+        assert ax.get_ylim()[1] < 20
+    texts = [text.get_text() for ax in axes for text in ax.texts]
+    assert sorted(texts) == ["↑ LQR: 101.6", "↑ target\n> 100", "↑ target\n> 3000"]
