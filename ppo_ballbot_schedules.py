@@ -554,7 +554,7 @@ def update(agent, optimizer, args, batch, frames=None):
 
 
 @torch.no_grad()
-def evaluate(agent, args, episodes):
+def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
     """Deterministic episodes on the evaluation terrain, shared by the ranks: a dict of means and deviations over them.
 
     Every environment's first episode counts, and no other, so that short ones are not favoured.
@@ -594,7 +594,7 @@ class Policy:
         self.frames, self.depth = None, torch.empty(0, agent.num_depth)  # of the call before, and their features
 
     @torch.no_grad()
-    def __call__(self, obs, deterministic=True, generator=None):
+    def __call__(self, obs: dict, deterministic: bool = True, generator: torch.Generator | None = None) -> np.ndarray:
         agent, single = self.agent, obs["vel"].ndim == 1
         obs = {key: value[None] for key, value in obs.items()} if single else obs
         if len(self.depth) != len(obs["vel"]):
@@ -614,7 +614,7 @@ class Policy:
         return action[0] if single else action
 
 
-def load_policy(path):
+def load_policy(path: str | Path) -> Policy:
     """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     try:
@@ -750,7 +750,7 @@ def stop(message):
     sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 0)
 
 
-def train(args):
+def train(args: Args) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
 
     A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.

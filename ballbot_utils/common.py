@@ -58,20 +58,20 @@ def command(main, args, **kwargs):
     main(tyro.cli(args, prog=name, **kwargs))
 
 
-def need(good, message):
+def need(good: bool, message: str):
     """Exit with one line unless `good`."""
     if not good:
         sys.exit(f"error: {message}")
 
 
-def need_from(args, low, *names):
+def need_from(args, low: float, *names: str):
     """Exit with one line on the first of these flags that is given and not a finite number from `low` on."""
     for name in names:
         value = getattr(args, name)
         need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
-def need_file(flag, path, overwrite):
+def need_file(flag: str, path: Path, overwrite: bool):
     """Exit with one line where the file `path` of a flag cannot be written."""
     need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
     need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
@@ -88,7 +88,7 @@ def write(path, save):
         part.unlink(missing_ok=True)
 
 
-def check_conditions(args):
+def check_conditions(args: Conditions):
     """Exit with one line on the first of the flags in `Conditions` that cannot be."""
     need_from(args, 1, "horizon")
     need_from(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
@@ -106,7 +106,7 @@ def check_conditions(args):
 _progress_shown = 0.0
 
 
-def progress(line, share):
+def progress(line: str, share: float):
     """Show how far a long job is: in place on a terminal, else a line every half minute."""
     global _progress_shown
     now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -126,7 +126,7 @@ def clear_progress():
 # Policies
 
 
-def load(path):
+def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
     """The policy in a checkpoint, the args it was trained by and its steps; exits with one line on a bad file."""
 
     def must(good, problem):
@@ -167,7 +167,7 @@ def load(path):
     return agent, train_args, content.get("global_step", 0)
 
 
-def trained(agent, stochastic=False):
+def trained(agent: ppo_ballbot.Agent, stochastic: bool = False):
     """A trained policy for `play`; a stochastic one draws its actions."""
 
     def start(envs, generator):
@@ -180,7 +180,7 @@ def trained(agent, stochastic=False):
 # Episodes
 
 
-def conditions(args, train_args, policy):
+def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy) -> dict:
     """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
     task = {
         "terrain": args.terrain or train_args.terrain,
@@ -199,7 +199,7 @@ def conditions(args, train_args, policy):
     return task
 
 
-def begin(envs, seed, horizon):
+def begin(envs, seed: int, horizon: int):
     """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
 
     Up to 4000 steps nothing changes. For longer ones the starts are squeezed towards y = -18 m so that

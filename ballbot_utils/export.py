@@ -17,7 +17,7 @@ import tyro
 
 from ballbot_env import PROPRIOCEPTION, TIMESTEP
 from ballbot_utils.common import Conditions, clear_progress, command, conditions, load, need, need_file, progress, write
-from ppo_ballbot import Policy
+from ppo_ballbot import Agent, Policy
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
 
@@ -51,7 +51,7 @@ class Exported(torch.nn.Module):
         return agent.actor(agent.features(torch.cat(values, 1), depth)).clamp(-1, 1)
 
 
-def body_frame(orientation, vel):
+def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict:
     """What `ppo_ballbot.proprioception` makes of `ballbot_env.in_body_frame`, in torch: lean with heading, velocity."""
     angle = orientation.square().sum(1, keepdim=True).sqrt()
     axis = orientation * torch.sin(angle / 2) / angle.clamp(min=1e-6)
@@ -67,7 +67,7 @@ def body_frame(orientation, vel):
     return {"orientation": torch.stack([*rotation[2][:2], *heading], 1), "vel": torch.stack(seen, 1)}
 
 
-def save(agent, space, metadata, path):
+def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path):
     """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
     keys = list(PROPRIOCEPTION)
     keys += ["depth_0", "depth_1", "relative_image_timestamp"] if agent.encoder is not None else []
@@ -82,7 +82,7 @@ def save(agent, space, metadata, path):
     program.save(path, external_data=False)
 
 
-def largest_difference(path, agent, envs):
+def largest_difference(path: Path, agent: Agent, envs: gym.vector.VectorEnv) -> tuple[float, int]:
     """Play an episode by PyTorch; the largest difference of ONNX Runtime's actions, and the number of actions."""
     import onnxruntime
 
