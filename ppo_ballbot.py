@@ -203,6 +203,8 @@ def check(args, world_size=None):
          f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
         (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
          f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.capture_video and not importlib.util.find_spec("ballbot_utils"),
+         "--capture-video needs ballbot_utils/ beside this file"),
         (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
         (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
     ):  # fmt: skip
@@ -729,13 +731,13 @@ def train(args: Args) -> Path:
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
         vars(args).update(run["args"] | {"resume": args.resume})
+    size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
+    size = int(os.environ.get("WORLD_SIZE", size))
+    check(args, size)
     if args.capture_video and os.environ.get("RANK", "0") == "0":
         from ballbot_utils.watch import check_video
 
         check_video(Path("video.mp4"), "--capture-video")
-    size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
-    size = int(os.environ.get("WORLD_SIZE", size))
-    check(args, size)
     if run is None:
         if args.cameras and args.freeze_encoder:
             encoder = load_encoder(ballbot_env.ASSETS.parent / args.encoder_path)
