@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parent / "ballbot_utils" / "assets"  # where a wheel has them
+if not ASSETS.is_dir():
+    ASSETS = Path(__file__).resolve().parent / "assets"
 
 TIMESTEP = 0.002  # s, of a physics step
 MAX_TORQUE = 10.0  # N·m at |action| = 1

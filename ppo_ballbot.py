@@ -18,7 +18,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
 
 import argparse
+import contextlib
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -117,6 +119,13 @@ class Args:
     eval_interval: int = 500_000  # steps between deterministic evaluations
     eval_episodes: int = 16  # episodes of each
     final_eval_episodes: int = 100  # episodes of the one at the end
+    capture_video: bool = False  # film an episode at each, to runs/<run name>/videos; needs OpenGL
+
+    # Weights & Biases
+
+    track: bool = False  # log there too; needs pip install wandb
+    wandb_project_name: str = "ballbot"  # the project
+    wandb_entity: str = ""  # the team; empty: your default one
 
 
 # The guide's three configurations, and the best that we know.
@@ -225,6 +234,9 @@ def check(args, world_size=None):
          f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
         (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
          f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.capture_video and not importlib.util.find_spec("ballbot_utils"),
+         "--capture-video needs ballbot_utils/ beside this file"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
         (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
     ):  # fmt: skip
         if wrong:
@@ -550,7 +562,7 @@ def update(agent, optimizer, args, batch):
 
 
 @torch.no_grad()
-def evaluate(agent, args, episodes):
+def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
     """Deterministic episodes on the evaluation terrain, shared by the ranks: a dict of means and deviations over them.
 
     Every environment's first episode counts, and no other, so that short ones are not favoured.
@@ -560,12 +572,9 @@ def evaluate(agent, args, episodes):
     for start in range(mine.start, mine.stop, 100):
         envs = make_envs(args, min(mine.stop - start, 100), evaluation=True)
         obs, _ = envs.reset(seed=1_000_000 + start)
-        depth = torch.zeros(envs.num_envs, agent.num_depth, device=agent.log_std.device)
-        running = np.ones(envs.num_envs, bool)
+        policy, running = Policy(agent, args), np.ones(envs.num_envs, bool)
         while running.any():
-            depth = depth_features(envs, agent, depth)
-            action = agent.actor(agent.features(proprioception(obs, agent), depth))
-            obs, _, terminations, truncations, infos = envs.step(action.cpu().numpy())
+            obs, _, terminations, truncations, infos = envs.step(policy(obs))
             ended = (terminations | truncations) & running
             if ended.any():
                 columns = infos["episode"]["r"], infos["episode"]["l"], terminations
@@ -577,6 +586,62 @@ def evaluate(agent, args, episodes):
     for name, values in zip(("episodic_return", "episodic_length", "falls"), columns):
         result |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
     return result
+
+
+class Policy:
+    """A trained policy as a function: `action = policy(obs)`.
+
+    Observations are those of `gym.make`, or of `gym.make_vec` with their leading axis; actions, float32 (3,) or (n, 3),
+    are clipped to [-1, 1], and drawn (by a torch `generator`, if given) unless `deterministic`. Frames are encoded when
+    they differ from those of the call before, so that it need not know of resets. `args` are those of the training: the
+    environment must have their `frame_skip` and `cameras`.
+    """
+
+    def __init__(self, agent, args):
+        self.agent, self.args = agent, args
+        self.frames, self.depth = None, torch.empty(0, agent.num_depth)  # of the call before, and their features
+
+    @torch.no_grad()
+    def __call__(self, obs: dict, deterministic: bool = True, generator: torch.Generator | None = None) -> np.ndarray:
+        agent, single = self.agent, obs["vel"].ndim == 1
+        obs = {key: value[None] for key, value in obs.items()} if single else obs
+        if len(self.depth) != len(obs["vel"]):
+            self.frames, self.depth = None, torch.empty(len(obs["vel"]), agent.num_depth, device=agent.log_std.device)
+        if agent.encoder is not None:
+            frames = obs["depth_0"], obs["depth_1"]
+            right, left = (frame != old for frame, old in zip(frames, self.frames or (np.nan, np.nan)))
+            new = right.any((1, 2, 3)) | left.any((1, 2, 3))
+            if new.any():
+                images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
+                self.depth[torch.as_tensor(new)] = agent.encode(images)
+                self.frames = list(map(ballbot_env.copied, frames))
+        action = agent.actor(agent.features(proprioception(obs, agent), self.depth))
+        if not deterministic:
+            action += agent.log_std.exp() * torch.randn(action.shape, generator=generator).to(action.device)
+        action = action.clamp(-1, 1).cpu().numpy()
+        return action[0] if single else action
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none."""
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    try:
+        run = ballbot_env.unsealed(path)
+        agent, args = fitting(run)
+        agent.load_state_dict(run["model"])
+        return Policy(agent, args)
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else "holds no policy of this program"
+    stop(f"{path} {problem}: give runs/<run name>, or a checkpoint in it")
+
+
+def film(agent, args, run_dir, global_step):
+    """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
+    from ballbot_utils import watch
+
+    (run_dir / "videos").mkdir(exist_ok=True)
+    flags = watch.Args(checkpoint=run_dir, video=run_dir / "videos" / f"{global_step}.mp4", overwrite=True)
+    watch.video(watch.trained(agent), flags, watch.conditions(flags, args, run_dir))
 
 
 def reached(result):
@@ -616,26 +681,30 @@ def save(path, content, keep_as=None):
         stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
 
 
+def fitting(run):
+    """The Agent, its weights not loaded yet, and the Args of a checkpoint; ValueError where the weights do not fit."""
+    if "frame_skip" not in run["args"]:
+        raise ValueError("was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+    args = Args(**typed({name: run["args"][name] for name in vars(Args()) if name in run["args"]}))
+    wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
+    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+        wrong = wrong or ballbot_env.unlike(run["model"], Agent(args).state_dict(), "model")
+    if wrong:
+        raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
+    return Agent(args), args
+
+
 def load(path):
     """The content of a checkpoint to go on from, or exit with one line. No pickled code is run."""
     other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
     try:
         offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
         run = ballbot_env.unsealed(path)
-        wrong = {field.name for field in fields(Args)} ^ set(run["args"])
-        if "frame_skip" in wrong:
-            raise ValueError(
-                "was trained on the robot before its rollers were mended, which spun up at speed: train anew"
-            )
-        if wrong:
+        _, args = fitting(run)
+        if wrong := set(vars(args)) ^ set(run["args"]):
             raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
-        run["args"] = typed(run["args"])
-        check(Args(**run["args"]))
-        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            wrong = ballbot_env.unlike(run["model"], Agent(Args(**run["args"])).state_dict(), "model")
-        if wrong:
-            raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
-        return run
+        check(args)
+        return run | {"args": vars(args)}
     except Exception as error:
         problem = error if isinstance(error, ValueError) else "is no checkpoint to go on from"
     stop(f"{path} {problem}{offer}")
@@ -676,6 +745,19 @@ def load_encoder(path):
          "--no-freeze-encoder")  # fmt: skip
 
 
+@contextlib.contextmanager
+def closed_output_ends():
+    """A block that ends without a traceback where its output is full, or closed as by `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout and sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # nothing more is written there
+        stop(error)
+
+
 def stop(message):
     """Exit with one line. All ranks come to the same end: the first says it."""
     message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
@@ -684,12 +766,13 @@ def stop(message):
 
 def going_on(run_dir):
     """What to do when a run has ended too soon."""
+    program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
     if (run_dir / "last.pt").is_file():
-        return f"to go on: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
+        return f"to go on: {program} --resume {shlex.quote(str(run_dir))}"
     return "start anew, under another --run-name: there is no checkpoint yet"
 
 
-def train(args, spawned=False):
+def train(args: Args, spawned: bool = False) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
 
     A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
@@ -704,10 +787,14 @@ def train(args, spawned=False):
         vars(args).update(run["args"] | {"resume": args.resume})
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
+    if args.capture_video and os.environ.get("RANK", "0") == "0":
+        from ballbot_utils.watch import check_video
+
+        check_video(Path("video.mp4"), "--capture-video")
     if run is None:
         memory = check(args, size)
         if args.cameras and args.freeze_encoder:
-            encoder = load_encoder(Path(__file__).resolve().parent / args.encoder_path)
+            encoder = load_encoder(ballbot_env.ASSETS.parent / args.encoder_path)
         if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
         unique = f"{int(time.time())}_{os.getpid()}"
@@ -768,6 +855,7 @@ def train(args, spawned=False):
     return run_dir
 
 
+@closed_output_ends()
 def be_rank(rank, args, port, started):
     """What the processes do that `train` starts."""
     # They are sent SIGINT when that process dies; nohup and & have it ignored
@@ -842,6 +930,11 @@ def learn(args, run_dir, run, encoder):
     result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=run_dir.name)
+            wandb.init(**names, dir=run_dir, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
         if run is None:
             settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
@@ -932,6 +1025,8 @@ def learn(args, run_dir, run, encoder):
             if targets_met is None and all(reached(result)):
                 targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
                 say(f"targets met after {targets_met}")
+            if args.capture_video:
+                film(agent, args, run_dir, global_step)
         if is_best:
             save(run_dir / "best.pt", best)
         save(run_dir / "last.pt", policy | dict(
@@ -947,6 +1042,8 @@ def learn(args, run_dir, run, encoder):
     if rank() == 0 and not result:
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
+        if args.capture_video:
+            film(agent, args, run_dir, global_step)
     if best is not None and best["global_step"] < global_step:
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)
@@ -956,12 +1053,15 @@ def learn(args, run_dir, run, encoder):
     if rank() == 0:
         save(run_dir / "best.pt", final)
         writer.close()
+        if args.track:
+            wandb.finish()
     on_return, on_length = ("reached" if yes else "missed" for yes in reached(final["eval"]))
     say(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "
         f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
         + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
 
 
+@closed_output_ends()
 def main():
     """Train by the command line."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
@@ -986,11 +1086,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        try:
-            main()
-        finally:
-            sys.stdout and sys.stdout.flush()
-    except OSError as error:
-        sys.stdout = None
-        stop(f"the output cannot be written ({error.strerror})")
+    main()

@@ -27,11 +27,10 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import torch
-import tyro
 
 import ballbot_env
 import ppo_ballbot
-from ballbot_utils.common import need, need_file, need_from, write
+from ballbot_utils.common import command, need, need_file, need_from, write
 
 MINIBATCH = ppo_ballbot.Args.minibatch_size
 STAGES = {  # what is measured: the process that does it
@@ -290,7 +289,7 @@ def run(args):
         left = (time.perf_counter() - started) / (done + 1) * (total - done - 1)
         speeds = ", ".join(f"{stage} {speed:,.0f}" for stage, speed in result.items())
         space = f"{memory:,.0f} MiB, " if memory else ""
-        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} threads: {speeds} steps/s, {space}"
+        print(f"[{done + 1}/{total}] {num_envs} envs, {threads} thread{'s' * (threads > 1)}: {speeds} steps/s, {space}"
               f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)  # fmt: skip
     return records
 
@@ -397,8 +396,10 @@ def draw(records, args):
     ax.set_ylabel("steps per second")
     ax.grid(color="0.92")
     ax.spines[["top", "right"]].set_visible(False)
-    threads = f"solid: {max(args.threads)} threads or processes" + (", dotted: fewer" if len(args.threads) > 1 else "")
-    fig.legend(loc="outside right center", frameon=False, title=threads, fontsize=9, title_fontsize=9)
+    most = max(args.threads)
+    threads = f"solid: {most} threads or processes" if most > 1 else "1 thread"
+    threads += ", dotted: fewer" if len(args.threads) > 1 else ""
+    fig.legend(loc="outside upper center", frameon=False, ncols=3, title=threads, fontsize=9, title_fontsize=9)
     return fig
 
 
@@ -416,5 +417,9 @@ def main(args):
     print("wrote " + ", ".join(map(str, files)))
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli()

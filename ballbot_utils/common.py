@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 import ppo_ballbot
 from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, unlike, unsealed
-from ppo_ballbot import depth_features, proprioception
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
@@ -50,20 +51,28 @@ class Conditions:
 # Flags and files
 
 
-def need(good, message):
+@ppo_ballbot.closed_output_ends()
+def command(main, args, **kwargs):
+    """Run a program on the flags of the command line, an `args`; `kwargs` are those of `tyro.cli`."""
+    called = Path(sys.argv[0])
+    name = f"python -m ballbot_utils.{called.stem}" if called.suffix == ".py" else called.name
+    main(tyro.cli(args, prog=name, **kwargs))
+
+
+def need(good: bool, message: str):
     """Exit with one line unless `good`."""
     if not good:
         sys.exit("".join(letter if letter.isprintable() else "?" for letter in f"error: {message}"))
 
 
-def need_from(args, low, *names):
+def need_from(args, low: float, *names: str):
     """Exit with one line on the first of these flags that is given and not a finite number from `low` on."""
     for name in names:
         value = getattr(args, name)
         need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
-def need_file(flag, path, overwrite, *suffixes):
+def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str):
     """Exit with one line where the file `path` of a flag cannot be written, or its name ends in none of `suffixes`."""
     try:
         need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
@@ -93,7 +102,7 @@ def write(path, save):
             part.unlink()
 
 
-def check_conditions(args):
+def check_conditions(args: Conditions):
     """Exit with one line on the first of the flags in `Conditions` that cannot be."""
     need_from(args, 1, "horizon")
     need_from(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
@@ -111,7 +120,7 @@ def check_conditions(args):
 _progress_shown = 0.0
 
 
-def progress(line, share):
+def progress(line: str, share: float):
     """Show how far a long job is: in place on a terminal, else a line every half minute."""
     global _progress_shown
     now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -131,7 +140,7 @@ def clear_progress():
 # Policies
 
 
-def load(path):
+def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
     """The policy in a checkpoint, the args it was trained by and its steps; exits with one line on a bad file."""
 
     def must(good, problem):
@@ -174,22 +183,12 @@ def load(path):
     return agent, train_args, step
 
 
-def trained(agent, stochastic=False):
+def trained(agent: ppo_ballbot.Agent, stochastic: bool = False):
     """A trained policy for `play`; a stochastic one draws its actions."""
 
     def start(envs, generator):
-        depth = torch.zeros(envs.num_envs, agent.num_depth)
-
-        @torch.no_grad()
-        def act(obs):
-            nonlocal depth
-            depth = depth_features(envs, agent, depth)
-            actions = agent.actor(agent.features(proprioception(obs, agent), depth))
-            if stochastic:
-                actions += agent.log_std.exp() * torch.randn(actions.shape, generator=generator)
-            return actions.numpy()
-
-        return act
+        policy = ppo_ballbot.Policy(agent, None)
+        return lambda obs: policy(obs, not stochastic, generator)
 
     return start
 
@@ -197,7 +196,7 @@ def trained(agent, stochastic=False):
 # Episodes
 
 
-def conditions(args, train_args, policy):
+def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy) -> dict:
     """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
     task = {
         "terrain": args.terrain or train_args.terrain,
@@ -218,7 +217,7 @@ def conditions(args, train_args, policy):
     return task
 
 
-def begin(envs, seed, horizon):
+def begin(envs, seed: int, horizon: int):
     """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
 
     Up to 4000 steps nothing changes. For longer ones the starts are squeezed towards y = -18 m so that

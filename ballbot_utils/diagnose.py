@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from ballbot_utils import plot
-from ballbot_utils.common import need, need_file, write
+from ballbot_utils.common import command, need, need_file, write
 from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import Args as TrainArgs
 
@@ -404,5 +404,9 @@ def main(args):
     print(text if args.json == "-" else "\n".join(lines))
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli()

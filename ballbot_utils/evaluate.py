@@ -31,6 +31,7 @@ from ballbot_utils.common import (
     begin,
     check_conditions,
     clear_progress,
+    command,
     conditions,
     load,
     need,
@@ -329,5 +330,9 @@ def main(args):
     show(args, evaluate(args, loaded, tasks))
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli()

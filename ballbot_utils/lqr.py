@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
-import tyro
 
 from ballbot_env import TIMESTEP, in_body_frame
 from ballbot_utils import evaluate
-from ballbot_utils.common import clear_progress, conditions, need
+from ballbot_utils.common import clear_progress, command, conditions, need
 from ppo_ballbot import Args as TrainArgs
 
 HOLD = 2  # steps that an action is held
@@ -154,5 +153,9 @@ def main(args):
     evaluate.show(args, [evaluate.column(label, args, task, episodes)])
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli()

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ballbot_utils.common import need, need_file, write
+from ballbot_utils.common import command, need, need_file, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -26,7 +26,8 @@ ROWS = (
     ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
 )
 TAGS = tuple(tag for row in ROWS for tag in row[1:3])
-IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads")  # within a group
+IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads", "capture_video", "track",
+           "wandb_project_name", "wandb_entity")  # within a group  # fmt: skip
 QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
@@ -178,19 +179,25 @@ def draw(groups, labels, lqr=None):
     for (name, _, _, target), (left, right) in zip(ROWS, axes):
         left.set_ylabel(name)
         for ax in (left, right):
-            ax.axhline(target, color="0.35", ls=(0, (4, 3)), lw=1, zorder=1)
             ax.grid(color="0.92")
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
-        right.annotate(f"target\n> {target}", (1, target), (4, 0), right.get_yaxis_transform(), "offset points",
-                       va="center", color="0.35", size=8)  # fmt: skip
-        if lqr is not None and name == ROWS[0][0]:
-            for ax in (left, right):
-                ax.axhline(lqr, color="0.35", ls=":", lw=1, zorder=1)
-            left.annotate(f"LQR: {lqr:g}", (0, lqr), (4, 3), left.get_yaxis_transform(), "offset points",
-                          color="0.35", size=8)  # fmt: skip
         bottom, top = left.get_ylim()  # of both
-        left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, max(top, 1.05 * target))
+        near = top > target / 3  # from further off the target would squash the curves: it is named at the top instead
+        marked = lqr if name == ROWS[0][0] else None
+        top = max(top, 1.05 * target, marked or 0) if near else top
+        left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, top)
+        for ax in (left, right) if near else ():
+            ax.axhline(target, color="0.35", ls=(0, (4, 3)), lw=1, zorder=1)
+        at, y = ("target", target) if near else ("↑ target", left.get_ylim()[1])
+        right.annotate(f"{at}\n> {target}", (1, y), (4, 0), right.get_yaxis_transform(), "offset points",
+                       va="center" if near else "top", color="0.35", size=8)  # fmt: skip
+        if marked is not None:
+            for ax in (left, right) if near else ():
+                ax.axhline(marked, color="0.35", ls=":", lw=1, zorder=1)
+            at, y, up = ("LQR", marked, 3) if near else ("↑ LQR", y, -9)
+            left.annotate(f"{at}: {marked:g}", (0, y), (4, up), left.get_yaxis_transform(), "offset points",
+                          color="0.35", size=8)  # fmt: skip
     for ax, name in zip(axes[1], ("environment steps", "wall-clock time (minutes)")):
         ax.set_xlabel(name)
         ax.set_xlim(left=0)
@@ -261,5 +268,9 @@ def main(args):
     print(f"wrote {files[0]} and {files[1]}")
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli()

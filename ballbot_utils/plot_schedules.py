@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ballbot_utils.common import write
-from ppo_ballbot_schedules import Args, kl_adapted, scheduled
+from ppo_ballbot_schedules import Args, kl_adapted, learning_rate_now, scheduled
 
 OUTPUT = Path(__file__).resolve().parents[1] / "benchmark" / "schedules.png"
 
@@ -17,8 +17,8 @@ OUTPUT = Path(__file__).resolve().parents[1] / "benchmark" / "schedules.png"
 def main():
     """Draw them to OUTPUT."""
     args, done = Args(), np.linspace(0, 1, 601)
-    figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    lr.plot(done, [scheduled("guide", -1, 0, 1 - d) for d in done], label="guide (default)")
+    figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    lr.plot(done, [learning_rate_now(args, 1 - d) for d in done], label="guide (default)")
     for kind in ("constant", "linear", "cosine"):
         lr.plot(done, [scheduled(kind, 3e-4, 0, 1 - d) for d in done], label=f"{kind}, from 3e-4")
     rates, divergences = [3e-4], 0.01 * np.exp(1.2 * np.sin(2 * np.pi * done[::20]))
@@ -39,8 +39,9 @@ def main():
         axis.set(title=f"--{name}-schedule", ylabel=f"{name} coefficient", ylim=(0, None))
     for axis in (lr, ent, clip):
         axis.set_xlabel("share of training done")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, ncols=2)  # on no curve
         axis.grid(alpha=0.3)
+    figure.get_layout_engine().set(wspace=0.08)  # for the labels of the second axis
     write(OUTPUT, lambda part: figure.savefig(part, dpi=120))
     print(OUTPUT)
 

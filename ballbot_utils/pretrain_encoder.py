@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
 from ballbot_env import (
     ASSETS,
@@ -30,7 +29,7 @@ from ballbot_env import (
     sealed,
     unsealed,
 )
-from ballbot_utils.common import clear_progress, need, need_file, need_from, progress, write
+from ballbot_utils.common import clear_progress, command, need, need_file, need_from, progress, write
 from ppo_ballbot import DepthEncoder
 
 SIZE = 64  # pixels a side: the encoder's last layer fits no other
@@ -350,5 +349,9 @@ def pretrain(args):
     return content
 
 
+def cli():
+    command(pretrain, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    pretrain(tyro.cli(Args))
+    cli()

@@ -37,10 +37,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 
 from ballbot_utils import diagnose, plot
-from ballbot_utils.common import clear_progress, need, progress, write
+from ballbot_utils.common import clear_progress, command, need, progress, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 try:
@@ -969,6 +968,10 @@ def main(args, flags):
         sys.exit("stopped; the same command goes on")
 
 
-if __name__ == "__main__":
+def cli():
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    main(tyro.cli(Args, args=sys.argv[1:cut]), sys.argv[cut + 1 :])
+    command(lambda args: main(args, sys.argv[cut + 1 :]), Args, description=__doc__, args=sys.argv[1:cut])
+
+
+if __name__ == "__main__":
+    cli()

@@ -31,6 +31,7 @@ from ballbot_utils.common import (
     begin,
     check_conditions,
     clear_progress,
+    command,
     conditions,
     load,
     need,
@@ -126,8 +127,8 @@ def render(policy, args, task, on_key=None, steer=None):
             viewer.close()
 
 
-def check_video(path):
-    """Exit with one line if a library or OpenGL is missing for a video."""
+def check_video(path, flag="--video"):
+    """Exit with one line, which names the `flag`, if a library or OpenGL is missing for a video."""
     try:
         import PIL  # noqa: F401
 
@@ -135,18 +136,18 @@ def check_video(path):
             import imageio_ffmpeg  # noqa: F401
             from imageio.v2 import get_writer  # noqa: F401
     except ImportError as error:
-        sys.exit(f"error: --video {path} needs {error.name}: pip install -r requirements-dev.txt")
+        sys.exit(f"error: {flag} needs {error.name}: pip install -r requirements-dev.txt")
     advice = ("install libosmesa6 and put MUJOCO_GL=osmesa before the command, or libegl1 and libgl1-mesa-dri and "
               "MUJOCO_GL=egl (Debian: apt-get install ...)")  # fmt: skip
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not (display or os.environ.get("MUJOCO_GL")):
         present = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)]
         advice = f"put MUJOCO_GL={' or MUJOCO_GL='.join(present)} before the command" if present else advice
-        sys.exit(f"error: --video needs OpenGL, and there is no display: {advice}")
+        sys.exit(f"error: {flag} needs OpenGL, and there is no display: {advice}")
     try:
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).close()
     except Exception as error:  # whatever the platform's OpenGL raises
-        sys.exit(f"error: --video needs OpenGL, which does not start ({error}): {advice}")
+        sys.exit(f"error: {flag} needs OpenGL, which does not start ({error}): {advice}")
 
 
 def video(policy, args, task):
@@ -246,5 +247,9 @@ def main(args):
         video(policy, args, task)
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli()

@@ -151,10 +151,10 @@ def test_figure(tmp_path):
         line, band = axes[0, column].lines[0], axes[0, column].collections[0].get_paths()[0].vertices
         assert (line.get_xdata()[-1], line.get_ydata()[-1]) == pytest.approx((end, 30), abs=0.02)
         assert (band[:, 1].min(), band[:, 1].max()) == (10, 50)
-    for row, target in ((0, 100), (1, 3000)):
+    for row, target, near in ((0, 100, True), (1, 3000, False)):
         for ax in axes[row]:
-            assert any(list(line.get_ydata()) == [target, target] for line in ax.lines)
-            assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= target
+            assert any(list(line.get_ydata()) == [target, target] for line in ax.lines) == near
+            assert ax.get_ylim()[0] == 0 and (ax.get_ylim()[1] >= target) == near
 
 
 def test_labels(tmp_path, capsys):
@@ -198,3 +198,13 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"pip install -r requirements-dev\.txt"):
         plot.main(plot.Args((run,), tmp_path / "curves.png"))
     assert not list(tmp_path.glob("curves.*"))
+
+
+def test_short_runs_fill_the_picture():
+    steps = np.linspace(1e4, 1e5, 20)
+    run = {tag: (steps, steps / 1e5, np.linspace(8, 16, 20)) for tag in plot.TAGS}
+    axes = plot.draw([[run]], ["short"], lqr=101.6).axes
+    for ax in axes:
+        assert ax.get_ylim()[1] < 20
+    texts = [text.get_text() for ax in axes for text in ax.texts]
+    assert sorted(texts) == ["↑ LQR: 101.6", "↑ target\n> 100", "↑ target\n> 3000"]

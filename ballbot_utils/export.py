@@ -1,0 +1,143 @@
+"""Export a trained policy to ONNX: `python -m ballbot_utils.export runs/a policy.onnx`.
+
+The file holds all of it, normalisation and depth encoder too. Its inputs are the observation's keys, float32 with a
+leading axis of any length, its output `action` is (n, 3) in [-1, 1]. It keeps no state: frames go in with every action.
+The metadata tell how often to act. Before it is kept, ONNX Runtime plays an episode by it beside PyTorch.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+from ballbot_env import PROPRIOCEPTION, TIMESTEP
+from ballbot_utils.common import Conditions, clear_progress, command, conditions, load, need, need_file, progress, write
+from ppo_ballbot import Agent, Policy
+
+TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
+
+
+@dataclass
+class Args:
+    checkpoint: tyro.conf.Positional[Path]
+    """a checkpoint, a .pt file, or the folder of a run, whose best.pt is meant"""
+    output: tyro.conf.Positional[Path]
+    """file to write, .onnx"""
+    overwrite: bool = False
+    """replace a file that exists"""
+
+
+class Exported(torch.nn.Module):
+    """What `Policy` computes, from an observation's arrays to actions, in operations that ONNX has."""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, obs):
+        agent, proprio = self.agent, dict(obs)
+        if agent.body_frame:
+            proprio |= body_frame(obs["orientation"], obs["vel"])
+        values = [proprio[key] for key in PROPRIOCEPTION]
+        depth = obs["vel"][:, :0]
+        if agent.encoder is not None:
+            values.append(obs["relative_image_timestamp"])
+            depth = torch.cat([agent.encoder(obs[f"depth_{k}"]) for k in (0, 1)], 1) * agent.depth_scale
+        return agent.actor(agent.features(torch.cat(values, 1), depth)).clamp(-1, 1)
+
+
+def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict:
+    """What `ppo_ballbot.proprioception` makes of `ballbot_env.in_body_frame`, in torch: lean with heading, velocity."""
+    angle = orientation.square().sum(1, keepdim=True).sqrt()
+    axis = orientation * torch.sin(angle / 2) / angle.clamp(min=1e-6)
+    w, (x, y, z) = torch.cos(angle / 2).squeeze(1), axis.unbind(1)
+    rotation = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]  # columns: the robot's axes in the world
+    forward = torch.sqrt(rotation[0][0] ** 2 + rotation[1][0] ** 2).clamp(min=1e-6)
+    heading = [rotation[1][0] / forward, rotation[0][0] / forward]  # sine and cosine
+    seen = [sum(rotation[row][column] * vel[:, row] for row in range(3)) for column in range(3)]
+    return {"orientation": torch.stack([*rotation[2][:2], *heading], 1), "vel": torch.stack(seen, 1)}
+
+
+def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path):
+    """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
+    keys = list(PROPRIOCEPTION)
+    keys += ["depth_0", "depth_1", "relative_image_timestamp"] if agent.encoder is not None else []
+    example = {key: torch.zeros(2, *space[key].shape) for key in keys}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that this needs not
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            Exported(agent).eval(), kwargs={"obs": example}, input_names=keys, output_names=["action"],
+            dynamic_shapes={"obs": {key: {0: torch.export.Dim("n")} for key in keys}}, verbose=False,
+        )  # fmt: skip
+    program.model.metadata_props.update(metadata)
+    program.save(path, external_data=False)
+
+
+def largest_difference(path: Path, agent: Agent, envs: gym.vector.VectorEnv) -> tuple[float, int]:
+    """Play an episode by PyTorch; the largest difference of ONNX Runtime's actions, and the number of actions."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [argument.name for argument in session.get_inputs()]
+    policy, worst, steps, over = Policy(agent, None), 0.0, 0, False
+    obs, _ = envs.reset(seed=Conditions.seed)
+    while not over:
+        actions = policy(obs)
+        worst = max(
+            worst, float(np.abs(session.run(["action"], {name: obs[name] for name in names})[0] - actions).max())
+        )
+        obs, _, terminations, truncations, _ = envs.step(actions)
+        over, steps = terminations[0] or truncations[0], steps + 1
+        progress(f"checking: action {steps:,}", steps * envs.frame_skip / envs.max_episode_steps)
+    clear_progress()
+    return worst, steps
+
+
+def main(args):
+    """Write the file, check it, and say by how much it differs."""
+    need(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
+    need_file("the output", args.output, args.overwrite)
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        need(False, f"exporting needs {error.name}: pip install -r requirements-export.txt")
+    torch.set_num_threads(1)
+    agent, train_args, steps = load(args.checkpoint)
+    task = conditions(Conditions(), train_args, args.checkpoint)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    metadata = {
+        "run": str(args.checkpoint),
+        "steps_trained": str(steps),
+        "actions_per_second": f"{1 / (TIMESTEP * envs.frame_skip):g}",
+        "frame_skip": str(envs.frame_skip),
+        "timestep": f"{TIMESTEP:g}",
+        "action": "in [-1, 1], clipped; the torque on wheel i is -10 N·m times action[i]",
+    }
+
+    def save_checked(part):
+        save(agent, envs.single_observation_space, metadata, part)
+        worst, actions = largest_difference(part, agent, envs)
+        need(worst <= TOLERANCE, f"{args.output} is not written: actions differ from PyTorch's by {worst:.1e}")
+        print(f"wrote {args.output}: {actions:,} actions of an episode differ from PyTorch's by at most {worst:.1e}")
+
+    write(args.output, save_checked)
+
+
+def cli():
+    command(main, Args, description=__doc__)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,121 @@
+"""A policy that is loaded acts as evaluations do, and so does its ONNX file."""
+
+from dataclasses import asdict
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ballbot_env
+import ppo_ballbot as ppo
+
+
+def make_run(folder, **flags):
+    """A run's folder with an untrained policy that moves, its statistics those of some robot."""
+    torch.manual_seed(0)
+    args = ppo.Args(hidden_size=16, pi_layers=1, vf_layers=1, **flags)
+    agent = ppo.Agent(args)
+    list(agent.actor.parameters())[-2].data *= 30  # actions that matter
+    agent.obs_mean.normal_(std=0.1)
+    agent.obs_var.uniform_(0.5, 2)
+    folder.mkdir()
+    torch.save({"model": agent.state_dict(), "args": asdict(args), "global_step": 1234}, folder / "best.pt")
+    return agent
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run", make_run(tmp_path / "run", body_frame=True, norm_obs=True, depth_scale=5.0)
+
+
+@pytest.mark.parametrize("frame_skip", [1, 4])
+def test_actions_are_those_of_a_loop_that_knows_the_environment(run, frame_skip):
+    policy = ppo.load_policy(run[0])
+    envs = gym.make_vec("Ballbot-v0", num_envs=3, num_threads=1, frame_skip=frame_skip, max_episode_steps=50)
+    obs, _ = envs.reset(seed=0)
+    depth, ends = torch.zeros(3, 40), 0
+    for step in range(120):
+        depth = ppo.depth_features(envs, run[1], depth)
+        with torch.no_grad():
+            expected = run[1].actor(run[1].features(ppo.proprioception(obs, run[1]), depth)).clamp(-1, 1)
+        actions = policy(obs)
+        assert actions.shape == (3, 3) and actions.dtype == np.float32
+        np.testing.assert_allclose(actions, expected, atol=1e-6)
+        obs, _, terminations, truncations, _ = envs.step(actions)
+        ends += (terminations | truncations).sum()
+        if step == 70:
+            obs, _ = envs.reset()
+    assert ends >= 3
+
+
+def test_one_environment_and_the_same_in_a_batch(run):
+    env, one, many = gym.make("Ballbot-v0"), ppo.load_policy(run[0]), ppo.load_policy(run[0] / "best.pt")
+    for seed, steps in ((0, 20), (None, 20), (5, 20)):  # resets keep or restart the cameras' clock
+        obs, _ = env.reset(seed=seed)
+        for _ in range(steps):
+            action = one(obs)
+            assert action.shape == (3,) and np.abs(action).max() <= 1
+            np.testing.assert_allclose(many({key: value[None] for key, value in obs.items()})[0], action, atol=1e-6)
+            obs, *_ = env.step(action)
+
+
+def test_frames_are_encoded_once_and_never_missed(run, monkeypatch):
+    policy = ppo.load_policy(run[0])
+    encoded, encode = [], policy.agent.encode
+    monkeypatch.setattr(policy.agent, "encode", lambda frames: encoded.append(len(frames)) or encode(frames))
+    env = ballbot_env.BallbotEnv()
+    obs, _ = env.reset(seed=0)
+    for _ in range(12):
+        obs, *_ = env.step(policy(obs))
+    assert encoded == [1, 1]  # taken at the reset and after 6 steps, those after 12 not yet acted upon
+    # A frame that is another and yet older than the one before, in one environment of two
+    other = {key: np.stack([value, value]) for key, value in obs.items()}
+    policy(other)
+    other["depth_1"] = other["depth_1"].copy()
+    other["depth_1"][1] *= 0.5
+    other["relative_image_timestamp"] = other["relative_image_timestamp"] + np.float32(0.002)
+    actions = policy(other)
+    assert encoded == [1, 1, 2, 1]
+    np.testing.assert_allclose(actions, ppo.load_policy(run[0])(other), atol=1e-6)
+    assert np.abs(actions[0] - actions[1]).max() > 1e-4
+
+
+def test_drawn_actions(tmp_path):
+    agent = make_run(tmp_path / "run", cameras=False, init_log_std=-2.0)
+    policy = ppo.load_policy(str(tmp_path / "run"))
+    obs, _ = gym.make_vec("Ballbot-v0", num_envs=1, terrain="flat", cameras=False).reset(seed=0)
+    obs = {key: np.repeat(value, 5000, 0) for key, value in obs.items()}
+    draw = [policy(obs, deterministic=False, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(draw[0], draw[1]) and not np.array_equal(draw[0], draw[2])
+    np.testing.assert_allclose((draw[0] - policy(obs)).std(0), np.exp(-2), rtol=0.05)
+    agent.log_std.data += 3
+    drawn = ppo.Policy(agent, None)(obs, deterministic=False)
+    assert np.abs(drawn).max() == 1 and (np.abs(drawn) == 1).mean() < 0.9
+
+
+def test_files_that_hold_no_policy(run, tmp_path):
+    content = torch.load(run[0] / "best.pt", weights_only=True)
+
+    def says(path, **changes):
+        if changes:
+            torch.save(content | changes, path)
+        with pytest.raises(SystemExit) as raised:
+            ppo.load_policy(path)
+        message = str(raised.value)
+        assert message.startswith(f"error: {path}") and "\n" not in message
+        return message
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="is missing: give runs"):
+        ppo.load_policy(tmp_path / "empty")
+    assert "is missing" in says(tmp_path / "no.pt")
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes((run[0] / "best.pt").read_bytes()[:2000])
+    assert "damaged" in says(bad)
+    bad.write_text("a text")
+    assert "damaged" in says(bad)
+    assert "not as its flags imply" in says(bad, model={})
+    assert "not as its flags imply" in says(bad, args=content["args"] | {"hidden_size": 32})
+    old = {key: value for key, value in content["args"].items() if key != "frame_skip"}
+    assert "before its rollers were mended" in says(bad, args=old)
