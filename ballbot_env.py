@@ -40,7 +40,7 @@ EDGE = 1.0  # m, episodes are truncated this close to the terrain's edge
 START_EXTENT = 10.0  # m, starts are drawn from the square |x|, |y| <= START_EXTENT
 MAX_DEPTH = 1.0  # m
 PUSH_STEPS = 10  # steps that a random push lasts: 20 ms
-NUM_RELIEFS = 8  # heights of the hills that `randomization` draws from
+NUM_RELIEFS = 5  # heights of the hills that `randomization` draws from
 # MuJoCo's warnings end the episode and are printed; they need no MUJOCO_LOG.TXT in the working directory.
 _log = mujoco.MjLogConfig.get()
 _log.logto_file = False
@@ -180,7 +180,7 @@ class BallbotEnv(gym.Env):
 
     | `randomization`     | Strength s and its unit      | What is drawn                                               |
     | ------------------- | ---------------------------- | ----------------------------------------------------------- |
-    | `terrain_amplitude` | share of `terrain_amplitude` | its hills times one of 8 factors spread over 1 - s to 1 + s |
+    | `terrain_amplitude` | share of `terrain_amplitude` | its hills times one of 5 factors spread over 1 - s to 1 + s |
     | `mass`              | share of the mass            | mass and inertia of the base times U(1 - s, 1 + s)          |
     | `friction`          | share of the coefficient     | sliding friction of all contacts times U(1 - s, 1 + s)      |
     | `wheel_damping`     | share of `wheel_damping`     | damping of all wheels times U(1 - s, 1 + s)                 |
