@@ -36,7 +36,7 @@ def test_it_is_gymnasiums_sync_vector_env_in_each_mode(mode, randomization):
         assert ("episode" in result[4]) == (mode is AutoresetMode.SAME_STEP and ended.any())
         result[4].pop("episode", None), result[4].pop("_episode", None)
         assert_same(dict(enumerate(result)), dict(enumerate(expected)), f"step {step}")
-        if mode is AutoresetMode.DISABLED and ended.any() or step == 100:
+        if (mode is AutoresetMode.DISABLED and ended.any()) or step == 100:
             mask = ended if ended.any() else np.array([True, False, True])
             seed = [5, None, 6] if step == 100 else None
             resets += not mask.all()
@@ -70,13 +70,13 @@ def test_disabled_wants_its_resets():
     envs.reset(options={"reset_mask": ended})
     envs.step(np.zeros((3, 3)))
     for mask in ([True, False], np.zeros(3, bool), np.ones(3)):
-        with pytest.raises(ValueError, match="reset_mask is .* give a bool array"):
+        with pytest.raises(ValueError, match=r"reset_mask is .* give a bool array"):
             envs.reset(options={"reset_mask": mask})
 
 
 def test_bad_modes():
     for mode in ("same_step", None, 1):
-        with pytest.raises(ValueError, match='autoreset_mode is .*: give "SameStep", "NextStep" or "Disabled"'):
+        with pytest.raises(ValueError, match=r'autoreset_mode is .*: give "SameStep", "NextStep" or "Disabled"'):
             BallbotVectorEnv(2, autoreset_mode=mode)
     with pytest.raises(TypeError, match="autoreset_mode"):  # one alone has none
         BallbotEnv(autoreset_mode="NextStep")
