@@ -26,10 +26,11 @@ import shutil
 import signal
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -51,8 +52,8 @@ TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 
 class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment, part of the default run name
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: Ballbot-v0__{exp_name}__{seed}__{time}
-    # start from the guide's aggressive, conservative or balanced configuration, or from tuned, the best we know
-    preset: Literal["", "aggressive", "conservative", "balanced", "tuned"] = ""
+    # start from aggressive, conservative or balanced, the guide's, tuned, the best we know, or robust, tuned randomized
+    preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
     resume: str = ""  # go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
@@ -70,6 +71,7 @@ class Args:
     terrain: Literal["perlin", "flat"] = "perlin"  # ground: perlin or flat
     terrain_seed: int = 0  # the training terrain
     terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
+    randomization: MutableMapping[str, float] = field(default_factory=dict)  # of training, as push 1.0 mass 0.1
     eval_terrain_seed: int = 1_000_000  # the terrain of evaluations, never trained on
     cameras: bool = True  # observe through the two depth cameras
     # damping of the wheels' axles, N·m·s/rad; the paper has 0.8, which bounds the return at 98.5
@@ -152,6 +154,9 @@ PRESETS = {
         total_timesteps=3_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
+PRESETS["robust"] = PRESETS["tuned"] | {"terrain_amplitude": 0.2, "randomization": dict(
+    terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2, tilt=3, velocity=0.2, push=1.5,
+    obs_noise=0.01)}  # fmt: skip
 for settings in PRESETS.values():
     settings |= dict(clip_schedule="constant", ent_schedule="constant")
     if settings.pop("anneal_lr", False):
@@ -179,8 +184,8 @@ def parse():
 
 def check(args, world_size=None):
     """Exit with one line on the first flag that cannot be, before any work starts."""
-    for name, choices in ((field.name, get_args(field.type)) for field in fields(Args)):
-        if choices and getattr(args, name) not in choices:
+    for name, choices in ((f.name, get_args(f.type)) for f in fields(Args) if get_origin(f.type) is Literal):
+        if getattr(args, name) not in choices:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {', '.join(filter(None, choices))}")
     for allowed, good, names in (
         ("1 or more", lambda value: value >= 1, "frame_skip total_timesteps num_processes torch_threads num_envs "
@@ -198,6 +203,10 @@ def check(args, world_size=None):
         for name in names.split():
             if not good(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {allowed}")
+    try:
+        ballbot_env.checked_randomization(args.randomization, args.terrain)
+    except ValueError as error:
+        stop(f"--{error}")
     world_size = world_size or args.num_processes
     batch_size, size = args.num_envs * args.num_steps, args.minibatch_size
     steps = batch_size * args.frame_skip
@@ -373,6 +382,7 @@ def make_envs(args, num_envs, evaluation=False):
         "Ballbot-v0", num_envs=num_envs, terrain=args.terrain, cameras=args.cameras, wheel_damping=args.wheel_damping,
         terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
+        randomization=None if evaluation else args.randomization,
         num_threads=args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
     )  # fmt: skip
