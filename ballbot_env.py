@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 ASSETS = Path(__file__).resolve().parent / "ballbot_utils" / "assets"  # where a wheel has them
@@ -48,6 +50,8 @@ MAX_DEPTH = 1.0  # m
 EASY_HEADING = 0.22
 PICTURE_STEPS = 20  # render() draws anew after so many: 25 pictures a second
 MAX_COMMAND, STANDING, COMMAND_STEPS = 0.6, 0.2, 1000  # m/s; share of commands to stand still; steps a drawn one holds
+PUSH_STEPS = 10  # steps that a random push lasts: 20 ms
+NUM_RELIEFS = 5  # heights of the hills that `randomization` draws from
 # MuJoCo's warnings end the episode and are printed; they need no MUJOCO_LOG.TXT in the working directory.
 _log = mujoco.MjLogConfig.get()
 _log.logto_file = False
@@ -55,6 +59,19 @@ _log.set()
 
 PROPRIOCEPTION = ("orientation", "angular_vel", "vel", "motor_state", "actions")
 REWARD_TERMS = ("reward_forward", "reward_ctrl", "reward_healthy")
+# What `randomization` takes, in the order in which it is drawn: lowest and highest strength, and both in words
+RANDOMIZATION = {
+    "terrain_amplitude": (0, 1, "a share from 0 to 1"),
+    "mass": (0, 0.9, "a share from 0 to 0.9"),
+    "friction": (0, 0.9, "a share from 0 to 0.9"),
+    "wheel_damping": (0, 1, "a share from 0 to 1"),
+    "latency": (0, 100, "a whole number of steps from 0 to 100"),
+    "tilt": (0, 90, "degrees from 0 to below max_tilt"),
+    "velocity": (0, 2, "a speed from 0 to 2 m/s"),
+    "push": (0, 100, "an impulse from 0 to 100 N·s"),
+    "push_interval": (0.1, 100, "0.1 to 100 s"),
+    "obs_noise": (0, 10, "a standard deviation from 0 to 10"),
+}
 
 
 class BallbotEnv(gym.Env):
@@ -142,8 +159,8 @@ class BallbotEnv(gym.Env):
     The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost + healthy_reward*:
 
     - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
-      observed, that is after clipping, times the unit vector along `goal` (default +y). With `goal="command"` it is
-      the weight times 3 (|c| - |v - c|), where v is x and y of `vel` and c the command: largest where v is c, 0 when
+      observed, that is after clipping (without the noise of `randomization`), times the unit vector along `goal`
+      (default +y). With `goal="command"` it is the weight times 3 (|c| - |v - c|), where v is x and y of `vel` and c the command: largest where v is c, 0 when
       standing still, and negative going elsewhere, or at all where c is 0. The 3 makes up for commands being slower
       than what the robot can do.
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
@@ -179,6 +196,36 @@ class BallbotEnv(gym.Env):
     uniform in the plane. `env.unwrapped.command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s
     each: it counts from the next step on, until one is set anew or the episode ends. None is drawn in between.
 
+    ### Domain randomization
+    `randomization={"push": 1.0, "mass": 0.1}` trains a policy for a robot that is not quite as modelled. It is off by
+    default. Each name may be left out; its value is the strength, and 0 is off:
+
+    | `randomization`     | Strength s and its unit      | What is drawn                                               |
+    | ------------------- | ---------------------------- | ----------------------------------------------------------- |
+    | `terrain_amplitude` | share of `terrain_amplitude` | its hills times one of 5 factors spread over 1 - s to 1 + s |
+    | `mass`              | share of the mass            | mass and inertia of the base times U(1 - s, 1 + s)          |
+    | `friction`          | share of the coefficient     | sliding friction of all contacts times U(1 - s, 1 + s)      |
+    | `wheel_damping`     | share of `wheel_damping`     | damping of all wheels times U(1 - s, 1 + s)                 |
+    | `latency`           | physics steps of 2 ms        | delay of the actions: a whole number from 0 to s            |
+    | `tilt`              | degrees                      | tilt at the start: U(0, s), to any side                     |
+    | `velocity`          | m/s                          | velocity at the start: U(0, s), in any direction            |
+    | `push`              | N·s                          | impulse of each push: U(0, s), in any horizontal direction  |
+    | `push_interval`     | s; 1 unless given            | time from push to push, and to the first: U(s/2, 3s/2)      |
+    | `obs_noise`         | each sensor's own            | noise on the sensors: Gaussian, of standard deviation s     |
+
+    U(a, b) is uniform. All is drawn by the environment's own generator: noise and pushes as the episode goes on, all
+    else at its reset. An option of `reset()` wins over what would be drawn.
+
+    - `latency`: in each physics step the motors get the command of so many physics steps before, and 0 in the first
+      ones; `actions` and *ctrl_cost* are of the last command all the same.
+    - `push`: a force on the base's centre of mass for 20 ms, or for the actions that last so long, at least one. It
+      takes the place of what `push()` set. 1 N·s changes the speed of the robot by some 0.26 m/s.
+    - `obs_noise`: on `orientation`, `angular_vel`, `vel` and `motor_state` it is drawn for each observation, on depth
+      with each frame (a random stretch of a table of 2^17 Gaussian values or more, which is fast): 0.01 is 0.01 rad,
+      rad/s, m/s and m, and 0.1 rad/s of a wheel. What is observed is clipped after it.
+    - Mass, friction, damping and hills are fields of each environment's own model (`mujoco.batch`), bit for bit as if
+      the model had been compiled with them. `model` is the one that they are drawn around.
+
     ## Episode End
     ### Termination
     The episode terminates when
@@ -206,6 +253,11 @@ class BallbotEnv(gym.Env):
     | ---------------- | ------------------ | ------------------------------------------------ | ---- |
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
+    | `randomization`  | dict               | what was drawn, with `randomization` only        |      |
+
+    In `info["randomization"]` are, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
+    factors, float; `latency`, int; `tilt` and `velocity`, float64 arrays (2,) as `reset()` has them as options; and
+    `push`, float64 array (2,), the impulse (x, y) in N·s of the push that acted in this step, else zeros.
 
     `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
     (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
@@ -236,6 +288,7 @@ class BallbotEnv(gym.Env):
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
+    | `randomization`         | **dict, None** | `None`     |           | Strengths: see Domain randomization        |
     | `num_threads`           | **int**       | see below  |           | Threads: physics, frames; 0: one per CPU   |
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
@@ -261,7 +314,7 @@ class BallbotEnv(gym.Env):
     ## Version History
     * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
       returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip`, options of
-      `reset()`, `push()`, `goal="command"` and the reward's terms in `info` are new.
+      `reset()`, `push()`, `goal="command"`, `randomization` and the reward's terms in `info` are new.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -279,6 +332,7 @@ class BallbotEnv(gym.Env):
             frame_skip=frame_skip,
             max_episode_steps=max_episode_steps,
             num_threads=num_threads,
+            autoreset_mode=AutoresetMode.DISABLED,  # a single environment has none
             **kwargs,
         )
         self.render_mode = render_mode
@@ -291,10 +345,10 @@ class BallbotEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
         super().reset(seed=seed)
-        obs, info = self._envs._reset_all([self.np_random], seed is not None, options)
+        obs, info = self._envs._reset_all([self.np_random], np.array([seed is not None]), options)
         if self.render_mode == "human":
             self.render()
-        return self._single(obs), self._single_info(info)
+        return self._single(obs), of_first(info)
 
     def step(self, action):
         """Hold `action` (3,) for `frame_skip` steps of 2 ms. Returns `(obs, reward, terminated, truncated, info)`."""
@@ -302,14 +356,14 @@ class BallbotEnv(gym.Env):
         if action.shape != (3,):
             raise ValueError(f"action has shape {action.shape}, expected (3,)")
         obs, rewards, terminations, truncations, infos = self._envs._advance(action[None])
-        if self.render_mode == "human" and self._envs._clock % 8 < self._envs.frame_skip:
+        if self.render_mode == "human" and self._envs._clock[0] % 8 < self._envs.frame_skip:
             self.render()
         return (
             self._single(obs),
             float(rewards[0]),
             bool(terminations[0]),
             bool(truncations[0]),
-            self._single_info(infos),
+            of_first(infos),
         )
 
     def push(self, force):
@@ -357,12 +411,6 @@ class BallbotEnv(gym.Env):
     def _single(obs):
         return {key: copied(value[0]) for key, value in obs.items()}
 
-    @staticmethod
-    def _single_info(infos):
-        return {
-            key: value[0] if key == "position" else value[0].item() for key, value in infos.items() if key[0] != "_"
-        }
-
 
 class BallbotVectorEnv(gym.vector.VectorEnv):
     """Many ballbots at once, `gym.make_vec("Ballbot-v0", num_envs=10)`: the task of `BallbotEnv`, stepped on threads.
@@ -370,16 +418,26 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them; here every array has a
     leading axis of `num_envs`, and actions are float (num_envs, 3).
 
-    - Autoreset is `SAME_STEP`: when an episode ends, the step returns the next episode's first observation, and
-      `info["final_obs"]`, `info["final_info"]` hold the last of the ended one, as `SyncVectorEnv` lays them out.
-    - `info["episode"]` holds return `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, as
-      `gymnasium.wrappers.vector.RecordEpisodeStatistics` writes them; that wrapper is not needed.
+    - `autoreset_mode` is a `gymnasium.vector.AutoresetMode`, or its value, a string, and says what happens when an
+      episode has ended, in the layout of `SyncVectorEnv`. `metadata["autoreset_mode"]` tells which it is.
+      - `SAME_STEP` (`"SameStep"`, the default): the step that ends an episode returns the next one's first observation,
+        and `info["final_obs"]`, `info["final_info"]` hold the last of the ended one. `info["episode"]` holds return
+        `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, so that `RecordEpisodeStatistics`
+        of `gymnasium.wrappers.vector` is not needed; here it needs a `stats_key` of its own.
+      - `NEXT_STEP` (`"NextStep"`, for wrappers that want it, as `NormalizeObservation` does): the next step starts the
+        new episode, whatever its action, and returns the first observation and a reward of 0. There is no
+        `info["episode"]`, which is `RecordEpisodeStatistics`'s; that wrapper counts actions.
+      - `DISABLED` (`"Disabled"`): the caller resets what has ended, before the next step, which else raises
+        `gymnasium.error.ResetNeeded`.
+    - `reset(options={"reset_mask": mask})`, bool (num_envs,), resets some environments, in any mode. The others stay as
+      they are; of `info`, only what `_key` marks is told.
     - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
       nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
     - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
     - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
       terminated and counts it in `info["physics_errors"]`; the others go on.
+    - With `randomization` each environment has what it draws for itself.
 
     To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector,
     or None with `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `velocities` (the bases', m/s,
@@ -393,7 +451,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     metadata = {
         "render_modes": ["rgb_array"],
         "render_fps": round(1 / TIMESTEP),
-        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
     def __init__(
@@ -413,9 +471,11 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         forward_reward_weight=0.01,
         ctrl_cost_weight=0.0001,
         healthy_reward=0.02,
+        randomization=None,
         num_threads=0,
         device="cpu",
         render_mode=None,
+        autoreset_mode=AutoresetMode.SAME_STEP,
     ):
         whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
                  "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
@@ -447,10 +507,15 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
             need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
         need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
+        modes = [value for mode in AutoresetMode for value in (mode, mode.value)]
+        need(autoreset_mode in modes, "autoreset_mode", autoreset_mode, '"SameStep", "NextStep" or "Disabled"')
         self.num_envs = num_envs
         self.frame_skip = frame_skip
         self.render_mode = render_mode
-        self.metadata = self.metadata | {"render_fps": round(1 / (TIMESTEP * frame_skip))}  # a picture for each action
+        self.randomization = checked_randomization(randomization, terrain, max_tilt)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
+        self.metadata["render_fps"] = round(1 / (TIMESTEP * frame_skip))  # a picture for each action
         self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
         self.goal = None if commanded else np.asarray(goal, dtype=float) / math.hypot(*goal)
@@ -474,7 +539,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        self.model = make_model(terrain, terrain_seed, terrain_amplitude, wheel_damping)
+        reliefs, share = (1.0,), self.randomization.get("terrain_amplitude")
+        if share:
+            reliefs = 1 + share * np.linspace(1 / NUM_RELIEFS - 1, 1 - 1 / NUM_RELIEFS, NUM_RELIEFS)
+        self.model = make_model(terrain, terrain_seed, terrain_amplitude, wheel_damping, reliefs)
         self._heights = None  # m, (nodes, nodes); None on flat ground
         if terrain == "perlin":
             self._heights = perlin_terrain(terrain_seed) * np.float32(terrain_amplitude)
@@ -503,10 +571,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._forces = self.batch.bind("xfrc_applied")[:, self.model.body("base").id, :3]
         self._warnings = self.batch.warning[:, :, 1]
         self._start_state = self.batch.state[0].copy()
+        if self.randomization:
+            self._prepare_randomization(reliefs, camera_size if cameras else 0, device)
 
         self._rngs = [None] * num_envs
         self._actions = np.zeros((num_envs, 3), np.float32)
-        self._clock = 0  # physics steps since the last seeded reset: the cameras run freely on it
+        self._clock = np.zeros(num_envs, int)  # physics steps since the last seeded reset: the cameras run freely on it
+        self._observed_at = np.zeros(num_envs, int)  # clock of the last observation
+        self._ended = np.zeros(num_envs, bool)  # waiting for a reset
         self._steps = np.zeros(num_envs, int)
         self._returns = np.zeros(num_envs)
         self._started = np.zeros(num_envs)  # s
@@ -537,21 +609,29 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         """Start all episodes anew. Returns `(observation, info)`.
 
         `seed`: int, list of int, or None to go on. `options` are those of `BallbotEnv`, each for all or one for each:
-        position (2,) or (num_envs, 2), and so on.
+        position (2,) or (num_envs, 2), and so on; and `reset_mask`, bool (num_envs,), which environments to reset.
         """
         seeds = [seed] * self.num_envs if seed is None else seed
         if isinstance(seeds, (int, np.integer)):
             seeds = [int(seeds) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one int")
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", self._everyone))
+        need(mask.dtype == bool and mask.shape == (self.num_envs,) and mask.any(), "reset_mask", mask,
+             f"a bool array ({self.num_envs},), somewhere True")  # fmt: skip
+        if self._needs_reset and not mask.all():
+            raise gym.error.ResetNeeded("call reset() without a reset_mask first")
         rngs = [
-            rng if s is None and rng is not None else gym.utils.seeding.np_random(s)[0]
-            for rng, s in zip(self._rngs, seeds)
+            rng if rng is not None and (s is None or not masked) else gym.utils.seeding.np_random(s)[0]
+            for rng, s, masked in zip(self._rngs, seeds, mask)
         ]
-        return self._reset_all(rngs, seed is not None, options)
+        return self._reset_all(rngs, np.array([s is not None for s in seeds]), options, mask)
 
     def step(self, actions):
         """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+            return self._step_without_reset(actions)
         obs, rewards, terminations, truncations, infos = self._advance(actions)
         done = terminations | truncations
         if np.count_nonzero(done):
@@ -565,18 +645,35 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             final_obs = np.full(self.num_envs, None, object)
             for i in ids:
                 final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
-            final_info = {}
-            for key in [key for key in infos if not key.startswith("_")]:
-                where = done[:, None] if infos[key].ndim > 1 else done
-                final_info |= {key: np.where(where, infos[key], 0), f"_{key}": done.copy()}
+            final_info = of_some(infos, done)
             self._reset(ids)
-            obs = self._observe(self._clock)
+            obs = self._observe()
             # Of an ended episode the reward's terms are in final_info only
-            going = {} if done.all() else {key: np.where(done, 0, infos[key]) for key in REWARD_TERMS}
-            infos = self._infos() | going | {f"_{key}": ~done for key in going}
+            infos = self._infos() | of_some({key: infos[key] for key in REWARD_TERMS}, ~done)
             infos |= {"episode": episode, "_episode": done.copy()}
             infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": final_info, "_final_info": done.copy()}
+        return obs, rewards, terminations, truncations, infos
+
+    def _step_without_reset(self, actions):
+        """A step that leaves an ended episode's last observation; with NEXT_STEP those that ended before start anew."""
+        starting = self._ended
+        if not np.count_nonzero(starting):
+            obs, rewards, terminations, truncations, infos = self._advance(actions)
+        elif self.autoreset_mode is AutoresetMode.DISABLED:
+            raise gym.error.ResetNeeded(f"environments {', '.join(map(str, np.flatnonzero(starting)))} have ended: "
+                                        'call reset(options={"reset_mask": ...}) before step()')  # fmt: skip
+        else:
+            ids, clock, errors = np.flatnonzero(starting), self._clock[starting], self.physics_errors[starting]
+            # Their physics goes on as well, and is then undone
+            _, rewards, terminations, truncations, infos = self._advance(actions, starting)
+            self._clock[ids], self.physics_errors[ids] = clock, errors
+            self._reset(ids)
+            for result in (rewards, terminations, truncations):
+                result[ids] = 0
+            obs = self._observe()
+            infos = self._infos() | of_some({key: infos[key] for key in REWARD_TERMS}, ~starting)
+        self._ended = terminations | truncations
         return obs, rewards, terminations, truncations, infos
 
     def push(self, forces):
@@ -601,18 +698,21 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         need((np.abs(velocities) <= 2).all(), "the velocity", velocities, "x and y from -2 to 2 m/s")
         self.commands[:], self._commands_set[:] = velocities, True
 
+    _kept = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"  # by get_state
+
     def get_state(self):
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
         state = {
             "physics": torch.tensor(self.batch.state),
             "warnings": torch.tensor(self.batch.warning),
             "rngs": json.dumps([rng.bit_generator.state for rng in self._rngs]),
-            "clock": self._clock,
         }
-        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+        for name in self._kept:
             state[name] = torch.tensor(getattr(self, name))
         if self.commands is not None:
             state |= {"commands": torch.tensor(self.commands), "commands_set": torch.tensor(self._commands_set)}
+        if self.randomization:
+            state["drawn"] = {name: torch.tensor(value) for name, value in self._drawn.items()}
         if self.frames is not None:
             state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
         return state
@@ -626,7 +726,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self._needs_reset:
             self._rngs = rngs
         wrong = unlike(state, self.get_state())
-        if not wrong and not 0 <= state["clock"] < 2**53:
+        if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"
         try:
             for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
@@ -638,9 +738,12 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._rngs = rngs
         self.batch.state[:] = state["physics"].numpy()
         self.batch.warning[:] = state["warnings"].numpy()
-        self._clock = state["clock"]
-        for name in ("_actions", "_steps", "_returns", "physics_errors"):
+        for name in self._kept:
             getattr(self, name)[:] = state[name].numpy()
+        if self.randomization:
+            for name, value in self._drawn.items():
+                value[:] = state["drawn"][name].numpy()
+            self._change_models(np.arange(self.num_envs))
         self._started[:] = time.perf_counter()
         if self.commands is not None:
             self.commands[:], self._commands_set[:] = state["commands"].numpy(), state["commands_set"].numpy()
@@ -669,15 +772,18 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     # What both environments share
 
-    def _reset_all(self, rngs, restart_clock, options):
+    def _reset_all(self, rngs, seeded, options, mask=None):
+        """Reset all environments, or those of a mask (num_envs,); `seeded` ones' (num_envs,) cameras start anew."""
         starts = self._starts(options or {})
+        mask = self._everyone if mask is None else mask
         self._rngs = rngs
-        if restart_clock:
-            self._clock = 0
+        self._clock[seeded & mask] = 0
         self._needs_reset = False
+        self._ended = self._ended & ~mask
         self.new_frames[:] = False
-        self._reset(np.arange(self.num_envs), starts)
-        return self._observe(self._clock), self._infos()
+        self._reset(np.flatnonzero(mask), starts)
+        infos = self._infos()
+        return self._observe(), infos if mask.all() else of_some(infos, mask)
 
     def _starts(self, options):
         """The options of a reset, each (num_envs, ...)."""
@@ -716,21 +822,28 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             x, y = self._rngs[i].uniform(-START_EXTENT, START_EXTENT, 2)
             if starts and "position" in starts:
                 x, y = starts["position"][i]
-            ground = self._highest(x, y)
+            if self.randomization:
+                self._draw(i)
+            ground = self._highest(x, y) * (1 if self._relief is None else self._relief[i])
             self._position[i] = x, y, ground + BASE_START
             self._ball_position[i] = x, y, ground + BALL_START
+        if self.randomization:
+            starts = self._drawn_starts(ids, starts or {})
+            self._change_models(ids)
         if self.commands is not None:
             self._draw_commands(ids)
             self._commands_set[ids] = False
         if starts:
-            self._turn(starts.get("heading", np.zeros(self.num_envs)), starts.get("tilt", np.zeros((self.num_envs, 2))))
+            still = np.zeros((self.num_envs, 2))
+            self._turn(ids, starts.get("heading", still[:, 0])[ids], starts.get("tilt", still)[ids])
             for columns in self._linear_velocities:
-                self._qvel[:, columns] = starts.get("velocity", 0)
+                self._qvel[ids, columns] = starts.get("velocity", still)[ids]
         self._actions[ids] = 0
         self._steps[ids] = 0
         self._returns[ids] = 0
         self._started[ids] = time.perf_counter()
-        self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock)
+        self._observed_at[ids] = self._clock[ids]
+        self._take_frames(ids, self._position[ids], self._quaternion[ids], self._clock[ids])
 
     def _draw_commands(self, ids):
         """New commands for the environments `ids`."""
@@ -739,14 +852,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             speed = 0 if kind < STANDING else MAX_COMMAND * speed
             self.commands[i] = speed * math.cos(2 * math.pi * turn), speed * math.sin(2 * math.pi * turn)
 
-    def _turn(self, heading, tilt):
-        """Turn upright bases by `heading` (num_envs,), then by `tilt` (num_envs, 2) about their balls' centres, rad."""
+    def _turn(self, ids, heading, tilt):
+        """Turn upright bases `ids` (n,) by `heading` (n,), then by `tilt` (n, 2) about their balls' centres, rad."""
         angle = np.linalg.norm(tilt, axis=1)
         w, (x, y) = np.cos(angle / 2), tilt.T * np.sinc(angle / (2 * np.pi)) / 2
         cos, sin = np.cos(heading / 2), np.sin(heading / 2)
-        self._quaternion[:] = np.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
-        up = rotation_matrix(self._quaternion)[:, :, 2]
-        self._position += (BASE_START - BALL_START) * (up - [0, 0, 1])
+        quaternion = np.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
+        self._quaternion[ids] = quaternion
+        self._position[ids] += (BASE_START - BALL_START) * (rotation_matrix(quaternion)[:, :, 2] - [0, 0, 1])
 
     def _highest(self, x, y):
         """Highest terrain node, m, under a ball centred at (x, y), one cell beyond its radius included."""
@@ -759,12 +872,16 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return float(self._heights[row, col].max())
 
     def _take_frames(self, ids, position, quaternion, clock):
-        """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock`."""
+        """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock` (n,)."""
         if self.frames is None:
             return
         started = time.perf_counter()
         with one_thread():
-            frames = self.renderer.render(position, quaternion)
+            frames = self.renderer.render(position, quaternion, None if self._relief is None else self._relief[ids])
+            if "obs_noise" in self.randomization:
+                starts = [self._rngs[i].integers(len(self._frame_noise)) for i in ids]
+                frames += self._frame_noise[torch.tensor(starts, device=frames.device)].view_as(frames)
+                frames.clamp_(0, MAX_DEPTH)
             if len(ids) == self.num_envs:
                 self.frames.copy_(frames)
             else:
@@ -773,18 +890,25 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.new_frames[ids] = True
         self.render_seconds += time.perf_counter() - started
 
-    def _advance(self, actions):
-        """Hold actions for `frame_skip` physics steps, without autoreset."""
+    def _advance(self, actions, starting=None):
+        """Hold actions for `frame_skip` physics steps, without autoreset.
+
+        The environments `starting`, bool (num_envs,), are reset by the caller afterwards, and draw nothing here."""
         if self._needs_reset:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = np.asarray(actions, np.float32)
         if actions.shape != (self.num_envs, 3):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
+        if starting is not None:
+            actions = np.where(starting[:, None], np.float32(0), actions)
         self._actions = np.minimum(np.maximum(actions, -1), 1)
         np.multiply(self._actions, -MAX_TORQUE, out=self._motors)
+        if "push" in self.randomization:
+            self._push_at_random(starting)
+        controls = self._delayed() if "latency" in self.randomization else None
         broken = None
         try:
-            self.batch.rollout(self.frame_skip, record=("qpos", "qvel"), out=self._record)
+            self.batch.rollout(self.frame_skip, control=controls, record=("qpos", "qvel"), out=self._record)
         except mujoco.batch.SimulationError as error:
             broken = np.zeros(self.num_envs, bool)
             broken[error.ids] = True
@@ -798,6 +922,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             self._record["qpos"][broken] = self.batch.qpos[broken, None]
             self._record["qvel"][broken] = self.batch.qvel[broken, None]
             self._actions[broken] = np.nan_to_num(self._actions[broken])
+            if controls is not None:
+                self._drawn["_commands"][broken] = 0
 
         # By physics step held, (num_envs, frame_skip): what ends the episode, and the rewards
         x, y = self._held_quaternion[:, :, 1], self._held_quaternion[:, :, 2]
@@ -839,22 +965,24 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         due = (self._clock + taken) // self.frame_interval * self.frame_interval  # clock of the newest frame
         self.new_frames[:] = False
         if self.frames is not None:
-            ids = np.flatnonzero(due > self._clock)
+            ids = np.flatnonzero((due > self._clock) if starting is None else (due > self._clock) & ~starting)
             if len(ids):
-                at = ids, due[ids] - self._clock - 1
+                at = ids, due[ids] - self._clock[ids] - 1
                 self._take_frames(ids, self._held_position[at], self._held_quaternion[at], due[ids])
-        ended_at = self._clock + taken
+        self._observed_at = self._clock + taken
         self._clock += self.frame_skip
         self._steps += taken
         self._returns += rewards
         if self.commands is not None:
             new = self._steps // COMMAND_STEPS > (self._steps - taken) // COMMAND_STEPS
-            self._draw_commands(np.flatnonzero(new & ~self._commands_set))
+            self._draw_commands(np.flatnonzero(new & ~self._commands_set & (True if starting is None else ~starting)))
         infos = self._infos()
         infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
-        return self._observe(ended_at), rewards, terminations, truncations, infos
+        if "obs_noise" in self.randomization:
+            self._draw_noise(np.arange(self.num_envs) if starting is None else np.flatnonzero(~starting))
+        return self._observe(), rewards, terminations, truncations, infos
 
-    def _observe(self, clock):
+    def _observe(self):
         w, x, y, z = self._quaternion.T.copy()
         sine = np.sqrt(x * x + y * y + z * z)
         half_angle = np.arctan2(np.copysign(sine, w), np.abs(w))
@@ -862,12 +990,16 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         velocity = self._qvel[:, self._velocity_columns] * self._velocity_scale
         values = np.empty((self.num_envs, 15), np.float32)
         np.multiply(self._quaternion[:, 1:], scale[:, None], out=values[:, :3])
+        if "obs_noise" in self.randomization:
+            noise = self._drawn["_noise"]
+            values[:, :3] = np.minimum(np.maximum(values[:, :3] + noise[:, :3], -math.pi), math.pi)
+            velocity += noise[:, 3:]
         np.minimum(np.maximum(velocity, -self._velocity_bound), self._velocity_bound, out=velocity)
         values[:, 3:12] = velocity
         values[:, 12:] = self._actions
         obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
         if self.frames is not None:
-            age = (clock - self._frame_time) * TIMESTEP
+            age = (self._observed_at - self._frame_time) * TIMESTEP
             obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
         if self.commands is not None:
             obs["command"] = self.commands.astype(np.float32)
@@ -875,12 +1007,17 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def _infos(self):
         infos = {"position": self._position.copy(), "physics_errors": self.physics_errors.copy()}
-        return infos | {"_position": self._everyone, "_physics_errors": self._everyone}
+        infos |= {"_position": self._everyone, "_physics_errors": self._everyone}
+        if self.randomization:
+            drawn = {name: value.copy() for name, value in self._drawn.items() if name[0] != "_"}
+            infos |= {"randomization": drawn | {f"_{name}": self._everyone for name in drawn}}
+            infos |= {"_randomization": self._everyone}
+        return infos
 
     def _picture(self, i):
         """The picture of environment i: that of before, read-only, until PICTURE_STEPS have passed."""
         due, picture = self._pictures[i]
-        if due == self._clock // PICTURE_STEPS:
+        if due == self._clock[i] // PICTURE_STEPS:
             return picture
         place, painter = self._position[i, :2], self._painters[i]
         if painter is None or not painter.covers(place):
@@ -895,13 +1032,186 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                 ) from error
         picture = painter.picture(self.batch.qpos[i], self.arrows(i))
         picture.flags.writeable = False
-        self._pictures[i] = self._clock // PICTURE_STEPS, picture
+        self._pictures[i] = self._clock[i] // PICTURE_STEPS, picture
         return picture
 
     def _mjdata(self, i, data=None):
         data = self.batch.get_data(i, data)
+        if self._relief is not None:  # the hills that are drawn
+            self.model.geom_dataid[self.model.geom("ground").id] = self._drawn["_relief"][i]
         mujoco.mj_forward(self.model, data)
         return data
+
+    # Domain randomization
+
+    _relief = None  # (num_envs,), factors on the height of the hills, where they differ
+
+    def _prepare_randomization(self, reliefs, camera_size, device):
+        """Memory for what is drawn, and the model fields that follow from it. `camera_size` is 0 without cameras."""
+        model, batch, n = self.model, self.batch, self.num_envs
+        self._reliefs = np.asarray(reliefs)
+        given = self.randomization
+        factors = [name for name in ("terrain_amplitude", "mass", "friction", "wheel_damping") if name in given]
+        # What is drawn, (num_envs, ...): all of it is in `get_state`, and what has no underscore is told in `info`
+        self._drawn = {name: np.ones(n) for name in factors}
+        if "terrain_amplitude" in given:
+            self._relief = self._drawn["terrain_amplitude"]
+            self._drawn["_relief"] = np.zeros(n, int)  # which height field
+            self._height_fields = batch.expand("geom_dataid")[:, model.geom("ground").id]
+        if "latency" in given:
+            self._drawn["latency"] = np.zeros(n, int)
+            # The commands of the last physics steps, oldest first
+            self._drawn["_commands"] = np.zeros((n, int(given["latency"]), 3), np.float32)
+            self._controls = np.zeros((n, self.frame_skip, model.nu))
+        self._drawn |= {name: np.zeros((n, 2)) for name in ("tilt", "velocity", "push") if name in given}
+        if "push" in given:
+            # In actions: until the next push begins, and until the last one ends
+            self._drawn |= {"_next_push": np.zeros(n, int), "_push_ends": np.zeros(n, int)}
+        if "obs_noise" in given:
+            self._drawn["_noise"] = np.zeros((n, 12), np.float32)  # in the order of the observation
+            if camera_size:
+                size = 2 * camera_size**2  # of both frames
+                table = np.random.default_rng(0).standard_normal(max(2**17, 4 * size), np.float32) * given["obs_noise"]
+                # Every stretch of the table that is as long as both frames, without copies: (stretches, size)
+                self._frame_noise = torch.from_numpy(table).float().to(device).unfold(0, size, 1)
+        base, ball, ground = model.body("base").id, model.geom("ball").id, model.geom("ground").id
+        wheels = [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
+        parts = {"mass": [("body_mass", base), ("body_inertia", base)],
+                 "friction": [("geom_friction", (geom, 0)) for geom in (ball, ground)]
+                 + [("pair_friction", (slice(None), slice(2)))],
+                 "wheel_damping": [("dof_damping", wheel) for wheel in wheels]}  # fmt: skip
+        # Parts of model fields, (num_envs, ...), their usual values, and the factor that they follow
+        self._fields = []
+        for name in factors:
+            for field, part in parts.get(name, ()):
+                part = part if isinstance(part, tuple) else (part,)
+                values = batch.expand(field)[(slice(None), *part)]
+                self._fields.append((values, np.array(getattr(model, field)[part]), name))
+
+    def _draw(self, i):
+        """What the episode of environment i differs in, in the order of RANDOMIZATION."""
+        rng, drawn, given = self._rngs[i], self._drawn, self.randomization
+        for name, strength in given.items():
+            if name == "terrain_amplitude":
+                drawn["_relief"][i] = rng.integers(len(self._reliefs))
+                drawn[name][i] = self._reliefs[drawn["_relief"][i]]
+            elif name in ("mass", "friction", "wheel_damping"):
+                drawn[name][i] = rng.uniform(1 - strength, 1 + strength)
+            elif name == "latency":
+                drawn[name][i] = rng.integers(int(strength) + 1)
+                drawn["_commands"][i] = 0
+            elif name in ("tilt", "velocity"):
+                drawn[name][i] = randomly_directed(math.radians(strength) if name == "tilt" else strength, rng)
+            elif name == "push":
+                drawn[name][i] = drawn["_push_ends"][i] = 0
+                drawn["_next_push"][i] = self._until_next_push(rng)
+            elif name == "obs_noise":
+                self._draw_noise([i])
+
+    def _drawn_starts(self, ids, starts):
+        """Options of a reset, with what is drawn in place of those that are not given."""
+        for name in {"tilt", "velocity"} & self._drawn.keys():
+            if name in starts:
+                self._drawn[name][ids] = starts[name][ids]
+            starts = starts | {name: self._drawn[name]}
+        return starts
+
+    def _change_models(self, ids):
+        """Give the models of the environments `ids` what was drawn for them, and what MuJoCo derives from it."""
+        for values, usual, name in self._fields:
+            values[ids] = np.multiply.outer(self._drawn[name][ids], usual)
+        if self._relief is not None:
+            self._height_fields[ids] = self._drawn["_relief"][ids]
+        self.batch.set_const(ids)
+
+    def _until_next_push(self, rng):
+        """Actions until the next push."""
+        return max(round(self.randomization["push_interval"] * rng.uniform(0.5, 1.5) / TIMESTEP / self.frame_skip),
+                   -(-PUSH_STEPS // self.frame_skip))  # fmt: skip
+
+    def _push_at_random(self, starting):
+        """Begin and end the pushes that are due before the next action."""
+        pushes, left, ends = (self._drawn[name] for name in ("push", "_next_push", "_push_ends"))
+        left -= 1
+        ends -= 1
+        over = ends == 0
+        if over.any():
+            pushes[over] = self._forces[over] = 0
+        for i in np.flatnonzero(left < 0 if starting is None else (left < 0) & ~starting):
+            rng, lasts = self._rngs[i], -(-PUSH_STEPS // self.frame_skip)
+            pushes[i] = randomly_directed(self.randomization["push"], rng)
+            self._forces[i, :2] = pushes[i] / (lasts * self.frame_skip * TIMESTEP)
+            ends[i], left[i] = lasts, self._until_next_push(rng) - 1
+
+    def _delayed(self):
+        """Controls (num_envs, frame_skip, nu): in each physics step the command of `latency` steps before."""
+        commands, held = self._drawn["_commands"], np.repeat(self._actions[:, None], self.frame_skip, 1)
+        queue = np.concatenate([commands, held], 1)
+        steps = self._step_numbers + commands.shape[1] - 1 - self._drawn["latency"][:, None]
+        np.multiply(queue[np.arange(self.num_envs)[:, None], steps], -MAX_TORQUE, out=self._controls[:, :, :3])
+        commands[:] = queue[:, self.frame_skip :]
+        return self._controls
+
+    def _draw_noise(self, ids):
+        """Noise for the next observation of the environments `ids`, but for their frames."""
+        noise, std = self._drawn["_noise"], np.float32(self.randomization["obs_noise"])
+        for i in ids:
+            noise[i] = std * self._rngs[i].standard_normal(12, np.float32)
+
+
+def checked_randomization(randomization, terrain="perlin", max_tilt=20.0):
+    """What of a `randomization` is on, in the order in which it is drawn; ValueError, in one line, where it cannot be.
+
+    The other arguments are those of `BallbotEnv`.
+    """
+    need(randomization is None or isinstance(randomization, Mapping), "randomization", randomization,
+         'a dict of names and strengths, such as {"push": 1.0}')  # fmt: skip
+    given = dict(randomization or {})
+    for name, strength in given.items():
+        if name not in RANDOMIZATION:
+            raise ValueError(f"randomization has no {name!r}: there are {', '.join(RANDOMIZATION)}")
+        low, high, what = RANDOMIZATION[name]
+        good = is_number(strength) and low <= strength <= high
+        good = good and (name != "latency" or strength == int(strength)) and (name != "tilt" or strength < max_tilt)
+        need(good, f"randomization {name}", strength, what)
+    on = {name: given[name] for name in RANDOMIZATION if given.get(name)}
+    if "push_interval" in on and "push" not in on:
+        raise ValueError("randomization has a push_interval and no push: give both, or push alone")
+    if "terrain_amplitude" in on and terrain == "flat":
+        raise ValueError('randomization has a terrain_amplitude, which means nothing on terrain "flat": leave it out')
+    return on | ({"push_interval": on.get("push_interval", 1.0)} if "push" in on else {})
+
+
+def randomly_directed(longest, rng):
+    """A vector (x, y) of a length up to `longest`, uniform, in any direction."""
+    length, angle = rng.uniform(0, longest), rng.uniform(0, 2 * math.pi)
+    return length * math.cos(angle), length * math.sin(angle)
+
+
+def of_first(infos):
+    """The info of the first environment, from those of many."""
+    single = {}
+    for key, value in infos.items():
+        if key[0] == "_":
+            continue
+        if isinstance(value, dict):
+            single[key] = of_first(value)
+        else:
+            single[key] = value[0] if value.ndim > 1 else value[0].item()
+    return single
+
+
+def of_some(infos, where):
+    """The infos of the environments `where`, bool (num_envs,), zeros for the others; empty where there are none."""
+    some = {}
+    for key, value in infos.items() if where.any() else ():
+        if key[0] != "_":
+            if isinstance(value, dict):
+                some[key] = of_some(value, where)
+            else:
+                some[key] = np.where(where[:, None] if value.ndim > 1 else where, value, 0)
+            some[f"_{key}"] = where.copy()
+    return some
 
 
 def copied(value):
@@ -1044,10 +1354,11 @@ def in_body_frame(orientation, vel):
     return rotation[:, 2, :2], heading[:, None], (rotation * vel[:, :, None]).sum(1)
 
 
-def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4):
+def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4, reliefs=(1.0,)):
     """The MjModel of assets/ballbot.xml standing on the given terrain.
 
-    `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. Raises FileNotFoundError without the asset.
+    `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. There is a height field for each of the factors `reliefs`
+    on that amplitude; the robot stands on the first. Raises FileNotFoundError without the asset.
     """
     path = ASSETS / "ballbot.xml"
     if not path.is_file():
@@ -1057,8 +1368,10 @@ def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_da
         spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
     if terrain == "perlin":
         heights = perlin_terrain(terrain_seed)
-        extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude, 0.1]
-        spec.add_hfield(name="terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES, size=extent, userdata=heights.ravel())
+        for k, relief in enumerate(reliefs):
+            extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude * relief, 0.1]
+            spec.add_hfield(name=f"terrain_{k}" if k else "terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES,
+                            size=extent, userdata=heights.ravel())  # fmt: skip
         ground = spec.geom("ground")
         ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
         ground.hfieldname = "terrain"
@@ -1322,27 +1635,35 @@ class DepthRenderer:
         heights = self.heights.expand(n, 1, -1, -1)
         return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
 
-    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps):
+    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps, relief):
         """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
         grid = torch.empty(2, *t.shape, device=self.device)
         for _ in range(steps):
             torch.addcmul(origin[0], slope_x, t, out=grid[0])
             torch.addcmul(origin[1], slope_y, t, out=grid[1])
             height = self.lookup(grid)
+            if relief is not None:
+                height *= relief
             t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
         return height, t
 
-    def render(self, position, quaternion):
-        """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4)."""
+    def render(self, position, quaternion, relief=None):
+        """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4).
+
+        `relief` (n,): a factor on the heights that each of them sees."""
+
+        def render_part(part):
+            return self._render(position[part], quaternion[part], None if relief is None else relief[part])
+
         with one_thread():
             if self.device.type != "cpu" or len(position) <= self.chunk:
-                return self._render(position, quaternion)
+                return render_part(slice(None))
             parts = [slice(i, i + self.chunk) for i in range(0, len(position), self.chunk)]
             run = map if self._pool is None else self._pool.map
-            return torch.cat(list(run(lambda part: self._render(position[part], quaternion[part]), parts)))
+            return torch.cat(list(run(render_part, parts)))
 
     @torch.no_grad()
-    def _render(self, position, quaternion):
+    def _render(self, position, quaternion, relief):
         n, size = len(position), self.size
         rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
         # Sums of products by hand: a matrix product's rounding may depend on the batch size.
@@ -1355,15 +1676,17 @@ class DepthRenderer:
         origin = torch.from_numpy(origin.reshape(2 * n, 3).astype(np.float32).T.copy()).to(self.device)
         origin = origin.view(3, 2 * n, 1, 1)
 
+        if relief is not None:
+            relief = torch.from_numpy(relief.astype(np.float32)).to(self.device).repeat_interleave(2).view(2 * n, 1, 1)
         rays = self._rays(axes, origin, self._pixels)
         if self.heights is None:
             depth = rays[-1].clamp_(min=0)
         else:
             coarse = self._rays(axes, origin, self.coarse_pixels)
-            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps)
+            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps, relief)
             height = self._interpolation @ height @ self._interpolation.T
             start = torch.addcmul(rays[-1], rays[-2], height).clamp_(0, 1.2 * MAX_DEPTH)
-            _, depth = self._march(origin, *rays, start, self.fine_steps)
+            _, depth = self._march(origin, *rays, start, self.fine_steps, relief)
         depth = depth.view(n, 2, size, size)
         return torch.minimum(depth, self.self_depth, out=depth)
 

@@ -29,11 +29,12 @@ import shutil
 import sys
 import threading
 from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, pairwise
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -55,8 +56,8 @@ TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 
 class Args:
     exp_name: str = Path(__file__).stem  # the name of this experiment, part of the default run name
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: one of a name of its own
-    # start from one of the guide's configurations, or from tuned, the best we know
-    preset: Literal["", "aggressive", "conservative", "balanced", "tuned"] = ""
+    # start from one of the guide's configurations, from tuned, the best we know, or from robust, tuned randomized
+    preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
     resume: str = ""  # go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
@@ -71,6 +72,7 @@ class Args:
     terrain: Literal["perlin", "flat"] = "perlin"  # ground: perlin or flat
     terrain_seed: int = 0  # the training terrain
     terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
+    randomization: MutableMapping[str, float] = field(default_factory=dict)  # of training, as push 1.0 mass 0.1
     eval_terrain_seed: int = 1_000_000  # the terrain of evaluations, never trained on
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: float = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 bounds the return at 98.5
@@ -146,6 +148,9 @@ PRESETS = {
         terrain_amplitude=0.15, total_timesteps=3_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
+PRESETS["robust"] = PRESETS["tuned"] | {"terrain_amplitude": 0.2, "randomization": dict(
+    terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2, tilt=3, velocity=0.2, push=1.5,
+    obs_noise=0.01)}  # fmt: skip
 
 
 def parse():
@@ -171,11 +176,11 @@ def parse():
 
 def typed(settings):
     """A dict of flags' values, each of its flag's type or a whole number for a float; raises ValueError on others."""
-    flags, values = {field.name: field for field in fields(Args)}, {}
+    defaults, kinds, values = vars(Args()), {flag.name: flag.type for flag in fields(Args)}, {}
     for name, value in settings.items():
-        if name not in flags:
+        if name not in defaults:
             raise ValueError(f"there is no flag {name!r:.40}")
-        kind, choices = type(flags[name].default), get_args(flags[name].type)
+        kind, choices = type(defaults[name]), get_args(kinds[name]) if get_origin(kinds[name]) is Literal else ()
         values[name] = float(value) if kind is float and type(value) is int else value
         if type(values[name]) is not kind:
             raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}")
@@ -190,6 +195,7 @@ def check(args, world_size=None):
     """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
     try:
         typed(vars(args))
+        ballbot_env.checked_randomization(args.randomization, args.terrain)
     except (ValueError, OverflowError) as error:
         stop(error)
     for low, high, names in (
@@ -402,6 +408,7 @@ def make_envs(args, num_envs, evaluation=False):
         "Ballbot-v0", num_envs=num_envs, terrain=args.terrain, cameras=args.cameras, wheel_damping=args.wheel_damping,
         terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
+        randomization=None if evaluation else args.randomization,
         num_threads=args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
         goal="command" if args.goal == "command" else (0, 1),

@@ -66,7 +66,7 @@ GUIDE_SEEDS = (10, 42, 100, 200, 300)
 SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that divide
 # What says where a run lies, how long it is and how it is judged is the same in all trials.
 NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
-             "eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
+             "randomization eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
 GRACE = 10  # seconds that a run has to end in before it is killed
 EVALUATION = re.compile(r"(?:evaluation at ([\d,]+) steps|final policy): return (\S+) ± \S+, length (\S+) ±")
 

@@ -161,7 +161,7 @@ def test_docstring_matches_the_code():
     rows = [[cell.strip().strip("`") for cell in line[1:-1].split("|")] for line in doc.splitlines() if line[:1] == "|"]
     table = {row[0]: row for row in rows}
     for name, parameter in inspect.signature(BallbotVectorEnv).parameters.items():
-        if name == "num_envs":
+        if name in ("num_envs", "autoreset_mode"):
             continue
         stated = table[name][2]
         if stated != "see below":
@@ -888,7 +888,7 @@ def fail_in_simulation(envs, monkeypatch):
     """As MuJoCo does when it raises in simulation 1: that one is not stepped, the others are."""
     rollout = envs.batch.rollout
 
-    def failing(nstep, record, out):
+    def failing(nstep, record, out, control=None):
         monkeypatch.setattr(envs.batch, "rollout", rollout)
         others = np.array([0, 2])
         for key, value in rollout(nstep, record=record, ids=others).items():

@@ -393,6 +393,8 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"clip_coef": 0.0}, "--clip-coef is 0.0"),
         ({"ent_coef": float("nan")}, "--ent-coef is nan"),
         ({"eval_terrain_seed": 0}, "terrain not trained on"),
+        ({"randomization": {"mas": 0.1}}, "--randomization has no 'mas': there are terrain_amplitude, mass, friction"),
+        ({"randomization": {"mass": 2}}, "--randomization mass is 2: give a share from 0 to 0.9"),
         ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
         ({"encoder_path": "ballbot_env.py"}, "ballbot_env.py is damaged, or not a checkpoint"),
     ],

@@ -1,8 +1,10 @@
 """Runs that are killed and resumed end with the weights of those that were not; damage is refused in one line."""
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +172,23 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
     assert "Traceback" not in error
 
 
+def test_a_randomized_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
+    args = replace(
+        ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
+        total_timesteps=384, final_eval_episodes=2, randomization=randomization, run_name="one",
+    )  # fmt: skip
+    first = ppo.train(args)
+    assert json.loads((first / "config.json").read_text())["randomization"] == randomization
+    shutil.copytree(first, "runs/two")
+    shutil.copy("runs/two/previous.pt", "runs/two/last.pt")
+    again = ppo.train(ppo.Args(resume="runs/two"))
+    assert_same_end(again, first)
+    evaluated = ppo.make_envs(args, 1, evaluation=True)
+    assert not evaluated.randomization and ppo.make_envs(args, 1).randomization == randomization
+
+
 @pytest.mark.parametrize("goal", ["forward", "command"])
 def test_environment_state_is_all_of_it(goal):
     args = replace(ppo.Args(), num_threads=1, goal=goal)
@@ -269,6 +288,10 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     config = str(uninterrupted / "config.json")
     given = parse("--preset", "tuned", "--config", config, "--gamma", "0.97")
     assert (given.gamma, given.num_envs, given.norm_obs) == (0.97, 4, True)
+    robust = parse("--preset", "robust").randomization
+    assert robust == ppo.PRESETS["robust"]["randomization"] and robust["push"] > 0
+    pushed = parse("--preset", "robust", "--randomization", "push", "1.0", "latency", "2").randomization
+    assert pushed == {"push": 1.0, "latency": 2} and parse("--preset", "robust", "--randomization").randomization == {}
     with pytest.raises(SystemExit, match=r"is not a run's config\.json"):
         parse("--config", str(SCRIPT))
     with pytest.raises(SystemExit):
