@@ -160,9 +160,9 @@ class BallbotEnv(gym.Env):
 
     - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
       observed, that is after clipping (without the noise of `randomization`), times the unit vector along `goal`
-      (default +y). With `goal="command"` it is the weight times 3 (|c| - |v - c|), where v is x and y of `vel` and c the command: largest where v is c, 0 when
-      standing still, and negative going elsewhere, or at all where c is 0. The 3 makes up for commands being slower
-      than what the robot can do.
+      (default +y). With `goal="command"` it is the weight times 3 (|c| - |v - c|), where v is x and y of `vel` and c
+      the command: largest where v is c, 0 when standing still, and negative going elsewhere, or at all where c is 0.
+      The 3 makes up for commands being slower than what the robot can do.
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
     - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
 
