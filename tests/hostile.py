@@ -203,7 +203,7 @@ HOPELESS = f"""
 --run-name a/../../b
 --run-name /tmp/x
 --run-name x.pt
---exp-name ../x
+--exp-name /../../x
 """
 
 
