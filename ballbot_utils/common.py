@@ -169,7 +169,6 @@ def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
         train_args = ppo_ballbot.Args(**ppo_ballbot.typed({name: given[name] for name in given if name in known}))
     except (ValueError, OverflowError) as error:
         must(False, f"has args that cannot be: {error}")
-    must(train_args.terrain in ("perlin", "flat"), "has another terrain than perlin or flat")
     for name, low, high in (("hidden_size", 1, 1e6), ("pi_layers", 1, 1000), ("vf_layers", 1, 1000),
                             ("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
                             ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip

@@ -351,7 +351,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
     assert "before its rollers were mended" in saved(**good | {"args": args})
     assert "hidden_size is of type str, not int" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
-    assert "another terrain than perlin or flat" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
+    assert "--terrain is moon: give perlin, flat" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
     assert "weights that do not fit its args" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
     assert "weights that do not fit its args" in saved(**good | {"args": good["args"] | {"cameras": True}})
     model = good["model"] | {"log_std": torch.full((3,), torch.nan)}
