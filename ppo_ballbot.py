@@ -812,7 +812,10 @@ def train(args: Args, spawned: bool = False) -> Path:
         memory = check(args, size)
         if args.init_from:
             policy = load_policy(args.init_from)
-            weights, names = policy.agent.state_dict(), "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs"
+            weights, names = (
+                policy.agent.state_dict(),
+                "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs",
+            )
             differ = [name for name in names.split() if getattr(args, name) != getattr(policy.args, name)]
             if differ:
                 stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")

@@ -62,7 +62,9 @@ class Args:
     # start from one of the guide's configurations, from tuned, the best we know, or from robust, tuned randomized
     preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
-    resume: str = ""  # go on with a stopped run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags
+    # go on with a run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags but more --total-timesteps
+    resume: str = ""
+    init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with networks of the same flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
     torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
     cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
@@ -176,6 +178,7 @@ def parse():
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="")
     early.add_argument("--config", default="")
+    early.add_argument("--total-timesteps", "--total_timesteps")
     start, _ = early.parse_known_args()
     settings = {}
     if start.config:
@@ -188,8 +191,10 @@ def parse():
             stop(f"--config {start.config} is not a run's config.json: {error}")
     preset = start.preset or settings.get("preset", "")
     args = tyro.cli(Args, default=replace(Args(), **PRESETS.get(preset, {}) | settings))
-    if args.resume and args != Args(resume=args.resume):
-        stop("--resume takes its flags from the run: give no others")
+    if args.resume and args != Args(resume=args.resume, total_timesteps=args.total_timesteps):
+        stop("--resume takes its flags from the run: give no others, but for more --total-timesteps")
+    if args.resume and start.total_timesteps and args.total_timesteps == Args.total_timesteps:
+        args.total_timesteps += 1  # to `train` the default is none given
     return args
 
 
@@ -822,11 +827,16 @@ def train(args: Args, spawned: bool = False) -> Path:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
     if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
         args.resume = str(Path("runs") / args.run_name)
-    run, encoder, first = None, None, os.environ.get("RANK", "0") == "0"
+    run, weights, first = None, {}, os.environ.get("RANK", "0") == "0"
     if args.resume:
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load(path), path.parent
+        given, before = args.total_timesteps, run["args"]["total_timesteps"]
         vars(args).update(run["args"] | {"resume": args.resume})
+        if given != Args.total_timesteps:
+            args.total_timesteps = given
+            if given < before:
+                stop(f"{path} is of a run of {before} steps: give more --total-timesteps, or none")
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
     if args.capture_video and os.environ.get("RANK", "0") == "0":
@@ -835,8 +845,18 @@ def train(args: Args, spawned: bool = False) -> Path:
         check_video(Path("video.mp4"), "--capture-video")
     if run is None:
         memory = check(args, size)
-        if args.cameras and args.freeze_encoder:
+        if args.init_from:
+            policy = load_policy(args.init_from)
+            weights, names = (
+                policy.agent.state_dict(),
+                "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs",
+            )
+            differ = [name for name in names.split() if getattr(args, name) != getattr(policy.args, name)]
+            if differ:
+                stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
+        elif args.cameras and args.freeze_encoder:
             encoder = load_encoder(ballbot_env.ASSETS.parent / args.encoder_path)
+            weights = {f"encoder.{key}": value for key, value in encoder.items()}
         if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
         unique = f"{int(time.time())}_{os.getpid()}"
@@ -886,7 +906,7 @@ def train(args: Args, spawned: bool = False) -> Path:
         except OSError as error:
             stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
     try:
-        learn(args, run_dir, run, encoder)
+        learn(args, run_dir, run, weights)
     except OSError as error:  # a disk or an output that is full, closed or gone
         stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
     finally:
@@ -919,8 +939,8 @@ def interrupt(*_, last=[-9.0]):  # noqa: B006
         raise KeyboardInterrupt
 
 
-def learn(args, run_dir, run, encoder):
-    """What each rank does for `train`, from the pretrained encoder's state or from a checkpoint `run`."""
+def learn(args, run_dir, run, weights):
+    """What each rank does for `train`, from the `weights` to start with, a part of them, or from a checkpoint `run`."""
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
     num_iterations, num_envs = args.total_timesteps // iteration_steps, args.num_envs // world_size()
     torch.manual_seed(args.seed)
@@ -944,8 +964,7 @@ def learn(args, run_dir, run, encoder):
     elapsed = seconds = 0.0  # since the start, and of these, in rollouts and updates
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
-        if encoder is not None:
-            agent.encoder.load_state_dict(encoder)
+        agent.load_state_dict(weights, strict=False)
         torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
         obs, _ = envs.reset(seed=args.seed + num_envs * rank())
         depth = depth_features(envs, agent, torch.zeros(num_envs, agent.num_depth, device=device))
