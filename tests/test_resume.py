@@ -172,6 +172,41 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
     assert "Traceback" not in error
 
 
+def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch):
+    """At a constant rate, as one that was to have as many from the start: bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    args = replace(
+        ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
+        total_timesteps=256, final_eval_episodes=1, learning_rate=1e-3, run_name="short",
+    )  # fmt: skip
+    ppo.train(args)
+    with pytest.raises(SystemExit, match="is of a run of 256 steps: give more --total-timesteps, or none"):
+        ppo.train(ppo.Args(resume="runs/short", total_timesteps=128))
+    short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
+    long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
+    assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
+    monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --resume runs/short --total-timesteps 10000000".split())
+    assert ppo.parse().total_timesteps // 128 == 10_000_000 // 128 and ppo.parse() != ppo.Args(resume="runs/short")
+
+
+def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(
+        ppo.Args(), num_threads=1, terrain="flat", num_envs=2, num_steps=64, minibatch_size=64, norm_obs=True,
+        total_timesteps=128, final_eval_episodes=1, hidden_size=8, run_name="first",
+    )  # fmt: skip
+    first = torch.load(ppo.train(args) / "best.pt", weights_only=True)["model"]
+    still = replace(
+        args, init_from="runs/first", run_name="still", terrain="perlin", learning_rate=1e-30, weight_decay=0.0
+    )
+    second = torch.load(ppo.train(still) / "best.pt", weights_only=True)["model"]
+    moved = {key for key in first if not torch.equal(first[key], second[key])}
+    assert moved == {"obs_mean", "obs_var", "obs_count"}  # which go on
+    with pytest.raises(SystemExit, match="--init-from runs/first: give cameras, hidden_size as it was trained with"):
+        ppo.train(replace(args, init_from="runs/first", run_name="third", cameras=False, hidden_size=16))
+    assert not Path("runs/third").exists()
+
+
 def test_a_randomized_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
