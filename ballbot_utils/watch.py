@@ -100,7 +100,9 @@ def render(policy, args, task, on_key=None, steer=None):
     print("episodes follow one another until you close the window or press Ctrl-C")
     viewer = None
     try:
-        viewer = mujoco.viewer.launch_passive(envs.model, data, key_callback=on_key)
+        panels = steer is None
+        viewer = mujoco.viewer.launch_passive(envs.model, data, key_callback=on_key, show_left_ui=panels,
+                                              show_right_ui=panels)  # fmt: skip
         viewer.cam.type, viewer.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, envs.model.body("base").id
         viewer.cam.azimuth, viewer.cam.elevation, viewer.cam.distance = 90, -25, 2.5  # +y is away from you
         for seed in itertools.count(args.seed):

@@ -95,7 +95,7 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     viewer = pytest.importorskip("mujoco.viewer")
     window = Window(steps=80)
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(viewer, "launch_passive", lambda model, data, key_callback: window)
+    monkeypatch.setattr(viewer, "launch_passive", lambda model, data, **options: window)
     started = time.perf_counter()
     watch.main(replace(args, render=True))
     assert 80 * 0.002 <= time.perf_counter() - started < 2
