@@ -930,6 +930,8 @@ def be_rank(rank, args, port, started):
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
     train(args, spawned=True)
+    sys.stdout and sys.stdout.flush()
+    os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
 
 
 def interrupt(*_, last=[-9.0]):  # noqa: B006
