@@ -21,6 +21,7 @@ from ballbot_utils.common import (
     Conditions,
     begin,
     check_conditions,
+    command,
     conditions,
     load,
     need,
@@ -178,5 +179,9 @@ def main(args):
         write(args.plot, lambda part: draw(times, wanted, velocities).savefig(part, dpi=150))
 
 
+def cli():
+    command(main, Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli()
