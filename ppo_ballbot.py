@@ -31,6 +31,7 @@ import threading
 from collections import deque
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from itertools import chain, pairwise
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -446,7 +447,7 @@ def depth_features(envs, agent, depth):
 
 
 @torch.no_grad()
-def rollout(envs, agent, args, proprio, depth):
+def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     """Act `num_steps` times in every environment, from the observation `proprio` (envs, 15), `depth` (envs, 40).
 
     Returns a dict of tensors (steps, envs, ...), with the frames if an encoder is trained on them; the observation to
@@ -463,6 +464,7 @@ def rollout(envs, agent, args, proprio, depth):
     episodes, ends, seconds = [], [], 0.0
 
     for step in range(args.num_steps):
+        progress(step)
         batch["proprio"][step], batch["depth"][step] = proprio, depth
         if "frames" in batch:
             batch["frames"][step] = envs.frames
@@ -579,6 +581,8 @@ def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
 
     Every environment's first episode counts, and no other, so that short ones are not favoured.
     """
+    if CLEAR_LINE:
+        say(f"evaluating {episodes} episodes ...", end="")
     mine = range(episodes * rank() // world_size(), episodes * (rank() + 1) // world_size())
     results = []  # (return, length, whether it fell)
     for start in range(mine.start, mine.stop, 100):
@@ -928,7 +932,7 @@ def learn(args, run_dir, run, weights):
 
     global_step = iteration = 0
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
-    elapsed = seconds = 0.0  # since the start, and of these, in rollouts and updates
+    elapsed = seconds = shown = 0.0  # since the start; of these, in rollouts and updates; of the last line of progress
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
         agent.load_state_dict(weights, strict=False)
@@ -973,6 +977,17 @@ def learn(args, run_dir, run, weights):
             save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
 
+    def status(steps, clock, more=""):
+        """Print the line of progress: in place and twice a second on a terminal, else after each iteration."""
+        nonlocal shown
+        if time.perf_counter() - shown < 0.5 if CLEAR_LINE else not more:
+            return
+        shown, left = time.perf_counter(), timedelta(seconds=int(clock * (args.total_timesteps / max(steps, 1) - 1)))
+        result = "return {:.1f}, length {:.0f}".format(*np.mean(finished, 0)) if finished else "no episode ended yet"
+        line = f"[{'#' * (10 * steps // args.total_timesteps):<10}] {steps:,} steps, {steps / clock:,.0f} SPS, "
+        line += f"{left} left, {result}{more}"
+        say(line[: shutil.get_terminal_size().columns - 1] if CLEAR_LINE else line, end="" if CLEAR_LINE else "\n")
+
     while iteration < num_iterations:
         iteration += 1
         learning_rate = learning_rate_now(args, 1 - (iteration - 1) / num_iterations)
@@ -980,7 +995,12 @@ def learn(args, run_dir, run, weights):
             group["lr"] = learning_rate * group["lr_scale"]
 
         start, rendering = time.perf_counter(), -envs.render_seconds
-        batch, observation, episodes, simulating = rollout(envs, agent, args, *observation)
+        batch, observation, episodes, simulating = rollout(
+            envs, agent, args, *observation,
+            lambda step: status(
+                global_step + step * args.num_envs * args.frame_skip, seconds + time.perf_counter() - start  # noqa: B023
+            ),
+        )  # fmt: skip
         rendering += envs.render_seconds
         inferring = time.perf_counter() - start - simulating
 
@@ -1020,7 +1040,6 @@ def learn(args, run_dir, run, weights):
             writer.add_scalar("charts/episodic_return", episodic_return, at)
             writer.add_scalar("charts/episodic_length", length, at)
             finished.append((episodic_return, length))
-        mean_return, mean_length = np.mean(finished, 0) if finished else (np.nan, np.nan)
         parts = {"simulate": simulating - rendering, "render": rendering, "infer": inferring}
         parts["learn"] = spent - sum(parts.values())
         scalars = {f"losses/{key}": value for key, value in losses.items()} | {
@@ -1032,21 +1051,15 @@ def learn(args, run_dir, run, weights):
         }
         scalars |= {f"SPS/{key}": iteration_steps / part for key, part in parts.items() if part}
         if finished:
-            scalars |= {"charts/episodic_return_mean100": mean_return, "charts/episodic_length_mean100": mean_length}
+            scalars |= {
+                f"charts/episodic_{key}_mean100": x for key, x in zip(("return", "length"), np.mean(finished, 0))
+            }
         if result:
             scalars |= {f"eval/{key}": result[key] for key in ("episodic_return", "episodic_length", "falls")}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds / iteration * (num_iterations - iteration)))
         shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())
-        line = (
-            f"[{'#' * (20 * iteration // num_iterations):<20}] {global_step:,} steps, {global_step / seconds:,.0f} "
-            f"SPS, {left} left, return {mean_return:.1f}, length {mean_length:.0f}, {'/'.join(parts)} {shares} %"
-        )
-        if CLEAR_LINE:
-            say(line[: shutil.get_terminal_size().columns - 1], end="")
-        else:
-            say(line)
+        status(global_step, seconds, f", {'/'.join(parts)} {shares} %")
         now = elapsed + time.perf_counter() - started
         if result:
             say(f"evaluation at {global_step:,} steps: {summary(result)}")
