@@ -1421,8 +1421,8 @@ def make_scene(places, terrain="perlin", terrain_seed=0, terrain_amplitude=0.1):
     material.textures, material.texrepeat, material.texuniform = textures, [1, 1], False
     model = spec.compile()
 
-    height = F.interpolate(torch.tensor(heights)[None, None], size=(pixels, pixels), mode="bilinear",
-                                             align_corners=True)[0, 0].numpy()  # fmt: skip
+    height = F.interpolate(torch.tensor(heights)[None, None], (pixels, pixels), mode="bilinear", align_corners=True)
+    height = height[0, 0].numpy()
     slope_y, slope_x = np.gradient(terrain_amplitude * height, 2 * half[1] / (pixels - 1), 2 * half[0] / (pixels - 1))
     sun = np.array([0.4, -0.5, 0.4])
     light = (sun[2] - sun[0] * slope_x - sun[1] * slope_y) / (sun[2] * np.sqrt(1 + slope_x**2 + slope_y**2))
@@ -1486,8 +1486,9 @@ def make_arrows(position, goal, velocity, force):
     ]
     strength = np.linalg.norm(force)
     if strength > 0:
-        length = 0.2 + min(strength, 100) / 200
-        arrows.append((middle - np.divide(force, strength) * length, middle, (0.9, 0.1, 0.1, 1)))
+        direction, length = np.divide(force, strength), 0.2 + min(strength, 100) / 200
+        end = middle - 0.12 * direction  # on the tower's surface
+        arrows.append((end - length * direction, end, (0.9, 0.1, 0.1, 1)))
     return arrows
 
 
