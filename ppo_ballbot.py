@@ -498,8 +498,9 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth))[None]])
     for step, i, value in ends:
         next_values[step, i] = value[0]
+    rewards, dones = (torch.from_numpy(x).to(device) for x in (rewards, dones))
     batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values, "next_values": next_values,
-              "rewards": torch.from_numpy(rewards).to(device), "dones": torch.from_numpy(dones).to(device)}  # fmt: skip
+              "rewards": rewards, "dones": dones}  # fmt: skip
     return batch, (proprio, depth), episodes, seconds
 
 

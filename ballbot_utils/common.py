@@ -52,11 +52,11 @@ class Conditions:
 
 
 @ppo_ballbot.closed_output_ends()
-def command(main, args, **kwargs):
-    """Run a program on the flags of the command line, an `args`; `kwargs` are those of `tyro.cli`."""
+def command(main, flags, **kwargs):
+    """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
     called = Path(sys.argv[0])
     name = f"python -m ballbot_utils.{called.stem}" if called.suffix == ".py" else called.name
-    main(tyro.cli(args, prog=name, **kwargs))
+    main(tyro.cli(flags, prog=name, **kwargs))
 
 
 def need(good: bool, message: str):

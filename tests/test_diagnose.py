@@ -22,8 +22,8 @@ HEALTHY = dict(
     norm_obs=True, init_log_std=-0.5, eval_interval=10**9, final_eval_episodes=1,
 )  # fmt: skip
 BROKEN = {
-    "unstable": dict(learning_rate=0.3, clip_coef=10.0, target_kl=1e9, max_grad_norm=100.0),
-    "KL too large": dict(learning_rate=0.05, target_kl=1e9, update_epochs=10),
+    "unstable": dict(learning_rate=0.3, clip_coef=10.0, target_kl=1e6, max_grad_norm=100.0),
+    "KL too large": dict(learning_rate=0.05, target_kl=1e6, update_epochs=10),
     "value function lagging": dict(vf_coef=0.0, total_timesteps=90_112),
     "entropy collapse": dict(init_log_std=-4.0),
     "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),

@@ -261,7 +261,8 @@ def test_long_episodes_by_the_edge_are_counted():
     assert episodes["length"][0] == 1
 
 
-def test_table_and_json(checkpoint, tmp_path, capsys):
+def test_table_and_json(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     other = tmp_path / "other.pt"
     content = torch.load(checkpoint, weights_only=True)
     content["args"] |= {"a_flag_of_the_future": 3}
