@@ -842,6 +842,8 @@ def train(args: Args, spawned: bool = False) -> Path:
             args.total_timesteps = given
             if given < before:
                 stop(f"{path} is of a run of {before} steps: give more --total-timesteps, or none")
+            if first and given > before and not spawned:
+                say(f"{before:,} steps become {given:,}: what is scheduled is stretched over all of them")
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
     if args.capture_video and os.environ.get("RANK", "0") == "0":
@@ -851,11 +853,11 @@ def train(args: Args, spawned: bool = False) -> Path:
     if run is None:
         memory = check(args, size)
         if args.init_from:
-            policy = load_policy(args.init_from)
-            weights, names = (
-                policy.agent.state_dict(),
+            policy, names = (
+                load_policy(args.init_from),
                 "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs",
             )
+            weights = policy.agent.state_dict()
             differ = [name for name in names.split() if getattr(args, name) != getattr(policy.args, name)]
             if differ:
                 stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
@@ -1161,7 +1163,8 @@ def main():
         signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return train(arguments)
+        train(arguments)
+        return
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except (RuntimeError, ConnectionError) as error:

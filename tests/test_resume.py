@@ -172,7 +172,7 @@ def test_interrupted_run_says_how_to_go_on(number, tmp_path):
     assert "Traceback" not in error
 
 
-def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch):
+def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
     """At a constant rate, as one that was to have as many from the start: bit for bit."""
     monkeypatch.chdir(tmp_path)
     args = replace(
@@ -183,6 +183,7 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is of a run of 256 steps: give more --total-timesteps, or none"):
         ppo.train(ppo.Args(resume="runs/short", total_timesteps=128))
     short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
+    assert "256 steps become 512: what is scheduled is stretched over all of them" in capsys.readouterr().out
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
     monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --resume runs/short --total-timesteps 10000000".split())
