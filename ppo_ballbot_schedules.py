@@ -493,9 +493,11 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
         cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2
-        if not agent.commanded and (args.drift_cost or args.heading_cost):
+        if not agent.commanded:
+            cost += args.drift_cost * obs["vel"][:, 0] ** 2
+        if not agent.commanded and args.heading_cost:
             heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
-            cost += args.drift_cost * obs["vel"][:, 0] ** 2 + args.heading_cost * heading**2
+            cost += args.heading_cost * heading**2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):
@@ -846,7 +848,7 @@ def train(args: Args, spawned: bool = False) -> Path:
                 say(f"{before:,} steps become {given:,}: what is scheduled is stretched over all of them")
     size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
     size = int(os.environ.get("WORLD_SIZE", size))
-    if args.capture_video and os.environ.get("RANK", "0") == "0":
+    if args.capture_video and first:
         from ballbot_utils.watch import check_video
 
         check_video(Path("video.mp4"), "--capture-video")

@@ -62,7 +62,7 @@ def command(main, flags, **kwargs):
 def need(good: bool, message: str):
     """Exit with one line unless `good`."""
     if not good:
-        sys.exit("".join(letter if letter.isprintable() else "?" for letter in f"error: {message}"))
+        ppo_ballbot.stop(message)
 
 
 def need_from(args, low: float, *names: str):
