@@ -2,7 +2,8 @@
 FROM python:3.11-slim
 WORKDIR /ballbot
 COPY requirements.txt .
-# PyTorch without CUDA is a tenth of the size
-RUN pip install --no-cache-dir -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cpu
+# The address of PyTorch's index of builds without CUDA, a tenth of the size: --build-arg PIP_EXTRA_INDEX_URL=...
+ARG PIP_EXTRA_INDEX_URL
+RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 ENTRYPOINT ["python", "ppo_ballbot.py"]

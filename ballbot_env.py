@@ -6,16 +6,12 @@ environment reset with seed + i.
 """
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import io
 import json
 import math
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1244,79 +1240,6 @@ def unlike(value, like, name="content"):
             return name
         return next(filter(None, (unlike(v, w, f"{name} {i}") for i, (v, w) in enumerate(zip(value, like)))), "")
     return ""
-
-
-def sealed(content):
-    """The bytes of a checkpoint: a file of `torch.save` that ends in the SHA-256 of all before it.
-
-    Such a file is a ZIP archive, and the checksum, 64 letters, is its comment: `torch.load` reads it as any other.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    data = buffer.getvalue()[:-2] + b"\x40\0"  # the comment's length
-    return data + hashlib.sha256(data).hexdigest().encode()
-
-
-def write_sealed(path, content, keep_as=None):
-    """Write a checkpoint in one piece, what was there staying as the file `keep_as` if its disk has links.
-
-    Raises OSError where the disk fails, which leaves what was there, as does the end of the process at any moment.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(sealed(content))
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as and path.exists():
-            keep_as.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                os.link(path, keep_as)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
-def claim(folder):
-    """Make a folder, and keep it to this process until the file descriptor returned is closed.
-
-    Raises BlockingIOError where another process has it. On a disk without locks nobody is kept out.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        pass
-    return descriptor
-
-
-def unsealed(path):
-    """What `sealed` has made the bytes of a file of, plain data alone: no code in it is run.
-
-    Raises ValueError, which says what is wrong with the file, or OSError where it cannot be read.
-    """
-    if not path.is_file():  # a pipe may have no end
-        raise ValueError("is missing" if not path.exists() else "is no file")
-    data = path.read_bytes()
-    whole = hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]
-    if not whole and (data[:2], data[-22:-18]) != (b"PK", b"PK\5\6"):  # which torch.save alone begins and ends with
-        raise ValueError("is damaged, or not a checkpoint: its checksum is not that of its content")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(record.file_size for record in archive.infolist()) > len(data):
-                raise ValueError("it would grow as it is unpacked")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # many kinds
-        raise ValueError("is damaged, or not a checkpoint, or holds code, which is never run") from None
-    if not whole and os.environ.get("RANK", "0") == "0":
-        print(f"note: {path} has no checksum, as in versions before: damage to it goes unseen", file=sys.stderr)
-    return content
 
 
 def need(good, name, value, what):

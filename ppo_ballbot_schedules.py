@@ -5,8 +5,8 @@ goes on; `diff ppo_ballbot.py ppo_ballbot_schedules.py` shows all of it.
 
 Proximal Policy Optimization (Schulman et al., arXiv 1707.06347) with generalized advantage estimation
 (Schulman et al., arXiv 1506.02438) on Ballbot-v0: proprioception and two depth cameras over uneven
-terrain. It needs ballbot_env.py and assets/ beside it. The defaults are the "balanced" configuration of
-the hyperparameter guide of openballbot-rl; `--help` lists every flag.
+terrain. It needs ballbot_env.py, ballbot_runs.py and assets/ beside it. The defaults are the "balanced"
+configuration of the hyperparameter guide of openballbot-rl; `--help` lists every flag.
 
 It runs on --num-processes ranks of this machine, or on those that torchrun starts, on many:
 `torchrun --nnodes 2 --nproc-per-node 4 ... ppo_ballbot.py --num-envs 64`. Each rank has its share of the
@@ -20,39 +20,26 @@ STARTED = time.perf_counter()  # the time to the targets counts from here: the i
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
 
-import argparse
-import contextlib
 import copy
-import importlib.util
-import json
-import math
 import os
-import shlex
-import shutil
-import sys
-import threading
 from collections import deque
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
-from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
 
 import ballbot_env
+import ballbot_runs
+from ballbot_runs import CLEAR_LINE, save, say, stop
 
-CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
@@ -176,102 +163,8 @@ PRESETS = {name: translated(settings) for name, settings in PRESETS.items()}
 
 def parse():
     """Args from the command line: flags win over --config, which wins over --preset."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="")
-    early.add_argument("--config", default="")
-    early.add_argument("--total-timesteps", "--total_timesteps")
-    start, _ = early.parse_known_args()
-    settings = {}
-    if start.config:
-        try:
-            if not Path(start.config).is_file():
-                raise ValueError("there is no such file")
-            settings = json.loads(Path(start.config).read_bytes())
-            settings = typed(translated(settings) if "anneal_lr" in settings else settings)
-        except (OSError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            stop(f"--config {start.config} is not a run's config.json: {error}")
-    preset = start.preset or settings.get("preset", "")
-    args = tyro.cli(Args, default=replace(Args(), **PRESETS.get(preset, {}) | settings))
-    if args.resume and args != Args(resume=args.resume, total_timesteps=args.total_timesteps):
-        stop("--resume takes its flags from the run: give no others, but for more --total-timesteps")
-    if args.resume and start.total_timesteps and args.total_timesteps == Args.total_timesteps:
-        args.total_timesteps += 1  # to `train` the default is none given
-    return args
-
-
-def typed(settings):
-    """A dict of flags' values, each of its flag's type or a whole number for a float; raises ValueError on others."""
-    defaults, kinds, values = vars(Args()), {flag.name: flag.type for flag in fields(Args)}, {}
-    for name, value in settings.items():
-        if name not in defaults:
-            raise ValueError(f"there is no flag {name!r:.40}")
-        kind, choices = type(defaults[name]), get_args(kinds[name]) if get_origin(kinds[name]) is Literal else ()
-        values[name] = float(value) if kind is float and type(value) is int else value
-        if type(values[name]) is not kind:
-            raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}")
-        if kind is str and not value.isprintable():
-            raise ValueError(f"--{name.replace('_', '-')} has a character that cannot be printed")
-        if choices and value not in choices:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give {', '.join(filter(None, choices))}")
-    return values
-
-
-def check(args, world_size=None):
-    """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
-    try:
-        typed(vars(args))
-        ballbot_env.checked_randomization(args.randomization, args.terrain)
-    except (ValueError, OverflowError) as error:
-        stop(error)
-    for low, high, names in (
-        (1, 1e12, "total_timesteps num_envs num_steps update_epochs minibatch_size eval_interval eval_episodes "
-         "final_eval_episodes hidden_size"),
-        (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
-        (0, 1000, "num_threads"),
-        (0, 1e18, "seed terrain_seed eval_terrain_seed"),
-        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
-         "log_std_lr_scale lr_end ent_end"),
-        (1e-9, 1e6, "terrain_amplitude max_grad_norm target_kl clip_coef clip_end"),
-        (0, 1, "gamma gae_lambda"),
-        (-10, 10, "init_log_std depth_scale"),
-    ):  # fmt: skip
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {low:g} to {high:g}")
-    world_size, size = world_size or args.num_processes, args.minibatch_size
-    batch_size = args.num_envs * args.num_steps
-    steps = batch_size * args.frame_skip
-    # GB, of samples and a layer on all of them, of environments, of networks with gradients, moments and copies
-    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
-    network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
-    memory = batch_size * sample + args.num_envs * (2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
-    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9  # on this machine
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    divisors = (d for k in range(1, math.isqrt(min(batch_size, 10**12)) + 1) if batch_size % k == 0
-                for d in (k, batch_size // k))  # fmt: skip
-    for wrong, message in (
-        (memory > there, f"this takes about {memory:,.0f} GB of memory, and there are {there:,.0f}: give fewer "
-         "--num-envs, --num-steps or --num-processes, or a smaller --hidden-size"),
-        (args.learning_rate != -1 and not 0 < args.learning_rate <= 1e6, f"--learning-rate is {args.learning_rate}: "
-         "give -1 for the schedule, or a positive constant"),
-        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
-         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
-        (args.terrain_amplitude > 100, f"--terrain-amplitude is {args.terrain_amplitude}: give 100 m or less"),
-        (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
-         f"{batch_size}: {max(d for d in divisors if d <= size)} does"),
-        (args.norm_adv and size == 1, "--norm-adv needs a --minibatch-size above 1"),
-        (args.num_envs % world_size or size % world_size, f"{world_size} processes cannot share --num-envs "
-         f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
-        (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
-         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
-        (args.capture_video and not importlib.util.find_spec("ballbot_utils"),
-         "--capture-video needs ballbot_utils/ beside this file"),
-        (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
-        (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
-    ):  # fmt: skip
-        if wrong:
-            stop(message)
-    return memory
+    settings_of = lambda config: translated(config) if "anneal_lr" in config else config  # noqa: E731
+    return ballbot_runs.parse(Args, PRESETS, settings_of)
 
 
 class DepthEncoder(nn.Module):
@@ -661,24 +554,7 @@ class Policy:
 
 def load_policy(path: str | Path) -> Policy:
     """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none."""
-    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    try:
-        run = ballbot_env.unsealed(path)
-        agent, args = fitting(run)
-        agent.load_state_dict(run["model"])
-        return Policy(agent, args)
-    except Exception as error:
-        problem = error if isinstance(error, ValueError) else "holds no policy of this program"
-    stop(f"{path} {problem}: give runs/<run name>, or a checkpoint in it")
-
-
-def film(agent, args, run_dir, global_step):
-    """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
-    from ballbot_utils import watch
-
-    (run_dir / "videos").mkdir(exist_ok=True)
-    flags = watch.Args(checkpoint=run_dir, video=run_dir / "videos" / f"{global_step}.mp4", overwrite=True)
-    watch.video(watch.trained(agent), flags, watch.conditions(flags, args, run_dir))
+    return Policy(*ballbot_runs.policy_in(Path(path), Args, Agent))
 
 
 def reached(result):
@@ -691,16 +567,6 @@ def summary(result):
         "{episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± {episodic_length_std:.0f}"
     )
     return f"return {columns}, falls {{falls:.0%}} ({{episodes}} episodes)".format(**result)
-
-
-def say(text, end="\n"):
-    """Print it, on rank 0, in place of the line of progress."""
-    if rank() == 0:
-        try:
-            print(CLEAR_LINE + text, end=end, flush=True)
-        except OSError:
-            sys.stdout = None  # nothing more is written there
-            raise
 
 
 def scheduled(kind, start, end, progress_remaining):
@@ -727,230 +593,25 @@ def kl_adapted(learning_rate, approx_kl, target_kl):
     return min(learning_rate * 1.5, 1e-2) if approx_kl < target_kl / 2 else learning_rate
 
 
-def save(path, content, keep_as=None):
-    """Write a checkpoint in one piece, what was there staying as `keep_as`; a full disk leaves all as it was."""
-    try:
-        ballbot_env.write_sealed(path, content, keep_as)
-    except OSError as error:
-        stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
-
-
-def fitting(run):
-    """The Agent, its weights not loaded yet, and the Args of a checkpoint; ValueError where the weights do not fit."""
-    if "frame_skip" not in run["args"]:
-        raise ValueError("was trained on the robot before its rollers were mended, which spun up at speed: train anew")
-    args = Args(**typed({name: run["args"][name] for name in vars(Args()) if name in run["args"]}))
-    wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
-    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        wrong = wrong or ballbot_env.unlike(run["model"], Agent(args).state_dict(), "model")
-    if wrong:
-        raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
-    return Agent(args), args
-
-
-def load(path):
-    """The content of a checkpoint to go on from, or exit with one line. No pickled code is run."""
-    other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
-    try:
-        offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
-        run = ballbot_env.unsealed(path)
-        _, args = fitting(run)
-        if wrong := set(vars(args)) ^ set(run["args"]):
-            raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
-        check(args)
-        return run | {"args": vars(args)}
-    except Exception as error:
-        problem = error if isinstance(error, ValueError) else "is no checkpoint to go on from"
-    stop(f"{path} {problem}{offer}")
-
-
-def misfit(run, args, agent, optimizer):
-    """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
-    n, policy = args.num_envs // args.num_processes, dict(model=agent.state_dict(), args=..., global_step=1)
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
-    state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
-                 rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
-    fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
-    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
-    wrong = ballbot_env.unlike(run, policy | dict(
-        optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
-        best=None if best is None else policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
-        targets_met=None if met is None else "", ranks=[state] * args.num_processes,
-    ))  # fmt: skip
-    if wrong:
-        return wrong
-    same, other = ([g | {"lr": 0.0} for g in o["param_groups"]] for o in (fresh, run["optimizer"]))
-    steps = run["iteration"] * args.num_envs * args.num_steps * args.frame_skip
-    good = same == other and 0 < (best or run)["global_step"] <= run["global_step"] == steps <= args.total_timesteps
-    return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
-
-
-def load_encoder(path):
-    """The state of the pretrained depth encoder, or exit with one line."""
-    problem = "is not a depth encoder"
-    try:
-        state = ballbot_env.unsealed(path)["encoder"]
-        if not ballbot_env.unlike(state, DepthEncoder().state_dict()):
-            return state
-    except Exception as error:
-        problem = error if isinstance(error, ValueError) else problem
-    stop(f"{path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, or train one with "
-         "--no-freeze-encoder")  # fmt: skip
-
-
-@contextlib.contextmanager
-def closed_output_ends():
-    """A block that ends without a traceback where its output is full, or closed as by `| head`."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout and sys.stdout.flush()
-    except OSError as error:
-        sys.stdout = None  # nothing more is written there
-        stop(error)
-
-
-def stop(message):
-    """Exit with one line. All ranks come to the same end: the first says it."""
-    message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
-    sys.exit(message if os.environ.get("RANK", "0") == "0" else 0)
-
-
-def going_on(run_dir):
-    """What to do when a run has ended too soon."""
-    program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
-    if (run_dir / "last.pt").is_file():
-        return f"to go on: {program} --resume {shlex.quote(str(run_dir))}"
-    return "start anew, under another --run-name: there is no checkpoint yet"
-
-
-def train(args: Args, spawned: bool = False) -> Path:
+def train(args: Args, started: float | None = None) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
 
     A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
+    They call it too, with the time at which it `started`.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
-    if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
-        args.resume = str(Path("runs") / args.run_name)
-    run, weights, first = None, {}, os.environ.get("RANK", "0") == "0"
-    if args.resume:
-        path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
-        run, run_dir = load(path), path.parent
-        given, before = args.total_timesteps, run["args"]["total_timesteps"]
-        vars(args).update(run["args"] | {"resume": args.resume})
-        if given != Args.total_timesteps:
-            args.total_timesteps = given
-            if given < before:
-                stop(f"{path} is of a run of {before} steps: give more --total-timesteps, or none")
-            if first and given > before and not spawned:
-                say(f"{before:,} steps become {given:,}: what is scheduled is stretched over all of them")
-    size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
-    size = int(os.environ.get("WORLD_SIZE", size))
-    if args.capture_video and first:
-        from ballbot_utils.watch import check_video
-
-        check_video(Path("video.mp4"), "--capture-video")
-    if run is None:
-        memory = check(args, size)
-        if args.init_from:
-            policy, names = (
-                load_policy(args.init_from),
-                "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs",
-            )
-            weights = policy.agent.state_dict()
-            differ = [name for name in names.split() if getattr(args, name) != getattr(policy.args, name)]
-            if differ:
-                stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
-        elif args.cameras and args.freeze_encoder:
-            encoder = load_encoder(ballbot_env.ASSETS.parent / args.encoder_path)
-            weights = {f"encoder.{key}": value for key, value in encoder.items()}
-        if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
-        unique = f"{int(time.time())}_{os.getpid()}"
-        args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{unique}"
-        run_dir, parts = Path("runs") / args.run_name, args.run_name.split("/")  # a study's runs lie in its folder
-        if {"", ".", ".."} & set(parts) or parts[-1].endswith(".pt") or max(map(len, parts)) > 200:
-            stop("--run-name or --exp-name is no name of a folder under runs/: give letters, digits, _ and -")
-        if first and not (spawned or restarted):
-            try:
-                run_dir.mkdir(parents=True)
-            except FileExistsError:
-                stop(f"{run_dir} exists: give another --run-name, move it away, or --resume {run_dir}")
-            except OSError as error:
-                stop(f"{run_dir} cannot be made: {error.strerror}")
-            if memory > 2:
-                say(f"this takes about {memory:.0f} GB of memory")
-    elif size != args.num_processes:
-        stop(f"{path} is of a run on {args.num_processes} processes, here are {size}: give it as many")
-    args.num_processes = size
-
-    if size > 1 and "RANK" not in os.environ:  # start the ranks as torchrun does
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        resource_tracker.ensure_running()  # it would let SIGINT through
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ranks hear of Ctrl-C once they can end by it
-        ranks = mp.spawn(be_rank, (args, store.port, STARTED), size, join=False, daemon=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        try:
-            while not ranks.join(grace_period=2):
-                pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            if getattr(error, "exit_code", 0) > 0:
-                sys.exit(1)  # it has said why
-            raise ConnectionError(str(error)) from None
+    run_dir, run, weights = ballbot_runs.begin(args, started, Args, Agent)
+    if args.num_processes > 1 and "RANK" not in os.environ:
+        ballbot_runs.start_ranks(train, args, STARTED)
         return run_dir
-    if "RANK" in os.environ:
-        # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
-        store, number, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size)
-    folder = None
-    if first:
-        # What TensorBoard's thread meets on the disk is raised here as well: it need not be shown twice
-        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
-        try:
-            folder = ballbot_env.claim(run_dir)
-        except OSError as error:
-            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
-    try:
-        learn(args, run_dir, run, weights)
-    except OSError as error:  # a disk or an output that is full, closed or gone
-        stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
-    finally:
-        if first:
-            os.close(folder)  # another may go on with it
+    ballbot_runs.join_ranks(args)
+    with ballbot_runs.held(run_dir):
+        learn(args, run_dir, run, weights, started or STARTED)
     if dist.is_initialized():
         dist.destroy_process_group()
     return run_dir
 
 
-@closed_output_ends()
-def be_rank(rank, args, port, started):
-    """What the processes do that `train` starts."""
-    # They are sent SIGINT when that process dies; nohup and & have it ignored
-    signal.signal(signal.SIGINT, interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    global STARTED
-    STARTED = started
-    size = args.num_processes
-    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    train(args, spawned=True)
-    sys.stdout and sys.stdout.flush()
-    os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
-
-
-def interrupt(*_, last=[-9.0]):  # noqa: B006
-    """Raise KeyboardInterrupt, but not on a second signal within a second: it would only disturb the end."""
-    before, last[0] = last[0], time.monotonic()
-    if last[0] - before > 1:
-        raise KeyboardInterrupt
-
-
-def learn(args, run_dir, run, weights):
+def learn(args, run_dir, run, weights, started):
     """What each rank does for `train`, from the `weights` to start with, a part of them, or from a checkpoint `run`."""
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
     num_iterations, num_envs = args.total_timesteps // iteration_steps, args.num_envs // world_size()
@@ -972,7 +633,7 @@ def learn(args, run_dir, run, weights):
 
     global_step = iteration = 0
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
-    elapsed = seconds = shown = 0.0  # since the start; of these, in rollouts and updates; of the last line of progress
+    elapsed = seconds = 0.0  # since the start; of these, in rollouts and updates
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
         agent.load_state_dict(weights, strict=False)
@@ -981,13 +642,12 @@ def learn(args, run_dir, run, weights):
         depth = depth_features(envs, agent, torch.zeros(num_envs, agent.num_depth, device=device))
         observation = proprioception(obs, agent), depth
     else:
-        if wrong := misfit(run, args, agent, optimizer):
+        if wrong := ballbot_runs.misfit(run, args, agent, optimizer):
             stop(f"{args.resume} is damaged or of another version: {wrong} is not as its flags imply")
         agent.load_state_dict(dict(run["model"]))
         optimizer.load_state_dict(run["optimizer"])
-        iteration, global_step, best, targets_met, elapsed, seconds = (
-            run[name] for name in ("iteration", "global_step", "best", "targets_met", "elapsed", "seconds")
-        )
+        iteration, global_step, elapsed, seconds = (run[x] for x in ("iteration", "global_step", "elapsed", "seconds"))
+        best, targets_met = run["best"], run["targets_met"]
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
         observation = state["proprio"].to(device), state["depth"].to(device)
@@ -998,35 +658,15 @@ def learn(args, run_dir, run, weights):
                 torch.cuda.set_rng_state(state["cuda_rng"])
         except (ValueError, RuntimeError) as error:
             stop(f"{args.resume} is damaged: {error}")
-    started = STARTED if run is None else time.perf_counter()
+        started = time.perf_counter()
     result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
-        if args.track:
-            import wandb
-
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=run_dir.name)
-            wandb.init(**names, dir=run_dir, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if run else None)
-        if run is None:
-            settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
-            (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-            rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-            writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        writer = ballbot_runs.open_log(args, run_dir, run)
         if best is not None:
             save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
-
-    def status(steps, clock, more=""):
-        """Print the line of progress: in place and twice a second on a terminal, else after each iteration."""
-        nonlocal shown
-        if time.perf_counter() - shown < 0.5 if CLEAR_LINE else not more:
-            return
-        shown, left = time.perf_counter(), timedelta(seconds=int(clock * (args.total_timesteps / max(steps, 1) - 1)))
-        result = "return {:.1f}, length {:.0f}".format(*np.mean(finished, 0)) if finished else "no episode ended yet"
-        line = f"[{'#' * (10 * steps // args.total_timesteps):<10}] {steps:,} steps, {steps / clock:,.0f} SPS, "
-        line += f"{left} left, {result}{more}"
-        say(line[: shutil.get_terminal_size().columns - 1] if CLEAR_LINE else line, end="" if CLEAR_LINE else "\n")
+    bar = ballbot_runs.Progress(args.total_timesteps)
 
     while iteration < num_iterations:
         iteration += 1
@@ -1040,9 +680,8 @@ def learn(args, run_dir, run, weights):
         start, rendering = time.perf_counter(), -envs.render_seconds
         batch, observation, episodes, simulating = rollout(
             envs, agent, args, *observation,
-            lambda step: status(
-                global_step + step * args.num_envs * args.frame_skip, seconds + time.perf_counter() - start  # noqa: B023
-            ),
+            lambda step: bar.show(global_step + step * args.num_envs * args.frame_skip,  # noqa: B023
+                                  seconds + time.perf_counter() - start, finished),  # noqa: B023
         )  # fmt: skip
         rendering += envs.render_seconds
         inferring = time.perf_counter() - start - simulating
@@ -1101,16 +740,14 @@ def learn(args, run_dir, run, weights):
             "charts/physics_errors": sum(state["envs"]["physics_errors"].sum().item() for state in states),
         }
         scalars |= {f"SPS/{key}": iteration_steps / part for key, part in parts.items() if part}
-        if finished:
-            scalars |= {
-                f"charts/episodic_{key}_mean100": x for key, x in zip(("return", "length"), np.mean(finished, 0))
-            }
+        for key, values in zip(("return", "length"), zip(*finished)):
+            scalars[f"charts/episodic_{key}_mean100"] = np.mean(values)
         if result:
             scalars |= {f"eval/{key}": result[key] for key in ("episodic_return", "episodic_length", "falls")}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())
-        status(global_step, seconds, f", {'/'.join(parts)} {shares} %")
+        bar.show(global_step, seconds, finished, f", {'/'.join(parts)} {shares} %")
         now = elapsed + time.perf_counter() - started
         if result:
             say(f"evaluation at {global_step:,} steps: {summary(result)}")
@@ -1118,7 +755,7 @@ def learn(args, run_dir, run, weights):
                 targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
                 say(f"targets met after {targets_met}")
             if args.capture_video:
-                film(agent, args, run_dir, global_step)
+                ballbot_runs.film(agent, args, run_dir, global_step)
         if is_best:
             save(run_dir / "best.pt", best)
         save(run_dir / "last.pt", policy | dict(
@@ -1135,7 +772,7 @@ def learn(args, run_dir, run, weights):
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
         if args.capture_video:
-            film(agent, args, run_dir, global_step)
+            ballbot_runs.film(agent, args, run_dir, global_step)
     if best is not None and best["global_step"] < global_step:
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)
@@ -1144,38 +781,16 @@ def learn(args, run_dir, run, weights):
             final = best
     if rank() == 0:
         save(run_dir / "best.pt", final)
-        writer.close()
-        if args.track:
-            wandb.finish()
+        ballbot_runs.close_log(args, writer)
     on_return, on_length = ("reached" if yes else "missed" for yes in reached(final["eval"]))
     say(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "
         f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run_dir}/best.pt)"
         + (f"; first met after {targets_met}" if targets_met else ""))  # fmt: skip
 
 
-@closed_output_ends()
 def main():
     """Train by the command line."""
-    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
-        pass
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
-    arguments, why = parse(), f"{CLEAR_LINE}stopped"
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        train(arguments)
-        return
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except (RuntimeError, ConnectionError) as error:
-        if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
-            raise
-        why = "error: a process of this run is gone"
-    path = Path(arguments.resume or Path("runs") / arguments.run_name)
-    advice = going_on(path.parent if path.suffix == ".pt" else path)
-    sys.exit(f"{why}; {advice}" if os.environ.get("RANK", "0") == "0" else 0)
+    ballbot_runs.main(parse, train)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 
+import ballbot_runs
 import ppo_ballbot
-from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, unlike, unsealed
+from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
-# What a checkpoint's args must have. All else ppo_ballbot.Args has is for training and may differ.
-NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
-          "wheel_damping", "frame_skip")  # fmt: skip
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Conditions:
 # Flags and files
 
 
-@ppo_ballbot.closed_output_ends()
+@ballbot_runs.closed_output_ends()
 def command(main, flags, **kwargs):
     """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
     called = Path(sys.argv[0])
@@ -62,7 +60,7 @@ def command(main, flags, **kwargs):
 def need(good: bool, message: str):
     """Exit with one line unless `good`."""
     if not good:
-        ppo_ballbot.stop(message)
+        ballbot_runs.stop(message)
 
 
 def need_from(args, low: float, *names: str):
@@ -152,33 +150,18 @@ def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
             other = "name its last.pt" if (folder / "last.pt").exists() else "give a .pt file or the folder of a run"
             need(path.exists(), f"{folder} has no best.pt (no evaluation yet?): {other}")
         must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
-        content = unsealed(path)
+        content = ballbot_runs.unsealed(path)
+        agent, train_args = ballbot_runs.fitting(content, ppo_ballbot.Args, ppo_ballbot.Agent)
+        step = content.get("global_step", 0)
     except (OSError, ValueError) as error:
         must(False, getattr(error, "strerror", None) or error)
-    must(isinstance(content, dict) and isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict),
-         "is no checkpoint of ppo_ballbot.py: it has no model or args")  # fmt: skip
-    given = content["args"]
-    must("frame_skip" in given or "num_steps" not in given, "was trained on the robot before its rollers were mended, "
-         "which spun up at speed: train anew")  # fmt: skip
-    missing = [name for name in NEEDED if name not in given]
-    must(not missing, f"has no {', '.join(missing)} in its args: it is no checkpoint of ppo_ballbot.py")
-    step = content.get("global_step", 0)
+    except Exception:  # its content can be anything
+        must(False, "is no checkpoint of ppo_ballbot.py")
     must(type(step) is int and 0 <= step < 2**63, "has a global_step that is no number of steps")
-    known = {field.name for field in fields(ppo_ballbot.Args)}
-    try:
-        train_args = ppo_ballbot.Args(**ppo_ballbot.typed({name: given[name] for name in given if name in known}))
-    except (ValueError, OverflowError) as error:
-        must(False, f"has args that cannot be: {error}")
-    for name, low, high in (("hidden_size", 1, 1e6), ("pi_layers", 1, 1000), ("vf_layers", 1, 1000),
-                            ("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
+    for name, low, high in (("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
                             ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip
         value = getattr(train_args, name)
         must(low <= value <= high, f"has a {name} that is not from {low:g} to {high:g} in its args")
-    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        wrong = unlike(content["model"], ppo_ballbot.Agent(train_args).state_dict(), "model")
-    must(not wrong, f"has weights that do not fit its args, or are not finite: {wrong}")
-    agent = ppo_ballbot.Agent(train_args)
-    agent.load_state_dict(dict(content["model"]))
     return agent, train_args, step
 
 

@@ -26,9 +26,8 @@ from ballbot_env import (
     DepthRenderer,
     make_model,
     perlin_terrain,
-    sealed,
-    unsealed,
 )
+from ballbot_runs import sealed, unsealed
 from ballbot_utils.common import clear_progress, command, need, need_file, need_from, progress, write
 from ppo_ballbot import DepthEncoder
 

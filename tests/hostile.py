@@ -36,6 +36,7 @@ import torch
 import tyro
 
 import ballbot_env
+import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
 from ballbot_utils import benchmark, common, diagnose, evaluate, plot, pretrain_encoder, watch
@@ -346,7 +347,7 @@ def tampered(base, most, seed):
 
         def prepare(spoiled=spoiled):
             shutil.copytree(base, "runs/run")
-            Path("runs/run/last.pt").write_bytes(ballbot_env.sealed(spoiled))
+            Path("runs/run/last.pt").write_bytes(ballbot_runs.sealed(spoiled))
 
         yield Attempt(
             "checkpoint, resumed", f"{path} {name}", partial(script, ppo, "--resume", "runs/run"), "refused", prepare
@@ -363,7 +364,7 @@ def tampered_policies(base, most, seed):
     for path, name, other in trials[:most]:
 
         def prepare(path=path, other=other):
-            Path("p.pt").write_bytes(ballbot_env.sealed(replaced(content, path, other)))
+            Path("p.pt").write_bytes(ballbot_runs.sealed(replaced(content, path, other)))
 
         yield Attempt(
             "checkpoint, evaluated",
@@ -377,9 +378,9 @@ def tampered_policies(base, most, seed):
 def damaged(base, most, seed):
     rng = random.Random(seed)
     loaders = {
-        "last.pt": lambda path: ppo.load(path),
+        "last.pt": lambda path: ballbot_runs.load_run(path, ppo.Args, ppo.Agent),
         "best.pt": common.load,
-        "depth_encoder.pt": lambda path: ppo.load_encoder(path),
+        "depth_encoder.pt": lambda path: ballbot_runs.load_encoder(path, ppo.DepthEncoder()),
     }
     for i in range(most):
         name, load = list(loaders.items())[i % 3]
@@ -414,7 +415,7 @@ def loads(run="runs/run"):
     """One of a run's checkpoints loads, the one that going on takes first."""
     for name in ("last.pt", "previous.pt"):
         with contextlib.suppress(ValueError, OSError):
-            return ballbot_env.unsealed(Path(run) / name)["iteration"]
+            return ballbot_runs.unsealed(Path(run) / name)["iteration"]
     raise AssertionError("no checkpoint is left")
 
 
@@ -423,7 +424,7 @@ def with_run(base, damage=None):
     content = torch.load("runs/run/last.pt", weights_only=True)  # let it go on for longer
     for name in ("last.pt", "previous.pt"):
         content["args"]["total_timesteps"] = 2048
-        Path("runs/run", name).write_bytes(ballbot_env.sealed(content))
+        Path("runs/run", name).write_bytes(ballbot_runs.sealed(content))
     if damage:
         Path("runs/run/last.pt").write_bytes(b"damaged")
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
+from ballbot_runs import check
 from ballbot_utils import diagnose
 
 # Learns, as far as 8 iterations go; each run below breaks one thing.
@@ -93,7 +94,7 @@ def test_broken_run(runs, name, capsys, monkeypatch):
     assert command[:3] == ["python", "ppo_ballbot.py", "--config"] and command[3] == f"{run}/config.json"
     monkeypatch.setattr(sys, "argv", command[1:])
     args = ppo.parse()
-    ppo.check(args, world_size=2)
+    check(args, world_size=2)
     before = vars(ppo.Args(**HEALTHY | BROKEN[name]))
     changed = {key for key, value in vars(args).items() if key not in ("config", "run_name") and value != before[key]}
     assert changed and len(changed) <= len(flags.split())
@@ -200,7 +201,7 @@ def test_remedies_are_flags(script, preset, monkeypatch):
     for name, flags in diagnose.remedies(text).items():
         words = " ".join(f"{flag} {value}" for flag, value in flags.items()).split()
         monkeypatch.setattr(sys, "argv", ["ppo", "--preset", preset, *words])
-        script.check(script.parse())
+        check(script.parse())
 
 
 def test_findings_do_not_contradict_each_other():

@@ -418,8 +418,8 @@ def test_existing_run_is_not_overwritten(run, monkeypatch):
 
 
 def test_file_copied_alone_runs(tmp_path):
-    """ppo_ballbot.py beside ballbot_env.py and assets/ is enough."""
-    for name in ("ppo_ballbot.py", "ballbot_env.py"):
+    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py and assets/ is enough."""
+    for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
     flags = "--num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"

@@ -18,6 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_ballbot as ppo
+from ballbot_runs import check, load_run, save
 
 SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
@@ -269,11 +270,11 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uni
     refuse(f"last.pt is missing; .*{offer}", "--resume", str(run), cwd=tmp_path)
     (run / "last.pt").write_bytes(good[: len(good) // 2])
     refuse(f"last.pt is damaged, or not a checkpoint.*; .*{offer}", "--resume", str(run), cwd=tmp_path)
-    ppo.save(run / "last.pt", {"weights": torch.zeros(3)})
+    save(run / "last.pt", {"weights": torch.zeros(3)})
     refuse(f"last.pt is no checkpoint to go on from; .*{offer}", "--resume", str(run), cwd=tmp_path)
     content = torch.load(uninterrupted / "last.pt", weights_only=True)
     content["model"]["actor.0.weight"] = content["model"].pop("actor.weight_0")
-    ppo.save(run / "last.pt", content)
+    save(run / "last.pt", content)
     refuse(f"of another version: model is not as its flags imply; .*{offer}", "--resume", str(run), cwd=tmp_path)
     refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
     refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
@@ -288,7 +289,7 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, "last.pt")
     with pytest.raises(SystemExit, match="damaged, or not a checkpoint"):
-        ppo.load(Path("last.pt"))
+        load_run(Path("last.pt"), ppo.Args, ppo.Agent)
     assert not Path("harm").exists()
 
 
@@ -296,19 +297,19 @@ def test_checkpoints_of_the_robot_before_it_was_mended_are_refused(tmp_path):
     args = {key: value for key, value in vars(ppo.Args()).items() if key != "frame_skip"}
     torch.save({"model": {}, "optimizer": {}, "args": args}, tmp_path / "last.pt")
     with pytest.raises(SystemExit, match="before its rollers were mended, which spun up at speed: train anew"):
-        ppo.load(tmp_path / "last.pt")
+        load_run(tmp_path / "last.pt", ppo.Args, ppo.Agent)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    ppo.save(path, {"a": 1})
+    save(path, {"a": 1})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match=r"No space left on device.*make room, then to go on: .*--resume"):
-        ppo.save(path, {"a": 2})
+        save(path, {"a": 2})
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
@@ -333,7 +334,7 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     with pytest.raises(SystemExit):
         parse("--preset", "bold")
     for preset in ppo.PRESETS:
-        ppo.check(parse("--preset", preset), world_size=2)
+        check(parse("--preset", preset), world_size=2)
 
 
 def test_config_reproduces_the_run(uninterrupted, tmp_path):

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_ballbot as plain
 import ppo_ballbot_schedules as schedules
+from ballbot_runs import check
 
 SMALL = dict(
     num_processes=1, num_threads=1, cameras=False, num_envs=4, num_steps=32, minibatch_size=64, total_timesteps=1280,
@@ -106,7 +107,7 @@ def test_presets_are_the_plain_script_s():
     names = {field.name for field in fields(plain.Args)} & {field.name for field in fields(schedules.Args)}
     for preset, settings in schedules.PRESETS.items():
         ours, theirs = schedules.Args(**settings), plain.Args(**plain.PRESETS[preset])
-        schedules.check(ours, world_size=2)
+        check(ours, world_size=2)
         assert {name: getattr(ours, name) for name in names - {"exp_name"}} == {
             name: getattr(theirs, name) for name in names - {"exp_name"}
         }

@@ -498,7 +498,7 @@ def test_four_workers_on_postgresql_one_killed(postgresql):
 
 def test_real_trials(capfd):
     Path("assets").symlink_to(ROOT / "assets")
-    for name in ("ppo_ballbot.py", "ballbot_env.py"):
+    for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(ROOT / name, name)
     flags = "--no-cameras --num-steps 32 --minibatch-size 32 --total-timesteps 128 --eval-interval 64 "
     flags += "--eval-episodes 1 --final-eval-episodes 1"

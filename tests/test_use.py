@@ -140,8 +140,8 @@ def test_wheel(tmp_path):
     """Installed from a wheel in a fresh environment, it is found from anywhere, with its assets."""
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py", "ppo_ballbot.py",
-                 "ppo_ballbot_schedules.py", "ballbot_utils", "assets"):  # fmt: skip
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py", "ballbot_runs.py",
+                 "ppo_ballbot.py", "ppo_ballbot_schedules.py", "ballbot_utils", "assets"):  # fmt: skip
         (source / name).symlink_to(ROOT / name)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
@@ -154,7 +154,8 @@ def test_wheel(tmp_path):
         "import gymnasium as gym, ppo_ballbot, ballbot_env\n"
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
-        "ppo_ballbot.load_encoder(ballbot_env.ASSETS.parent / ppo_ballbot.Args.encoder_path)\n"
+        "path = ballbot_env.ASSETS.parent / ppo_ballbot.Args.encoder_path\n"
+        "ppo_ballbot.ballbot_runs.load_encoder(path, ppo_ballbot.DepthEncoder())\n"
         "print(ballbot_env.__file__, ballbot_env.ASSETS, sep='\\n')"
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)

@@ -1,0 +1,577 @@
+"""What surrounds the learning in ppo_ballbot.py: flags, files of runs, processes and output. It knows nothing of PPO.
+
+What cannot be ends the program with one line, by `stop`. A run is a folder runs/NAME with config.json (the flags),
+TensorBoard's events, last.pt and previous.pt (checkpoints to go on from) and best.pt (the best policy so far). A
+checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no code in one is ever run.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import fields, replace
+from datetime import timedelta
+from itertools import chain
+from multiprocessing import resource_tracker
+from pathlib import Path
+from statistics import mean
+from typing import Literal, get_args, get_origin
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+from ballbot_env import ASSETS, checked_randomization, unlike
+
+CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
+
+
+# Output
+
+
+def is_first():
+    """Whether this process is the first of a run's: what is said, it says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text, end="\n"):
+    """Print it, in the first process, in place of the line of progress."""
+    if is_first():
+        try:
+            print(CLEAR_LINE + text, end=end, flush=True)
+        except OSError:
+            sys.stdout = None  # nothing more is written there
+            raise
+
+
+def stop(message):
+    """Exit with one line. All processes come to the same end: the first says it."""
+    message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
+    sys.exit(message if is_first() else 0)
+
+
+class Progress:
+    """The line of progress: in place and twice a second on a terminal, else whenever there is `more` to say."""
+
+    def __init__(self, total_timesteps):
+        self.total_timesteps, self.shown = total_timesteps, 0.0
+
+    def show(self, steps, clock, finished, more=""):
+        """Of so many steps in `clock` s, and of the (return, length) of the last episodes `finished`."""
+        if time.perf_counter() - self.shown < 0.5 if CLEAR_LINE else not more:
+            return
+        self.shown = time.perf_counter()
+        left = timedelta(seconds=int(clock * (self.total_timesteps / max(steps, 1) - 1)))
+        result = (
+            "return {:.1f}, length {:.0f}".format(*map(mean, zip(*finished))) if finished else "no episode ended yet"
+        )
+        line = f"[{'#' * (10 * steps // self.total_timesteps):<10}] {steps:,} steps, {steps / clock:,.0f} SPS, "
+        line += f"{left} left, {result}{more}"
+        say(line[: shutil.get_terminal_size().columns - 1] if CLEAR_LINE else line, end="" if CLEAR_LINE else "\n")
+
+
+@contextlib.contextmanager
+def closed_output_ends():
+    """A block that ends without a traceback where its output is full, or closed as by `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout and sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # nothing more is written there
+        stop(error)
+
+
+# Flags
+
+
+def parse(kind, presets, translated=lambda settings: settings):
+    """A `kind`, a dataclass, from the command line: flags win over --config, which wins over --preset.
+
+    The config file's settings are `translated` into this program's flags first.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="")
+    early.add_argument("--config", default="")
+    early.add_argument("--total-timesteps", "--total_timesteps")
+    start, _ = early.parse_known_args()
+    settings = {}
+    if start.config:
+        try:
+            if not Path(start.config).is_file():
+                raise ValueError("there is no such file")
+            settings = typed(translated(json.loads(Path(start.config).read_bytes())), kind)
+        except (OSError, ValueError, AttributeError, OverflowError, RecursionError, TypeError) as error:
+            stop(f"--config {start.config} is not a run's config.json: {error}")
+    preset = start.preset or settings.get("preset", "")
+    args = tyro.cli(kind, default=replace(kind(), **presets.get(preset, {}) | settings))
+    if args.resume and args != kind(resume=args.resume, total_timesteps=args.total_timesteps):
+        stop("--resume takes its flags from the run: give no others, but for more --total-timesteps")
+    if args.resume and start.total_timesteps and args.total_timesteps == kind.total_timesteps:
+        args.total_timesteps += 1  # to `train` the default is none given
+    return args
+
+
+def typed(settings, kind):
+    """A dict of values of the flags in `kind`, each of its flag's type or a whole number for a float, or ValueError."""
+    defaults, kinds, values = vars(kind()), {flag.name: flag.type for flag in fields(kind)}, {}
+    for name, value in settings.items():
+        if name not in defaults:
+            raise ValueError(f"there is no flag {name!r:.40}")
+        wanted, choices = type(defaults[name]), get_args(kinds[name]) if get_origin(kinds[name]) is Literal else ()
+        values[name] = float(value) if wanted is float and type(value) is int else value
+        if type(values[name]) is not wanted:
+            raise ValueError(f"{name} is of type {type(value).__name__}, not {wanted.__name__}")
+        if wanted is str and not value.isprintable():
+            raise ValueError(f"--{name.replace('_', '-')} has a character that cannot be printed")
+        if choices and value not in choices:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give {', '.join(filter(None, choices))}")
+    return values
+
+
+def check(args, world_size=None):
+    """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
+    try:
+        typed(vars(args), type(args))
+        checked_randomization(args.randomization, args.terrain)
+    except (ValueError, OverflowError) as error:
+        stop(error)
+    for low, high, names in (
+        (1, 1e12, "total_timesteps num_envs num_steps update_epochs minibatch_size eval_interval eval_episodes "
+         "final_eval_episodes hidden_size"),
+        (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
+        (0, 1000, "num_threads"),
+        (0, 1e18, "seed terrain_seed eval_terrain_seed"),
+        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
+         "log_std_lr_scale lr_end ent_end"),
+        (1e-9, 1e6, "terrain_amplitude max_grad_norm target_kl clip_coef clip_end"),
+        (0, 1, "gamma gae_lambda"),
+        (-10, 10, "init_log_std depth_scale"),
+    ):  # fmt: skip
+        for name in set(names.split()) & vars(args).keys():
+            if not low <= getattr(args, name) <= high:
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {low:g} to {high:g}")
+    world_size, size = world_size or args.num_processes, args.minibatch_size
+    batch_size = args.num_envs * args.num_steps
+    steps = batch_size * args.frame_skip
+    divisors = (d for k in range(1, math.isqrt(min(batch_size, 10**12)) + 1) if batch_size % k == 0
+                for d in (k, batch_size // k))  # fmt: skip
+    for wrong, message in (
+        (args.learning_rate != -1 and not 0 < args.learning_rate <= 1e6, f"--learning-rate is {args.learning_rate}: "
+         "give -1 for the schedule, or a positive constant"),
+        (getattr(args, "anneal_lr", False) and args.learning_rate < 0,
+         "--anneal-lr needs a positive --learning-rate: -1 has its own"),
+        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
+         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
+        (args.terrain_amplitude > 100, f"--terrain-amplitude is {args.terrain_amplitude}: give 100 m or less"),
+        (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
+         f"{batch_size}: {max(d for d in divisors if d <= size)} does"),
+        (args.norm_adv and size == 1, "--norm-adv needs a --minibatch-size above 1"),
+        (args.num_envs % world_size or size % world_size, f"{world_size} processes cannot share --num-envs "
+         f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
+        (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
+         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.capture_video and not importlib.util.find_spec("ballbot_utils"),
+         "--capture-video needs ballbot_utils/ beside this file"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
+        (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
+    ):  # fmt: skip
+        if wrong:
+            stop(message)
+    return memory_needed(args, world_size)
+
+
+def memory_needed(args, world_size):
+    """About how much memory a run takes on this machine, GB; exits with one line where there is less."""
+    # Samples and a layer on all of them, environments, networks with gradients, moments and copies
+    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
+    network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
+    memory = args.num_envs * (args.num_steps * sample + 2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
+    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if memory > there:
+        stop(f"this takes about {memory:,.0f} GB of memory, and there are {there:,.0f}: give fewer "
+             "--num-envs, --num-steps or --num-processes, or a smaller --hidden-size")  # fmt: skip
+    return memory
+
+
+# Files
+
+
+def load_encoder(path, like):
+    """The state of the pretrained depth encoder, a module `like` it, or exit with one line."""
+    problem = "is not a depth encoder"
+    try:
+        state = unsealed(path)["encoder"]
+        if not unlike(state, like.state_dict()):
+            return state
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else problem
+    stop(f"{path} {problem}: restore it, make it by python -m ballbot_utils.pretrain_encoder, or train one with "
+         "--no-freeze-encoder")  # fmt: skip
+
+
+def sealed(content):
+    """The bytes of a checkpoint: a file of `torch.save` that ends in the SHA-256 of all before it.
+
+    Such a file is a ZIP archive, and the checksum, 64 letters, is its comment: `torch.load` reads it as any other.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()[:-2] + b"\x40\0"  # the comment's length
+    return data + hashlib.sha256(data).hexdigest().encode()
+
+
+def unsealed(path):
+    """What `sealed` has made the bytes of a file of, plain data alone: no code in it is run.
+
+    Raises ValueError, which says what is wrong with the file, or OSError where it cannot be read.
+    """
+    if not path.is_file():  # a pipe may have no end
+        raise ValueError("is missing" if not path.exists() else "is no file")
+    data = path.read_bytes()
+    whole = hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]
+    if not whole and (data[:2], data[-22:-18]) != (b"PK", b"PK\5\6"):  # which torch.save alone begins and ends with
+        raise ValueError("is damaged, or not a checkpoint: its checksum is not that of its content")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(record.file_size for record in archive.infolist()) > len(data):
+                raise ValueError("it would grow as it is unpacked")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # many kinds
+        raise ValueError("is damaged, or not a checkpoint, or holds code, which is never run") from None
+    if not whole and is_first():
+        print(f"note: {path} has no checksum, as in versions before: damage to it goes unseen", file=sys.stderr)
+    return content
+
+
+def save(path, content, keep_as=None):
+    """Write a checkpoint in one piece, what was there staying as the file `keep_as` if its disk has links.
+
+    Exits with one line where the disk fails, which leaves what was there, as does the end of the process at any moment.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(sealed(content))
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as and path.exists():
+            keep_as.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(path, keep_as)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
+
+
+def claim(folder):
+    """Make a folder, and keep it to this process until the file descriptor returned is closed.
+
+    Raises BlockingIOError where another process has it. On a disk without locks nobody is kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass
+    return descriptor
+
+
+def new_folder(args, make):
+    """The folder of a new run, which gets a name if it has none; exits with one line unless it can be one's own.
+
+    Only one process is to `make` it.
+    """
+    if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        stop("torchrun --max-restarts goes on with the run of a --run-name: give one")
+    args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}"
+    folder, parts = Path("runs") / args.run_name, args.run_name.split("/")  # a study's runs lie in its folder
+    if {"", ".", ".."} & set(parts) or parts[-1].endswith(".pt") or max(map(len, parts)) > 200:
+        stop("--run-name or --exp-name is no name of a folder under runs/: give letters, digits, _ and -")
+    try:
+        if make:
+            folder.mkdir(parents=True)
+    except FileExistsError:
+        stop(f"{folder} exists: give another --run-name, move it away, or --resume {folder}")
+    except OSError as error:
+        stop(f"{folder} cannot be made: {error.strerror}")
+    return folder
+
+
+def fitting(run, kind, network):
+    """The Agent, its weights loaded, and the Args, a `kind`, of a checkpoint's content; ValueError if they misfit.
+
+    `network` makes an Agent of Args. Flags that the checkpoint does not name have their defaults.
+    """
+    if "frame_skip" not in run["args"]:
+        raise ValueError("was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+    args = kind(**typed({name: run["args"][name] for name in vars(kind()) if name in run["args"]}, kind))
+    wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
+    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+        wrong = wrong or unlike(run["model"], network(args).state_dict(), "model")
+    if wrong:
+        raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
+    agent = network(args)
+    agent.load_state_dict(dict(run["model"]))
+    return agent, args
+
+
+def policy_in(path, kind, network):
+    """The Agent and the Args in a checkpoint, or in the best.pt of a run's folder; exits with one line if none are."""
+    path = path / "best.pt" if path.is_dir() else path
+    try:
+        return fitting(unsealed(path), kind, network)
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else "holds no policy of this program"
+    stop(f"{path} {problem}: give runs/<run name>, or a checkpoint in it")
+
+
+def load_run(path, kind, network):
+    """The content of a checkpoint to go on from, or exit with one line."""
+    other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
+    try:
+        offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
+        run = unsealed(path)
+        _, args = fitting(run, kind, network)
+        if wrong := set(vars(args)) ^ set(run["args"]):
+            raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
+        check(args)
+        return run | {"args": vars(args)}
+    except Exception as error:
+        problem = error if isinstance(error, ValueError) else "is no checkpoint to go on from"
+    stop(f"{path} {problem}{offer}")
+
+
+def misfit(run, args, agent, optimizer):
+    """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
+    n = args.num_envs // args.num_processes
+    state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
+                 rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
+    policy = dict(model=agent.state_dict(), args=..., global_step=1)
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
+    fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
+    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
+    wrong = unlike(run, policy | dict(
+        optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
+        best=None if best is None else policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
+        targets_met=None if met is None else "", ranks=[state] * args.num_processes,
+    ))  # fmt: skip
+    if wrong:
+        return wrong
+    same, other = ([g | {"lr": 0.0} for g in o["param_groups"]] for o in (fresh, run["optimizer"]))
+    steps = run["iteration"] * args.num_envs * args.num_steps * args.frame_skip
+    good = same == other and 0 < (best or run)["global_step"] <= run["global_step"] == steps <= args.total_timesteps
+    return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
+
+
+def going_on(run_dir):
+    """What to do when a run has ended too soon."""
+    program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    if (run_dir / "last.pt").is_file():
+        return f"to go on: {program} --resume {shlex.quote(str(run_dir))}"
+    return "start anew, under another --run-name: there is no checkpoint yet"
+
+
+# A run
+
+
+def begin(args, started, kind, network):
+    """What a run begins with: its folder, the checkpoint that it goes on from or None, and weights to start from.
+
+    Settles its `args`, a `kind`, and checks all of them. `network` makes an Agent of Args. In the processes of a run
+    that has `started`, nothing is made or said.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
+    if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
+        args.resume = str(Path("runs") / args.run_name)
+    run, weights, makes = None, {}, is_first() and started is None and not restarted
+    if args.resume:
+        path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
+        run, run_dir = load_run(path, kind, network), path.parent
+        given, before = args.total_timesteps, run["args"]["total_timesteps"]
+        vars(args).update(run["args"] | {"resume": args.resume})
+        if given != kind.total_timesteps:
+            args.total_timesteps = given
+            if given < before:
+                stop(f"{path} is of a run of {before} steps: give more --total-timesteps, or none")
+            if given > before and started is None:
+                say(f"{before:,} steps become {given:,}: what is scheduled is stretched over all of them")
+    size = min(args.num_processes, max(1, torch.cuda.device_count())) if args.cuda else args.num_processes
+    size = int(os.environ.get("WORLD_SIZE", size))
+    if args.capture_video and is_first():
+        from ballbot_utils.watch import check_video
+
+        check_video(Path("video.mp4"), "--capture-video")
+    if run is None:
+        memory = check(args, size)
+        if args.init_from:
+            policy, trained_by = policy_in(Path(args.init_from), kind, network)
+            weights = policy.state_dict()
+            names = "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs"
+            differ = [name for name in names.split() if getattr(args, name) != getattr(trained_by, name)]
+            if differ:
+                stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
+        elif args.cameras and args.freeze_encoder:
+            encoder = load_encoder(ASSETS.parent / args.encoder_path, network(args).encoder)
+            weights = {f"encoder.{key}": value for key, value in encoder.items()}
+        run_dir = new_folder(args, makes)
+        if makes and memory > 2:
+            say(f"this takes about {memory:.0f} GB of memory")
+    elif size != args.num_processes:
+        stop(f"{path} is of a run on {args.num_processes} processes, here are {size}: give it as many")
+    args.num_processes = size
+    return run_dir, run, weights
+
+
+def open_log(args, run_dir, run):
+    """The writer of TensorBoard's events, with Weights & Biases beside it where they are wanted.
+
+    A new run's flags go there and to config.json.
+    """
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=run_dir.name)
+        wandb.init(**names, dir=run_dir, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
+    if run is None:
+        settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
+        (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+    return writer
+
+
+def close_log(args, writer):
+    """End what `open_log` began."""
+    writer.close()
+    if args.track:
+        sys.modules["wandb"].finish()
+
+
+def film(agent, args, run_dir, global_step):
+    """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
+    from ballbot_utils import watch
+
+    (run_dir / "videos").mkdir(exist_ok=True)
+    flags = watch.Args(checkpoint=run_dir, video=run_dir / "videos" / f"{global_step}.mp4", overwrite=True)
+    watch.video(watch.trained(agent), flags, watch.conditions(flags, args, run_dir))
+
+
+# Processes
+
+
+def interrupt(*_, last=[-9.0]):  # noqa: B006
+    """Raise KeyboardInterrupt, but not on a second signal within a second: it would only disturb the end."""
+    before, last[0] = last[0], time.monotonic()
+    if last[0] - before > 1:
+        raise KeyboardInterrupt
+
+
+def start_ranks(train, args, started):
+    """Start this machine's ranks as torchrun does, and wait for their end: each calls `train(args, started)`."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    resource_tracker.ensure_running()  # it would let SIGINT through
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ranks hear of Ctrl-C once they can end by it
+    ranks = mp.spawn(be_rank, (train, args, store.port, started), args.num_processes, join=False, daemon=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        while not ranks.join(grace_period=2):
+            pass
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        if getattr(error, "exit_code", 0) > 0:
+            sys.exit(1)  # it has said why
+        raise RuntimeError(str(error)) from None
+
+
+@closed_output_ends()
+def be_rank(rank, train, args, port, started):
+    """What the processes do that `start_ranks` starts."""
+    # They are sent SIGINT when that process dies; nohup and & have it ignored
+    signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    size = args.num_processes
+    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    train(args, started)
+    sys.stdout and sys.stdout.flush()
+    os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
+
+
+def join_ranks(args):
+    """Meet the other ranks, if there are any."""
+    if "RANK" in os.environ:
+        # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
+        store, number, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=args.num_processes)
+
+
+@contextlib.contextmanager
+def held(run_dir):
+    """A block that works in a run's folder, which no other process is to use meanwhile."""
+    folder = None
+    if is_first():
+        # What TensorBoard's thread meets on the disk is raised here as well: it need not be shown twice
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
+        try:
+            folder = claim(run_dir)
+        except OSError as error:
+            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
+    try:
+        yield
+    except OSError as error:  # a disk or an output that is full, closed or gone
+        stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
+    finally:
+        if folder is not None:
+            os.close(folder)  # another may go on with it
+
+
+@closed_output_ends()
+def main(parse, train):
+    """A program that trains by its command line: `train(parse())`, and one line where that ends too soon."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
+        pass
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    args, why = parse(), f"{CLEAR_LINE}stopped"
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        train(args)
+        return
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except (RuntimeError, ConnectionError) as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
+            raise
+        why = "error: a process of this run is gone"
+    path = Path(args.resume or Path("runs") / args.run_name)
+    advice = going_on(path.parent if path.suffix == ".pt" else path)
+    sys.exit(f"{why}; {advice}" if is_first() else 0)
