@@ -12,9 +12,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
+from numpy.typing import ArrayLike
 
 ASSETS = Path(__file__).resolve().parent / "ballbot_utils" / "assets"  # where a wheel has them
 if not ASSETS.is_dir():
@@ -316,8 +318,15 @@ class BallbotEnv(gym.Env):
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
 
     def __init__(
-        self, terrain="perlin", *, frame_skip=1, max_episode_steps=None, num_threads=1, render_mode=None, **kwargs
-    ):
+        self,
+        terrain: str = "perlin",
+        *,
+        frame_skip: int = 1,
+        max_episode_steps: int | None = None,
+        num_threads: int = 1,
+        render_mode: str | None = None,
+        **kwargs,
+    ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode is {render_mode!r}: use None, "human" or "rgb_array"')
         if max_episode_steps is None and frame_skip != 1:  # TimeLimit would count actions
@@ -338,7 +347,7 @@ class BallbotEnv(gym.Env):
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
         super().reset(seed=seed)
         obs, info = self._envs._reset_all([self.np_random], np.array([seed is not None]), options)
@@ -346,7 +355,7 @@ class BallbotEnv(gym.Env):
             self.render()
         return self._single(obs), of_first(info)
 
-    def step(self, action):
+    def step(self, action: ArrayLike) -> tuple[dict, float, bool, bool, dict]:
         """Hold `action` (3,) for `frame_skip` steps of 2 ms. Returns `(obs, reward, terminated, truncated, info)`."""
         action = np.asarray(action, np.float32)
         if action.shape != (3,):
@@ -362,7 +371,7 @@ class BallbotEnv(gym.Env):
             of_first(infos),
         )
 
-    def push(self, force):
+    def push(self, force: ArrayLike) -> None:
         """Push the base at its centre of mass by `force` (3,), N in the world's frame.
 
         It acts from the next step on, until it is given anew (zeros end it) or the episode ends.
@@ -371,14 +380,14 @@ class BallbotEnv(gym.Env):
             raise ValueError(f"force has shape {np.shape(force)}, expected (3,)")
         self._envs.push([force])
 
-    def command(self, velocity):
+    def command(self, velocity: ArrayLike) -> None:
         """Want the robot to go at `velocity` (2,), m/s in the world's frame; only with `goal="command"`.
 
         It counts from the next step on, until it is given anew or the episode ends; none is drawn in between.
         """
         self._envs.command(np.asarray(velocity)[None])
 
-    def render(self):
+    def render(self) -> np.ndarray | None:
         """The RGB picture, uint8 (480, 640, 3), or None after updating the viewer's window."""
         if self.render_mode is None:
             gym.logger.warn('render() needs a render mode: gym.make("Ballbot-v0", render_mode="rgb_array")')
@@ -397,7 +406,7 @@ class BallbotEnv(gym.Env):
         self._viewer.sync()
         return None
 
-    def close(self):
+    def close(self) -> None:
         self._envs.close()
         if self._viewer is not None:
             self._viewer.close()
@@ -452,27 +461,27 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def __init__(
         self,
-        num_envs=1,
-        terrain="perlin",
-        terrain_seed=0,
-        terrain_amplitude=0.1,
-        cameras=True,
-        camera_size=64,
-        camera_rate=90.0,
-        wheel_damping=0.4,
-        frame_skip=1,
-        max_episode_steps=4000,
-        max_tilt=20.0,
-        goal=(0.0, 1.0),
-        forward_reward_weight=0.01,
-        ctrl_cost_weight=0.0001,
-        healthy_reward=0.02,
-        randomization=None,
-        num_threads=0,
-        device="cpu",
-        render_mode=None,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    ):
+        num_envs: int = 1,
+        terrain: str = "perlin",
+        terrain_seed: int = 0,
+        terrain_amplitude: float = 0.1,
+        cameras: bool = True,
+        camera_size: int = 64,
+        camera_rate: float = 90.0,
+        wheel_damping: float = 0.4,
+        frame_skip: int = 1,
+        max_episode_steps: int | None = 4000,
+        max_tilt: float = 20.0,
+        goal: Sequence[float] | str = (0.0, 1.0),
+        forward_reward_weight: float = 0.01,
+        ctrl_cost_weight: float = 0.0001,
+        healthy_reward: float = 0.02,
+        randomization: Mapping[str, float] | None = None,
+        num_threads: int | None = 0,
+        device: str | torch.device = "cpu",
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ) -> None:
         whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
                  "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
         if max_episode_steps is not None:
@@ -601,7 +610,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     # Gymnasium's interface
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | Sequence | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start all episodes anew. Returns `(observation, info)`.
 
         `seed`: int, list of int, or None to go on. `options` are those of `BallbotEnv`, each for all or one for each:
@@ -624,7 +633,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         ]
         return self._reset_all(rngs, np.array([s is not None for s in seeds]), options, mask)
 
-    def step(self, actions):
+    def step(self, actions: ArrayLike) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             return self._step_without_reset(actions)
@@ -672,7 +681,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._ended = terminations | truncations
         return obs, rewards, terminations, truncations, infos
 
-    def push(self, forces):
+    def push(self, forces: ArrayLike) -> None:
         """Push the bases at their centres of mass by `forces` (num_envs, 3), N in the world's frame.
 
         They act from the next step on, until they are given anew (zeros end them) or the episode ends.
@@ -681,7 +690,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"forces have shape {np.shape(forces)}, expected ({self.num_envs}, 3)")
         self._forces[:] = forces
 
-    def command(self, velocities):
+    def command(self, velocities: ArrayLike) -> None:
         """Want the robots to go at `velocities` (num_envs, 2), m/s in the world's frame; only with `goal="command"`.
 
         They count from the next step on, until they are given anew or the episode ends; none is drawn in between.
@@ -696,7 +705,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     _kept = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"  # by get_state
 
-    def get_state(self):
+    def get_state(self) -> dict:
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
         state = {
             "physics": torch.tensor(self.batch.state),
@@ -713,7 +722,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             state |= {"frames": self.frames.clone(), "frame_time": torch.tensor(self._frame_time)}
         return state
 
-    def set_state(self, state):
+    def set_state(self, state: dict) -> None:
         """Go on, bit for bit, from a `get_state` of an environment made with the same arguments.
 
         Raises ValueError on what is none, and is then as it was.
@@ -749,19 +758,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._needs_reset = False
         self._pictures = [(None, None)] * self.num_envs
 
-    def arrows(self, i, force=None):
+    def arrows(self, i: int, force: ArrayLike | None = None) -> list[tuple]:
         """What `draw_arrows` shows of environment i: its goal, its velocity and a push, of `force` if it is given."""
         goal = self.goal if self.commands is None else self.commands[i]
         return make_arrows(self._position[i], goal, self.velocities[i], self._forces[i] if force is None else force)
 
-    def render(self):
+    def render(self) -> tuple[np.ndarray, ...] | None:
         """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
         if self.render_mode is None:
             gym.logger.warn('render() needs a render mode: gym.make_vec("Ballbot-v0", render_mode="rgb_array")')
             return None
         return tuple(self._picture(i) for i in range(self.num_envs))
 
-    def close_extras(self, **kwargs):
+    def close_extras(self, **kwargs) -> None:
         for painter in filter(None, self._painters):
             painter.close()
         self._painters = [None] * self.num_envs
@@ -1155,7 +1164,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             noise[i] = std * self._rngs[i].standard_normal(12, np.float32)
 
 
-def checked_randomization(randomization, terrain="perlin", max_tilt=20.0):
+def checked_randomization(
+    randomization: Mapping[str, float] | None, terrain: str = "perlin", max_tilt: float = 20.0
+) -> dict[str, float]:
     """What of a `randomization` is on, in the order in which it is drawn; ValueError, in one line, where it cannot be.
 
     The other arguments are those of `BallbotEnv`.
@@ -1184,7 +1195,7 @@ def randomly_directed(longest, rng):
     return length * math.cos(angle), length * math.sin(angle)
 
 
-def of_first(infos):
+def of_first(infos: dict) -> dict:
     """The info of the first environment, from those of many."""
     single = {}
     for key, value in infos.items():
@@ -1197,7 +1208,7 @@ def of_first(infos):
     return single
 
 
-def of_some(infos, where):
+def of_some(infos: dict, where: np.ndarray) -> dict:
     """The infos of the environments `where`, bool (num_envs,), zeros for the others; empty where there are none."""
     some = {}
     for key, value in infos.items() if where.any() else ():
@@ -1210,12 +1221,12 @@ def of_some(infos, where):
     return some
 
 
-def copied(value):
+def copied(value: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """A copy of an array or tensor."""
     return value.clone() if torch.is_tensor(value) else value.copy()
 
 
-def unlike(value, like, name="content"):
+def unlike(value: Any, like: Any, name: str = "content") -> str:
     """Where `value` differs in structure from `like`, or "" if it does not.
 
     Both are dicts, lists and tuples of tensors, numbers, strings and None. Alike are equal keys and lengths, the same
@@ -1242,18 +1253,18 @@ def unlike(value, like, name="content"):
     return ""
 
 
-def need(good, name, value, what):
+def need(good: bool, name: str, value: Any, what: str) -> None:
     """Raise ValueError, in one line that says `what` to give for an argument, unless its value is good."""
     if not good:
         raise ValueError(f"{name} is {' '.join(repr(value).split())}: give {what}")  # arrays have several lines
 
 
-def is_number(value, kinds=(int, float, np.number)):
+def is_number(value: Any, kinds: tuple = (int, float, np.number)) -> bool:
     """Whether it is a finite number, True and False being none."""
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def rotation_matrix(quaternion):
+def rotation_matrix(quaternion: np.ndarray) -> np.ndarray:
     """Rotation matrices (n, 3, 3) of unit quaternions (n, 4), w first."""
     products = 2 * quaternion[:, :, None] * quaternion[:, None]  # (n, 4, 4)
     _, wx, wy, wz, _, xx, xy, xz, _, _, yy, yz, _, _, _, zz = products.reshape(-1, 16).T.copy()
@@ -1264,7 +1275,7 @@ def rotation_matrix(quaternion):
     return matrix.transpose(2, 0, 1)
 
 
-def in_body_frame(orientation, vel):
+def in_body_frame(orientation: np.ndarray, vel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rotation vectors (n, 3) in rad and velocities (n, 3) in the world, as the robot sees them.
 
     Returns lean (n, 2), x and y of the upward direction in its frame, heading (n, 1) in rad, 0 facing +y, from -π to π,
@@ -1277,7 +1288,13 @@ def in_body_frame(orientation, vel):
     return rotation[:, 2, :2], heading[:, None], (rotation * vel[:, :, None]).sum(1)
 
 
-def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_damping=0.4, reliefs=(1.0,)):
+def make_model(
+    terrain: str = "perlin",
+    terrain_seed: int = 0,
+    terrain_amplitude: float = 0.1,
+    wheel_damping: float = 0.4,
+    reliefs: Sequence[float] = (1.0,),
+) -> mujoco.MjModel:
     """The MjModel of assets/ballbot.xml standing on the given terrain.
 
     `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. There is a height field for each of the factors `reliefs`
@@ -1303,7 +1320,9 @@ def make_model(terrain="perlin", terrain_seed=0, terrain_amplitude=0.1, wheel_da
     return spec.compile()
 
 
-def make_scene(places, terrain="perlin", terrain_seed=0, terrain_amplitude=0.1):
+def make_scene(
+    places: np.ndarray, terrain: str = "perlin", terrain_seed: int = 0, terrain_amplitude: float = 0.1
+) -> mujoco.MjModel:
     """An MjModel to draw the robot by: of the terrain only what the camera sees from `places` (n, 2), m.
 
     The whole of it would take a second a picture without a GPU. Its texture shows the relief: green valleys, sandy
@@ -1392,7 +1411,7 @@ class Painter:
         draw_arrows(scene, arrows)
         return self._renderer.render()
 
-    def close(self):
+    def close(self) -> None:
         self._renderer.close()
 
 
@@ -1428,7 +1447,7 @@ def draw_arrows(scene, arrows):
 
 
 @functools.lru_cache(maxsize=2)
-def perlin_terrain(seed, nodes=TERRAIN_NODES):
+def perlin_terrain(seed: int, nodes: int = TERRAIN_NODES) -> np.ndarray:
     """Heights of a square terrain in units of its amplitude: float32 (nodes, nodes), from 0 to 1.
 
     Gradient noise (Perlin, "Improving Noise", SIGGRAPH 2002) of 4 octaves, persistence 0.2, lacunarity 2

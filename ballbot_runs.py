@@ -21,17 +21,19 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
 from itertools import chain
 from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import mean
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
@@ -43,12 +45,12 @@ CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 # Output
 
 
-def is_first():
+def is_first() -> bool:
     """Whether this process is the first of a run's: what is said, it says."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text, end="\n"):
+def say(text: str, end: str = "\n") -> None:
     """Print it, in the first process, in place of the line of progress."""
     if is_first():
         try:
@@ -58,7 +60,7 @@ def say(text, end="\n"):
             raise
 
 
-def stop(message):
+def stop(message: str | Exception) -> NoReturn:
     """Exit with one line. All processes come to the same end: the first says it."""
     message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
     sys.exit(message if is_first() else 0)
@@ -67,10 +69,10 @@ def stop(message):
 class Progress:
     """The line of progress: in place and twice a second on a terminal, else whenever there is `more` to say."""
 
-    def __init__(self, total_timesteps):
+    def __init__(self, total_timesteps: int) -> None:
         self.total_timesteps, self.shown = total_timesteps, 0.0
 
-    def show(self, steps, clock, finished, more=""):
+    def show(self, steps: int, clock: float, finished: Sequence[tuple[float, int]], more: str = "") -> None:
         """Of so many steps in `clock` s, and of the (return, length) of the last episodes `finished`."""
         if time.perf_counter() - self.shown < 0.5 if CLEAR_LINE else not more:
             return
@@ -85,7 +87,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def closed_output_ends():
+def closed_output_ends() -> Iterator[None]:
     """A block that ends without a traceback where its output is full, or closed as by `| head`."""
     try:
         try:
@@ -100,7 +102,7 @@ def closed_output_ends():
 # Flags
 
 
-def parse(kind, presets, translated=lambda settings: settings):
+def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dict] = lambda settings: settings) -> Any:
     """A `kind`, a dataclass, from the command line: flags win over --config, which wins over --preset.
 
     The config file's settings are `translated` into this program's flags first.
@@ -127,7 +129,7 @@ def parse(kind, presets, translated=lambda settings: settings):
     return args
 
 
-def typed(settings, kind):
+def typed(settings: dict, kind: type) -> dict:
     """A dict of values of the flags in `kind`, each of its flag's type or a whole number for a float, or ValueError."""
     defaults, kinds, values = vars(kind()), {flag.name: flag.type for flag in fields(kind)}, {}
     for name, value in settings.items():
@@ -144,7 +146,7 @@ def typed(settings, kind):
     return values
 
 
-def check(args, world_size=None):
+def check(args: Any, world_size: int | None = None) -> float:
     """Exit with one line on the first flag that cannot be, before any work starts. Returns the memory it takes, GB."""
     try:
         typed(vars(args), type(args))
@@ -157,7 +159,7 @@ def check(args, world_size=None):
         (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
         (0, 1000, "num_threads"),
         (0, 1e18, "seed terrain_seed eval_terrain_seed"),
-        (0, 1e6, "ent_coef vf_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
+        (0, 1e6, "ent_coef vf_coef bound_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
          "log_std_lr_scale lr_end ent_end"),
         (1e-9, 1e6, "terrain_amplitude max_grad_norm target_kl clip_coef clip_end"),
         (0, 1, "gamma gae_lambda"),
@@ -196,7 +198,7 @@ def check(args, world_size=None):
     return memory_needed(args, world_size)
 
 
-def memory_needed(args, world_size):
+def memory_needed(args: Any, world_size: int) -> float:
     """About how much memory a run takes on this machine, GB; exits with one line where there is less."""
     # Samples and a layer on all of them, environments, networks with gradients, moments and copies
     sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
@@ -213,7 +215,7 @@ def memory_needed(args, world_size):
 # Files
 
 
-def load_encoder(path, like):
+def load_encoder(path: Path, like: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the pretrained depth encoder, a module `like` it, or exit with one line."""
     problem = "is not a depth encoder"
     try:
@@ -226,7 +228,7 @@ def load_encoder(path, like):
          "--no-freeze-encoder")  # fmt: skip
 
 
-def sealed(content):
+def sealed(content: Any) -> bytes:
     """The bytes of a checkpoint: a file of `torch.save` that ends in the SHA-256 of all before it.
 
     Such a file is a ZIP archive, and the checksum, 64 letters, is its comment: `torch.load` reads it as any other.
@@ -237,7 +239,7 @@ def sealed(content):
     return data + hashlib.sha256(data).hexdigest().encode()
 
 
-def unsealed(path):
+def unsealed(path: Path) -> Any:
     """What `sealed` has made the bytes of a file of, plain data alone: no code in it is run.
 
     Raises ValueError, which says what is wrong with the file, or OSError where it cannot be read.
@@ -260,7 +262,7 @@ def unsealed(path):
     return content
 
 
-def save(path, content, keep_as=None):
+def save(path: Path, content: Any, keep_as: Path | None = None) -> None:
     """Write a checkpoint in one piece, what was there staying as the file `keep_as` if its disk has links.
 
     Exits with one line where the disk fails, which leaves what was there, as does the end of the process at any moment.
@@ -282,7 +284,7 @@ def save(path, content, keep_as=None):
         stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
 
 
-def claim(folder):
+def claim(folder: Path) -> int:
     """Make a folder, and keep it to this process until the file descriptor returned is closed.
 
     Raises BlockingIOError where another process has it. On a disk without locks nobody is kept out.
@@ -299,7 +301,7 @@ def claim(folder):
     return descriptor
 
 
-def new_folder(args, make):
+def new_folder(args: Any, make: bool) -> Path:
     """The folder of a new run, which gets a name if it has none; exits with one line unless it can be one's own.
 
     Only one process is to `make` it.
@@ -320,7 +322,7 @@ def new_folder(args, make):
     return folder
 
 
-def fitting(run, kind, network):
+def fitting(run: dict, kind: type, network: Callable) -> tuple[nn.Module, Any]:
     """The Agent, its weights loaded, and the Args, a `kind`, of a checkpoint's content; ValueError if they misfit.
 
     `network` makes an Agent of Args. Flags that the checkpoint does not name have their defaults.
@@ -338,7 +340,7 @@ def fitting(run, kind, network):
     return agent, args
 
 
-def policy_in(path, kind, network):
+def policy_in(path: Path, kind: type, network: Callable) -> tuple[nn.Module, Any]:
     """The Agent and the Args in a checkpoint, or in the best.pt of a run's folder; exits with one line if none are."""
     path = path / "best.pt" if path.is_dir() else path
     try:
@@ -348,7 +350,7 @@ def policy_in(path, kind, network):
     stop(f"{path} {problem}: give runs/<run name>, or a checkpoint in it")
 
 
-def load_run(path, kind, network):
+def load_run(path: Path, kind: type, network: Callable) -> dict:
     """The content of a checkpoint to go on from, or exit with one line."""
     other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
     try:
@@ -364,7 +366,7 @@ def load_run(path, kind, network):
     stop(f"{path} {problem}{offer}")
 
 
-def misfit(run, args, agent, optimizer):
+def misfit(run: dict, args: Any, agent: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
     n = args.num_envs // args.num_processes
     state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
@@ -387,7 +389,7 @@ def misfit(run, args, agent, optimizer):
     return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
 
 
-def going_on(run_dir):
+def going_on(run_dir: Path) -> str:
     """What to do when a run has ended too soon."""
     program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
     if (run_dir / "last.pt").is_file():
@@ -398,7 +400,7 @@ def going_on(run_dir):
 # A run
 
 
-def begin(args, started, kind, network):
+def begin(args: Any, started: float | None, kind: type, network: Callable) -> tuple[Path, dict | None, dict]:
     """What a run begins with: its folder, the checkpoint that it goes on from or None, and weights to start from.
 
     Settles its `args`, a `kind`, and checks all of them. `network` makes an Agent of Args. In the processes of a run
@@ -435,7 +437,8 @@ def begin(args, started, kind, network):
             if differ:
                 stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
         elif args.cameras and args.freeze_encoder:
-            encoder = load_encoder(ASSETS.parent / args.encoder_path, network(args).encoder)
+            like = network(args).encoder.to(memory_format=torch.contiguous_format)
+            encoder = load_encoder(ASSETS.parent / args.encoder_path, like)
             weights = {f"encoder.{key}": value for key, value in encoder.items()}
         run_dir = new_folder(args, makes)
         if makes and memory > 2:
@@ -446,7 +449,7 @@ def begin(args, started, kind, network):
     return run_dir, run, weights
 
 
-def open_log(args, run_dir, run):
+def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     """The writer of TensorBoard's events, with Weights & Biases beside it where they are wanted.
 
     A new run's flags go there and to config.json.
@@ -465,14 +468,14 @@ def open_log(args, run_dir, run):
     return writer
 
 
-def close_log(args, writer):
+def close_log(args: Any, writer: SummaryWriter) -> None:
     """End what `open_log` began."""
     writer.close()
     if args.track:
         sys.modules["wandb"].finish()
 
 
-def film(agent, args, run_dir, global_step):
+def film(agent: nn.Module, args: Any, run_dir: Path, global_step: int) -> None:
     """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
     from ballbot_utils import watch
 
@@ -491,7 +494,7 @@ def interrupt(*_, last=[-9.0]):  # noqa: B006
         raise KeyboardInterrupt
 
 
-def start_ranks(train, args, started):
+def start_ranks(train: Callable, args: Any, started: float) -> None:
     """Start this machine's ranks as torchrun does, and wait for their end: each calls `train(args, started)`."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     resource_tracker.ensure_running()  # it would let SIGINT through
@@ -522,7 +525,7 @@ def be_rank(rank, train, args, port, started):
     os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
 
 
-def join_ranks(args):
+def join_ranks(args: Any) -> None:
     """Meet the other ranks, if there are any."""
     if "RANK" in os.environ:
         # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
@@ -533,7 +536,7 @@ def join_ranks(args):
 
 
 @contextlib.contextmanager
-def held(run_dir):
+def held(run_dir: Path) -> Iterator[None]:
     """A block that works in a run's folder, which no other process is to use meanwhile."""
     folder = None
     if is_first():
@@ -553,7 +556,7 @@ def held(run_dir):
 
 
 @closed_output_ends()
-def main(parse, train):
+def main(parse: Callable[[], Any], train: Callable) -> None:
     """A program that trains by its command line: `train(parse())`, and one line where that ends too soon."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
         pass

@@ -94,6 +94,9 @@ class Args:
     ent_schedule: Literal["constant", "linear", "cosine"] = "linear"  # the guide's: 0.01 * progress remaining
     ent_end: float = 0.0  # where a linear or cosine entropy coefficient ends
     vf_coef: float = 2.0  # weight of the value loss, which is without CleanRL's factor 0.5 (as Stable-Baselines3's)
+    bound_coef: float = (
+        0.0  # weight of a loss on means beyond [-1, 1]: actions are clipped there, and noise tells nothing
+    )
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float = 0.3  # KL divergence that ends an iteration's updates; --lr-schedule kl keeps near it
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
@@ -140,11 +143,11 @@ PRESETS = {
     ),
     "balanced": dict(clip_coef=0.015, ent_coef=0.001),
     "tuned": dict(
-        num_processes=2, frame_skip=4, body_frame=True, learning_rate=5e-4, anneal_lr=True, clip_coef=0.2, ent_coef=0.0,
-        vf_coef=1.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.996, gae_lambda=0.9733,
-        norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.02, weight_decay=0.0, init_log_std=-0.5,
-        depth_scale=0.1, spin_cost=0.005, drift_cost=0.05, heading_cost=0.02, log_std_lr_scale=5.0,
-        terrain_amplitude=0.15, total_timesteps=3_000_000, eval_interval=250_000,
+        num_processes=2, frame_skip=4, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.15,
+        ent_coef=0.0, vf_coef=1.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4,
+        gamma=0.994, gae_lambda=0.96, norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.04, weight_decay=0.0,
+        pi_layers=3, vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07,
+        heading_cost=0.04, log_std_lr_scale=5.0, terrain_amplitude=0.15, total_timesteps=2_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
 PRESETS["robust"] = PRESETS["tuned"] | {"terrain_amplitude": 0.2, "randomization": dict(
@@ -439,7 +442,6 @@ def update(agent, optimizer, args, batch):
     Returns the means of losses and diagnostics over the last epoch's minibatches and all ranks, a dict of floats.
     """
     parameters = [p for p in agent.parameters() if p.requires_grad]
-    entropy_constant = 0.5 * np.log(2 * np.pi * np.e)
     for epoch in range(1, args.update_epochs + 1):
         minibatches = torch.randperm(len(batch["actions"]), device=batch["actions"].device)
         minibatches = minibatches.view(-1, args.minibatch_size // world_size())
@@ -454,7 +456,8 @@ def update(agent, optimizer, args, batch):
             features = agent.features(mb["proprio"], depth)
 
             # Clipped objective: arXiv 1707.06347, equation 7
-            logratio = log_prob(mb["actions"], agent.actor(features), agent.log_std) - mb["logprobs"]
+            mean = agent.actor(features)
+            logratio = log_prob(mb["actions"], mean, agent.log_std) - mb["logprobs"]
             ratio = logratio.exp()
             clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
@@ -466,8 +469,9 @@ def update(agent, optimizer, args, batch):
                 v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
             v_loss = v_loss.mean()
 
-            entropy = (agent.log_std + entropy_constant).sum()
-            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+            entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+            bound_loss = (mean.abs() - 1).clamp(min=0).square().sum(-1).mean()
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.bound_coef * bound_loss
 
             optimizer.zero_grad()
             loss.backward()
@@ -563,10 +567,8 @@ def reached(result):
 
 
 def summary(result):
-    columns = (
-        "{episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± {episodic_length_std:.0f}"
-    )
-    return f"return {columns}, falls {{falls:.0%}} ({{episodes}} episodes)".format(**result)
+    return ("return {episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± "
+            "{episodic_length_std:.0f}, falls {falls:.0%} ({episodes} episodes)").format(**result)  # fmt: skip
 
 
 def scheduled(kind, start, end, progress_remaining):
@@ -618,9 +620,8 @@ def learn(args, run_dir, run, weights, started):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda else torch.device("cpu")
     if args.cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
     agent = Agent(args).to(device)
@@ -631,9 +632,8 @@ def learn(args, run_dir, run, weights, started):
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=args.weight_decay, fused=True)
     envs = make_envs(args, num_envs)
 
-    global_step = iteration = 0
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
-    elapsed = seconds = 0.0  # since the start; of these, in rollouts and updates
+    global_step = iteration = elapsed = seconds = 0  # s since the start; of these, in rollouts and updates
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
         agent.load_state_dict(weights, strict=False)

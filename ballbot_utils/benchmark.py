@@ -20,10 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
@@ -31,6 +34,9 @@ import torch
 import ballbot_env
 import ppo_ballbot
 from ballbot_utils.common import command, need, need_file, need_from, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MINIBATCH = ppo_ballbot.Args.minibatch_size
 STAGES = {  # what is measured: the process that does it
@@ -66,7 +72,7 @@ class Args:
     """replace outputs that exist"""
 
 
-def check(args):
+def check(args: Args) -> list[Path]:
     """Exit with one line on what cannot be, before any work starts. Returns the files to write."""
     for name in ("num_envs", "threads"):
         values = getattr(args, name)
@@ -86,7 +92,7 @@ def check(args):
     return files
 
 
-def rate(function, steps, seconds):
+def rate(function: Callable[[], Any], steps: float, seconds: float) -> float:
     """Steps per second of a function that does `steps` of them, called for `seconds` after one call to warm up."""
     function()
     started, calls = time.perf_counter(), 0
@@ -96,14 +102,14 @@ def rate(function, steps, seconds):
     return steps * calls / (time.perf_counter() - started)
 
 
-def iteration(num_envs, steps):
+def iteration(num_envs: int, steps: int) -> tuple[int, int]:
     """`num_steps` and `minibatch_size` of two iterations of some `steps` steps in all, in the default's minibatches."""
     num_steps = max(1, steps // (2 * num_envs))
     batch_size = num_steps * num_envs
     return num_steps, max(d for d in range(1, min(MINIBATCH, batch_size) + 1) if batch_size % d == 0)
 
 
-def measure_steps(num_envs, threads, seconds):
+def measure_steps(num_envs: int, threads: int, seconds: float) -> dict[str, float]:
     """Steps per second of physics, env, and env with cameras."""
     result = {}
     args = ppo_ballbot.Args(num_threads=threads)
@@ -133,7 +139,7 @@ def measure_steps(num_envs, threads, seconds):
     return result
 
 
-def measure_floor(num_envs, seconds):
+def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
     """Steps per second of one core that does nothing but one of the parts of training that no Python is in.
 
     MuJoCo steps robots from the start until they fall, under the noise of an untrained policy. The rest are the
@@ -188,7 +194,7 @@ def measure_floor(num_envs, seconds):
         return {name: rate(function, steps, seconds) for name, (function, steps) in parts.items()}
 
 
-def measure_training(num_envs, processes, cameras, steps):
+def measure_training(num_envs: int, processes: int, cameras: bool, steps: int) -> dict[str, float]:
     """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out).
 
     With cameras also those of its rollouts, which is all but learning.
@@ -209,7 +215,7 @@ def measure_training(num_envs, processes, cameras, steps):
     return {"rollout": 1 / (1 / training - 1 / learning), "training": training}
 
 
-def measure_sb3(kind, num_envs, steps):
+def measure_sb3(kind: str, num_envs: int, steps: int) -> dict[str, float]:
     """Steps per second of Stable-Baselines3's PPO on the single environment: same network, same hyperparameters."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -219,11 +225,11 @@ def measure_sb3(kind, num_envs, steps):
     class Features(BaseFeaturesExtractor):
         """Our frozen encoder's features of both frames, and proprioception."""
 
-        def __init__(self, space):
+        def __init__(self, space: gym.spaces.Dict) -> None:
             super().__init__(space, 56)
             self.encoder = ppo_ballbot.DepthEncoder().to(memory_format=torch.channels_last).requires_grad_(False)
 
-        def forward(self, obs):
+        def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
             depth = [self.encoder(obs[f"depth_{i}"]) for i in (0, 1)]
             keys = (*ballbot_env.PROPRIOCEPTION, "relative_image_timestamp")
             return torch.cat([obs[key] for key in keys] + depth, 1)
@@ -249,7 +255,7 @@ def measure_sb3(kind, num_envs, steps):
     return result
 
 
-def measure(process, num_envs, threads, args):
+def measure(process: str, num_envs: int, threads: int, args: Args) -> tuple[dict[str, float], float | None]:
     """One process's measurements: {stage: steps/s} and its peak memory in MiB, its children's added.
 
     SubprocVecEnv's processes are not its children, and their memory is not known (None).
@@ -271,7 +277,7 @@ def measure(process, num_envs, threads, args):
     return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def run(args):
+def run(args: Args) -> list[dict[str, Any]]:
     """All measurements: a list of {stage, num_envs, threads, round, steps_per_second, memory}."""
     setups = [(process, n, threads) for n in args.num_envs for threads in args.threads
               for process in dict.fromkeys(STAGES.values())]  # fmt: skip
@@ -294,19 +300,21 @@ def run(args):
     return records
 
 
-def select(records, stage, num_envs, threads, key="steps_per_second"):
+def select(
+    records: list[dict[str, Any]], stage: str, num_envs: int, threads: int, key: str = "steps_per_second"
+) -> list:
     """The values of one stage and setup, by round."""
     wanted = (stage, num_envs, threads)
     return [r[key] for r in records if (r["stage"], r["num_envs"], r["threads"]) == wanted]
 
 
-def spread(values, digits=0):
+def spread(values: Sequence[float], digits: int = 0) -> str:
     """`median (lowest to highest)` of values."""
     low, high = (f"{f(values):,.{digits}f}" for f in (min, max))
     return f"{statistics.median(values):,.{digits}f}" + (f" ({low} to {high})" if len(values) > 1 else "")
 
 
-def table(records, args):
+def table(records: list[dict[str, Any]], args: Args) -> str:
     """The results as Markdown."""
     head = ["envs", "threads", *STAGES, "training / physics", "memory (MiB)"]
     rows = []
@@ -353,7 +361,7 @@ def table(records, args):
     return "\n".join(lines + [""] * bool(targets) + targets) + "\n"
 
 
-def machine():
+def machine() -> str:
     """Processor, cores and versions, in a line."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -366,7 +374,7 @@ def machine():
             f"MuJoCo {mujoco.__version__}")  # fmt: skip
 
 
-def draw(records, args):
+def draw(records: list[dict[str, Any]], args: Args) -> "Figure":
     """The figure: steps per second over the number of environments."""
     from matplotlib.figure import Figure
 
@@ -403,7 +411,7 @@ def draw(records, args):
     return fig
 
 
-def main(args):
+def main(args: Args) -> None:
     files = check(args)
     print(machine())
     records = run(args)
@@ -417,7 +425,7 @@ def main(args):
     print("wrote " + ", ".join(map(str, files)))
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

@@ -5,8 +5,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ import tyro
 
 import ballbot_runs
 import ppo_ballbot
-from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP
+from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, BallbotVectorEnv
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
@@ -50,27 +52,27 @@ class Conditions:
 
 
 @ballbot_runs.closed_output_ends()
-def command(main, flags, **kwargs):
+def command(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
     """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
     called = Path(sys.argv[0])
     name = f"python -m ballbot_utils.{called.stem}" if called.suffix == ".py" else called.name
     main(tyro.cli(flags, prog=name, **kwargs))
 
 
-def need(good: bool, message: str):
+def need(good: Any, message: str) -> None:
     """Exit with one line unless `good`."""
     if not good:
         ballbot_runs.stop(message)
 
 
-def need_from(args, low: float, *names: str):
+def need_from(args: Any, low: float, *names: str) -> None:
     """Exit with one line on the first of these flags that is given and not a finite number from `low` on."""
     for name in names:
         value = getattr(args, name)
         need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
-def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str):
+def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str) -> None:
     """Exit with one line where the file `path` of a flag cannot be written, or its name ends in none of `suffixes`."""
     try:
         need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
@@ -84,7 +86,7 @@ def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str):
         need(False, f"{flag} is {path}, which cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
-def write(path, save):
+def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Let `save(part)` write a file beside `path`, which then takes its place: what was there outlives a failure.
 
     Exits with one line where the disk fails.
@@ -100,7 +102,7 @@ def write(path, save):
             part.unlink()
 
 
-def check_conditions(args: Conditions):
+def check_conditions(args: Conditions) -> None:
     """Exit with one line on the first of the flags in `Conditions` that cannot be."""
     need_from(args, 1, "horizon")
     need_from(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
@@ -118,7 +120,7 @@ def check_conditions(args: Conditions):
 _progress_shown = 0.0
 
 
-def progress(line: str, share: float):
+def progress(line: str, share: float) -> None:
     """Show how far a long job is: in place on a terminal, else a line every half minute."""
     global _progress_shown
     now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -129,13 +131,16 @@ def progress(line: str, share: float):
     print(f"[{bar:<20}] {line}".ljust(100), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
 
 
-def clear_progress():
+def clear_progress() -> None:
     """Wipe the line of progress off a terminal."""
     if sys.stderr.isatty():
         print(" " * 100, end="\r", file=sys.stderr, flush=True)
 
 
 # Policies
+
+Act = Callable[[dict], np.ndarray]  # observations, (n, ...), to actions, (n, 3)
+EpisodePolicy = Callable[[BallbotVectorEnv, torch.Generator], Act]  # as `play` wants it
 
 
 def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
@@ -165,7 +170,7 @@ def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
     return agent, train_args, step
 
 
-def trained(agent: ppo_ballbot.Agent, stochastic: bool = False):
+def trained(agent: ppo_ballbot.Agent, stochastic: bool = False) -> EpisodePolicy:
     """A trained policy for `play`; a stochastic one draws its actions."""
 
     def start(envs, generator):
@@ -178,7 +183,7 @@ def trained(agent: ppo_ballbot.Agent, stochastic: bool = False):
 # Episodes
 
 
-def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy) -> dict:
+def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Path) -> dict[str, Any]:
     """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
     task = {
         "terrain": args.terrain or train_args.terrain,
@@ -199,7 +204,7 @@ def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy) -> dict:
     return task
 
 
-def begin(envs, seed: int, horizon: int):
+def begin(envs: BallbotVectorEnv, seed: int, horizon: int) -> tuple[dict, dict]:
     """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
 
     Up to 4000 steps nothing changes. For longer ones the starts are squeezed towards y = -18 m so that
@@ -215,7 +220,14 @@ def begin(envs, seed: int, horizon: int):
     return obs, info
 
 
-def play(envs, obs, policy, args, rng, generator):
+def play(
+    envs: BallbotVectorEnv,
+    obs: dict,
+    policy: EpisodePolicy,
+    args: Conditions,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Iterator[tuple[int, np.ndarray, tuple]]:
     """Go on for ever from the first observations of new episodes, disturbed as `args` (Conditions) say.
 
     `policy(envs, generator)` begins new episodes and returns a function from observations, a dict of (n, ...), to
@@ -231,7 +243,7 @@ def play(envs, obs, policy, args, rng, generator):
         yield steps, actions, result
 
 
-def disturb(obs, envs, std, generator):
+def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generator: torch.Generator) -> dict:
     """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place."""
     if not std:
         return obs
@@ -245,7 +257,7 @@ def disturb(obs, envs, std, generator):
     return noisy
 
 
-def push(envs, args, step, rng):
+def push(envs: BallbotVectorEnv, args: Conditions, step: int, rng: np.random.Generator) -> None:
     """Apply or end the push that is due before `step` (0 is the first of an episode).
 
     Where actions are held, a push lasts as many of them as 20 ms need, at least one, and its impulse stays."""

@@ -30,6 +30,7 @@ KL, VALUE_LOSS, EXPLAINED = "losses/approx_kl", "losses/value_loss", "losses/exp
 STD = "charts/action_std"
 TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, KL, VALUE_LOSS, EXPLAINED, STD)
 WINDOW = 10  # iterations whose median smooths a curve
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Args:
     """replace a --json file that exists"""
 
 
-def check(args):
+def check(args: Args) -> None:
     """Exit with one line on what cannot be, before any work starts."""
     need(args.runs, "no runs given: give folders of runs, runs/<name>")
     for run in args.runs:
@@ -54,13 +55,13 @@ def check(args):
         need_file("--json", Path(args.json), args.overwrite, ".json")
 
 
-def read(run):
+def read(run: Path) -> tuple[dict[str, str], dict[str, Curve]]:
     """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, values)}, arrays."""
     hyperparameters, curves = plot.read(run, TAGS)
     return hyperparameters, {tag: (steps, values) for tag, (steps, _, values) in curves.items()}
 
 
-def smooth(steps, values):
+def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
     """Medians over WINDOW iterations (of a short curve, over a quarter of it), each at its window's last step."""
     if not len(values):
         return steps, values
@@ -75,7 +76,7 @@ def smooth(steps, values):
 LEARNING_FROM, LEARNING_AFTER, LEARNING_GAIN = 100_000, 250_000, 1.2
 
 
-def not_learning(steps, returns):
+def not_learning(steps: np.ndarray, returns: np.ndarray) -> str | None:
     """The return never rose above where it was in the first 100,000 steps."""
     if not len(steps) or steps[-1] < LEARNING_AFTER:
         return None
@@ -94,7 +95,7 @@ def not_learning(steps, returns):
 RETURN_DROP, VALUE_LOSS_GROWTH, VALUE_LOSS_AFTER = 0.25, 10, 60_000
 
 
-def falling(steps, returns):
+def falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
     """The return is down from its best. (The guide also names an oscillating policy loss; good runs have one too.)"""
     steps, returns = smooth(steps, returns)
     if not len(steps) or returns.max() <= 0:
@@ -107,7 +108,7 @@ def falling(steps, returns):
             f"{100 * drop:.0f} % down")  # fmt: skip
 
 
-def value_loss_rising(steps, losses):
+def value_loss_rising(steps: np.ndarray, losses: np.ndarray) -> str | None:
     """The value loss has risen from its lowest."""
     steps, losses = smooth(steps, losses)
     if not len(steps) or steps[-1] < VALUE_LOSS_AFTER or losses[-1] < VALUE_LOSS_GROWTH * losses.min():
@@ -121,7 +122,7 @@ def value_loss_rising(steps, losses):
 PACE_STEPS, REFERENCE_PACE, SLOW_PACE, STANDING = 1_000_000, 10.7, 5, 80
 
 
-def slow(steps, returns):
+def slow(steps: np.ndarray, returns: np.ndarray) -> str | None:
     """The return rises more slowly than the reference's, and is not yet what standing still returns."""
     steps, returns = smooth(steps, returns)
     if not len(steps) or steps[-1] - steps[0] < PACE_STEPS or returns[-1] >= STANDING:
@@ -138,7 +139,7 @@ def slow(steps, returns):
 EVAL_SHARE, EVAL_TIMES = 0.75, 2
 
 
-def overfitting(steps, returns, eval_steps, eval_returns):
+def overfitting(steps: np.ndarray, returns: np.ndarray, eval_steps: np.ndarray, eval_returns: np.ndarray) -> str | None:
     """Evaluations on unseen terrain stay below training."""
     if not len(steps) or len(eval_steps) < EVAL_TIMES:
         return None
@@ -156,7 +157,7 @@ def overfitting(steps, returns, eval_steps, eval_returns):
 STD_SMALL, STD_LARGE, STD_GROWTH = 0.1, 1.0, 1.01
 
 
-def entropy_collapse(steps, stds, length_steps, lengths):
+def entropy_collapse(steps: np.ndarray, stds: np.ndarray, length_steps: np.ndarray, lengths: np.ndarray) -> str | None:
     """Actions are all but deterministic before the robot balances."""
     if not len(steps) or stds[-1] >= STD_SMALL or (len(lengths) and lengths[-1] > TARGET_LENGTH):
         return None
@@ -165,7 +166,7 @@ def entropy_collapse(steps, stds, length_steps, lengths):
             f"and episodes not yet of {TARGET_LENGTH} steps")  # fmt: skip
 
 
-def entropy_growing(steps, stds):
+def entropy_growing(steps: np.ndarray, stds: np.ndarray) -> str | None:
     """The action noise grows beyond the range of actions: the entropy bonus outweighs the return."""
     if not len(steps) or stds[-1] <= STD_LARGE or stds[-1] < STD_GROWTH * stds.min():
         return None
@@ -178,7 +179,7 @@ def entropy_growing(steps, stds):
 EXPLAINED_SMALL, EXPLAINED_AFTER = 0.5, 80_000
 
 
-def value_lagging(steps, explained):
+def value_lagging(steps: np.ndarray, explained: np.ndarray) -> str | None:
     """The value function explains too little of the returns."""
     steps, explained = smooth(steps, explained)
     if not len(steps) or steps[-1] < EXPLAINED_AFTER or explained[-1] >= EXPLAINED_SMALL:
@@ -191,7 +192,7 @@ def value_lagging(steps, explained):
 KL_LARGE, KL_TIMES, KL_SHARE, KL_SMALL = 0.05, 3, 0.01, 0.001
 
 
-def kl_large(steps, kls):
+def kl_large(steps: np.ndarray, kls: np.ndarray) -> str | None:
     """The policy takes steps too large, in 1 % of the iterations or more."""
     large = kls > KL_LARGE
     if large.sum() < max(KL_TIMES, KL_SHARE * len(kls)):
@@ -200,7 +201,7 @@ def kl_large(steps, kls):
             f"steps, most at {steps[kls.argmax()]:,.0f}: {kls.max():.2g}")  # fmt: skip
 
 
-def kl_small(steps, kls):
+def kl_small(steps: np.ndarray, kls: np.ndarray) -> str | None:
     """The policy hardly moves. The median of all iterations: where the learning rate falls to 0, so does the KL."""
     if len(kls) < KL_TIMES or np.median(kls) >= KL_SMALL:
         return None
@@ -210,7 +211,7 @@ def kl_small(steps, kls):
 # The remedies: the guide's, as factors on the run's own values and within the guide's ranges.
 
 
-def remedies(params):
+def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
     """{finding: {flag: value}} for a run's hyperparameters, {name: text}."""
     default = asdict(TrainArgs())
 
@@ -264,7 +265,7 @@ def remedies(params):
     }  # fmt: skip
 
 
-def diagnose(params, curves):
+def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str, str, str]]:
     """Findings of a run, [(name, evidence, flags)], the causes before what follows from them.
 
     A flag that a finding before has set to another value is left out.
@@ -298,7 +299,7 @@ def diagnose(params, curves):
 PLATEAU_STEPS, IMPROVEMENT, SEEDS, SEED_SPREAD = 1_000_000, TARGET_RETURN / 100, 3, 0.8
 
 
-def stalled_for(steps, returns):
+def stalled_for(steps: np.ndarray, returns: np.ndarray) -> float:
     """Steps since the return last improved."""
     best, at = -np.inf, steps[-1]
     for step, value in zip(*smooth(steps, returns)):
@@ -307,7 +308,7 @@ def stalled_for(steps, returns):
     return steps[-1] - at
 
 
-def stop_rule(curves, ended, found):
+def stop_rule(curves: list[dict[str, Curve]], ended: bool, found: bool) -> tuple[dict[str, tuple[bool, str]], str]:
     """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and a verdict.
 
     `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them.
@@ -348,7 +349,7 @@ def stop_rule(curves, ended, found):
     return conditions, verdict
 
 
-def main(args):
+def main(args: Args) -> None:
     check(args)
     params, curves = [], []
     for run in args.runs:
@@ -404,7 +405,7 @@ def main(args):
     print(text if args.json == "-" else "\n".join(lines))
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

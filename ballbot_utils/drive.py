@@ -10,6 +10,7 @@ and disturbances are those of `python -m ballbot_utils.evaluate`.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +20,7 @@ import tyro
 from ballbot_env import TIMESTEP
 from ballbot_utils.common import (
     Conditions,
+    EpisodePolicy,
     begin,
     check_conditions,
     command,
@@ -31,6 +33,9 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.watch import check_display, render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEP, TOP = 0.1, 0.6  # m/s, by which a key changes the command, and up to which
 KEYS = {262: (STEP, 0), 263: (-STEP, 0), 264: (0, -STEP), 265: (0, STEP)}  # GLFW's codes: right, left, down, up
@@ -50,7 +55,7 @@ class Args(Conditions):
     """file for a picture of velocity against command, .png; with --script"""
 
 
-def check(args):
+def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
     if args.plot:
@@ -65,7 +70,7 @@ def check(args):
         need(args.script.is_file(), f"--script is {args.script}: there is no such file")
 
 
-def read(path):
+def read(path: Path) -> np.ndarray:
     """The commands in a file, (n, 3): seconds, and x and y of the velocity, m/s; exits with one line on a bad one."""
     rows = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
@@ -82,7 +87,9 @@ def read(path):
     return np.array(rows)
 
 
-def follow(policy, args, task, commands):
+def follow(
+    policy: EpisodePolicy, args: Args, task: dict[str, Any], commands: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """Follow `commands` of `read` for one episode.
 
     Returns times (n,), s, commands (n, 2) and velocities (n, 2) after each action, m/s, and how it ended: "fell", "left
@@ -112,7 +119,7 @@ def follow(policy, args, task, commands):
             obs["command"][:] = wanted
 
 
-def report(commands, times, errors, end):
+def report(commands: np.ndarray, times: np.ndarray, errors: np.ndarray, end: str) -> str:
     """The mean tracking error of each command and of all, as lines of text."""
     lines = ["seconds      vx      vy   tracking error (m/s)"]
     start = 0.0
@@ -124,7 +131,7 @@ def report(commands, times, errors, end):
     return "\n".join(lines + ([f"{end} at {times[-1]:.2f} s"] if end else []))
 
 
-def draw(times, wanted, velocities):
+def draw(times: np.ndarray, wanted: np.ndarray, velocities: np.ndarray) -> "Figure":
     """A figure of velocity against command, a panel each for x and y."""
     from matplotlib.figure import Figure
 
@@ -139,7 +146,7 @@ def draw(times, wanted, velocities):
     return figure
 
 
-def by_keys(policy, args, task):
+def by_keys(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
     """Drive by keyboard in MuJoCo's window until it is closed."""
     wanted = np.zeros(2)
 
@@ -159,7 +166,7 @@ def by_keys(policy, args, task):
     render(policy, args, task, on_key, steer)
 
 
-def main(args):
+def main(args: Args) -> None:
     check(args)
     if args.script:
         commands = read(args.script)
@@ -179,7 +186,7 @@ def main(args):
         write(args.plot, lambda part: draw(times, wanted, velocities).savefig(part, dpi=150))
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

@@ -17,17 +17,21 @@ and the frames' age have none.
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from numpy.typing import ArrayLike
 
 from ballbot_env import TIMESTEP
 from ballbot_utils.common import (
     Conditions,
+    EpisodePolicy,
     begin,
     check_conditions,
     clear_progress,
@@ -42,7 +46,8 @@ from ballbot_utils.common import (
     trained,
     write,
 )
-from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
+from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Agent
+from ppo_ballbot import Args as TrainArgs
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
 
@@ -71,7 +76,7 @@ class Args(Figures):
     """evaluate on the training terrain too and print the gap, the guide's sign of overfitting; doubles the time"""
 
 
-def label(path, paths):
+def label(path: Path, paths: Sequence[Path]) -> str:
     """A short name for a checkpoint: its run's, with the file's unless that is best.pt; the whole path if ambiguous."""
 
     def short(path):
@@ -82,7 +87,7 @@ def label(path, paths):
     return short(path) if [short(p) for p in paths].count(short(path)) == 1 else str(path)
 
 
-def check(args):
+def check(args: Figures) -> None:
     """Exit with one line on the first flag in `Figures` that cannot be, before any work starts."""
     need_from(args, 1, "episodes")
     need_from(args, 0, "num_threads")
@@ -91,7 +96,7 @@ def check(args):
         need_file("--json", Path(args.json), args.overwrite, ".json")
 
 
-def run_episodes(policy, args, task, title=""):
+def run_episodes(policy: EpisodePolicy, args: Figures, task: dict[str, Any], title: str = "") -> dict[str, np.ndarray]:
     """Play `args.episodes` episodes under the conditions `task`.
 
     `policy` is as `play` wants it. Returns a dict of arrays (episodes,), in the order of their seeds: return, length
@@ -144,7 +149,9 @@ def run_episodes(policy, args, task, title=""):
 # Statistics
 
 
-def bootstrap_interval(values, minus=(0.0,), resamples=2000, level=0.95, seed=0):
+def bootstrap_interval(
+    values: ArrayLike, minus: ArrayLike = (0.0,), resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean of `values` (n,), less that of `minus` (m,)."""
     rng = np.random.default_rng(seed)
 
@@ -157,7 +164,7 @@ def bootstrap_interval(values, minus=(0.0,), resamples=2000, level=0.95, seed=0)
     return float(low), float(high)
 
 
-def summarise(episodes):
+def summarise(episodes: dict[str, np.ndarray]) -> dict[str, Any]:
     """Means with intervals of every quantity, counts of falls, and whether the targets hold."""
     summary = {"episodes": len(episodes["return"])}
     for name in [name for name in episodes if name not in ("fell", "left")]:
@@ -168,7 +175,14 @@ def summarise(episodes):
     return summary | {"targets": {name: summary[name]["mean"] > target for name, target in targets}}
 
 
-def column(label, args, task, episodes, global_step=0, stochastic=False):
+def column(
+    label: str,
+    args: Figures,
+    task: dict[str, Any],
+    episodes: dict[str, np.ndarray],
+    global_step: int = 0,
+    stochastic: bool = False,
+) -> dict[str, Any]:
     """What `table` shows of the `episodes` (of `run_episodes`) that one policy played, as a dict."""
     return {
         "label": label,
@@ -186,7 +200,7 @@ def column(label, args, task, episodes, global_step=0, stochastic=False):
     }
 
 
-def table(results, width):
+def table(results: list[dict[str, Any]], width: int) -> str:
     """The results side by side, in as many blocks as the width (characters) needs."""
 
     def interval(name, digits):
@@ -250,7 +264,7 @@ def table(results, width):
     return "\n".join(lines)
 
 
-def notes(args, results):
+def notes(args: Figures, results: list[dict[str, Any]]) -> str:
     """What a reader of the table should know, a line each."""
     lines = [f"In brackets: 95 % bootstrap intervals of the mean over {args.episodes} episodes."]
     usual = {"push": 0, "obs_noise": 0, "terrain_amplitude": 0.1}
@@ -278,7 +292,9 @@ def notes(args, results):
     return "\n".join(lines)
 
 
-def evaluate(args, loaded, tasks):
+def evaluate(
+    args: Args, loaded: list[tuple[Path, Agent, TrainArgs, int]], tasks: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Evaluate every checkpoint; returns a list of dicts, one per column of the table."""
     results = []
     modes = (False, True) if args.stochastic else (False,)
@@ -305,7 +321,7 @@ def evaluate(args, loaded, tasks):
     return results
 
 
-def show(args, results):
+def show(args: Figures, results: list[dict[str, Any]]) -> None:
     """Print the table and its notes, and write --json."""
     text = table(results, shutil.get_terminal_size((160, 24)).columns) + "\n" + notes(args, results)
     print(text, file=sys.stderr if args.json == "-" else sys.stdout)
@@ -316,7 +332,7 @@ def show(args, results):
         write(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
 
 
-def main(args):
+def main(args: Args) -> None:
     need(args.checkpoints, "no checkpoints given: give .pt files or folders of runs, runs/<name>")
     check(args)
     torch.set_num_threads(1)  # as in training, whose own evaluations then have the same figures to the last bit
@@ -330,7 +346,7 @@ def main(args):
     show(args, evaluate(args, loaded, tasks))
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import PROPRIOCEPTION, TIMESTEP
+from ballbot_env import PROPRIOCEPTION, TIMESTEP, BallbotVectorEnv
 from ballbot_utils.common import Conditions, clear_progress, command, conditions, load, need, need_file, progress, write
 from ppo_ballbot import Agent, Policy
 
@@ -35,11 +35,11 @@ class Args:
 class Exported(torch.nn.Module):
     """What `Policy` computes, from an observation's arrays to actions, in operations that ONNX has."""
 
-    def __init__(self, agent):
+    def __init__(self, agent: Agent) -> None:
         super().__init__()
         self.agent = agent
 
-    def forward(self, obs):
+    def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
         agent, proprio = self.agent, dict(obs)
         if agent.body_frame:
             proprio |= body_frame(obs["orientation"], obs["vel"])
@@ -51,7 +51,7 @@ class Exported(torch.nn.Module):
         return agent.actor(agent.features(torch.cat(values, 1), depth)).clamp(-1, 1)
 
 
-def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict:
+def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `ppo_ballbot.proprioception` makes of `ballbot_env.in_body_frame`, in torch: lean with heading, velocity."""
     angle = orientation.square().sum(1, keepdim=True).sqrt()
     axis = orientation * torch.sin(angle / 2) / angle.clamp(min=1e-6)
@@ -67,7 +67,7 @@ def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict:
     return {"orientation": torch.stack([*rotation[2][:2], *heading], 1), "vel": torch.stack(seen, 1)}
 
 
-def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path):
+def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path) -> None:
     """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
     keys = list(PROPRIOCEPTION)
     keys += ["depth_0", "depth_1", "relative_image_timestamp"] if agent.encoder is not None else []
@@ -82,7 +82,7 @@ def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: P
     program.save(path, external_data=False)
 
 
-def largest_difference(path: Path, agent: Agent, envs: gym.vector.VectorEnv) -> tuple[float, int]:
+def largest_difference(path: Path, agent: Agent, envs: BallbotVectorEnv) -> tuple[float, int]:
     """Play an episode by PyTorch; the largest difference of ONNX Runtime's actions, and the number of actions."""
     import onnxruntime
 
@@ -104,7 +104,7 @@ def largest_difference(path: Path, agent: Agent, envs: gym.vector.VectorEnv) -> 
     return worst, steps
 
 
-def main(args):
+def main(args: Args) -> None:
     """Write the file, check it, and say by how much it differs."""
     need(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
     need_file("the output", args.output, args.overwrite, ".onnx")
@@ -135,7 +135,7 @@ def main(args):
     write(args.output, save_checked)
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

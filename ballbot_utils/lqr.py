@@ -10,14 +10,16 @@ x and y of the velocity in the robot's frame (m/s). The wheels' speeds follow fr
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ballbot_env import TIMESTEP, in_body_frame
 from ballbot_utils import evaluate
-from ballbot_utils.common import clear_progress, command, conditions, need
+from ballbot_utils.common import Act, clear_progress, command, conditions, need
 from ppo_ballbot import Args as TrainArgs
 
 HOLD = 2  # steps that an action is held
@@ -35,24 +37,24 @@ class Args(evaluate.Figures):
     """heading to keep while driving, rad, 0 facing the goal"""
 
 
-def state_of(obs):
+def state_of(obs: dict[str, np.ndarray]) -> np.ndarray:
     """The state (n, 8) of a batch of observations."""
     lean, heading, velocity = in_body_frame(obs["orientation"], obs["vel"])
     return np.concatenate([lean, heading, obs["angular_vel"], velocity[:, :2]], 1)
 
 
-def turned(vectors, angle):
+def turned(vectors: np.ndarray, angle: np.ndarray) -> np.ndarray:
     """`vectors` (n, 2), turned about z by `angle` (n,) in rad."""
     x, y, cos, sin = *vectors.T, np.cos(angle), np.sin(angle)
     return np.stack([cos * x - sin * y, sin * x + cos * y], 1)
 
 
-def fit(inputs, outputs):
+def fit(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """The matrix (outputs, inputs) that maps rows of `inputs` to rows of `outputs` with the least squares of errors."""
     return np.linalg.lstsq(inputs, outputs, rcond=None)[0].T
 
 
-def identify(wheel_damping, num_envs=256, actions=50):
+def identify(wheel_damping: float, num_envs: int = 256, actions: int = 50) -> tuple[np.ndarray, np.ndarray]:
     """A (8, 8) and B (8, 3) of the state after an action is held, by random actions from rest on level ground."""
     envs = gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain="flat", cameras=False, wheel_damping=wheel_damping,
                         frame_skip=HOLD, max_tilt=60.0)  # fmt: skip
@@ -74,7 +76,7 @@ def identify(wheel_damping, num_envs=256, actions=50):
     return a, b
 
 
-def feedback(a, b):
+def feedback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The gain (3, 10): action = -gain @ (state, integrals), by iterating the Riccati equation."""
     with_integrals = np.eye(10)
     with_integrals[:8, :8], with_integrals[8:, 6:8] = a, HOLD * TIMESTEP * np.eye(2)
@@ -88,7 +90,7 @@ def feedback(a, b):
     sys.exit("error: the iteration of the Riccati equation did not converge: give another --wheel-damping")
 
 
-def regulator(gain, feedforward, goals, heading=0.0):
+def regulator(gain: np.ndarray, feedforward: np.ndarray, goals: ArrayLike, heading: float = 0.0) -> Callable[..., Act]:
     """A policy for `common.play`: drives at velocities `goals`, m/s, (2,) or (n, 2).
 
     `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the robot's frame.
@@ -113,7 +115,7 @@ def regulator(gain, feedforward, goals, heading=0.0):
     return start
 
 
-def steady_actions(gain, wheel_damping, num_envs=64):
+def steady_actions(gain: np.ndarray, wheel_damping: float, num_envs: int = 64) -> np.ndarray:
     """Actions (3, 2) of a steady drive by velocity in the robot's frame, measured on level ground."""
     envs = gym.make_vec("Ballbot-v0", num_envs=num_envs, terrain="flat", cameras=False, wheel_damping=wheel_damping,
                         frame_skip=HOLD)  # fmt: skip
@@ -134,13 +136,13 @@ def steady_actions(gain, wheel_damping, num_envs=64):
     return fit(means[:, :2], means[:, 2:])
 
 
-def design(wheel_damping):
+def design(wheel_damping: float) -> tuple[np.ndarray, np.ndarray]:
     """Feedback gain (3, 10) and feedforward (3, 2) for a robot of the given wheel damping, N·m·s/rad."""
     gain = feedback(*identify(wheel_damping))
     return gain, steady_actions(gain, wheel_damping)
 
 
-def main(args):
+def main(args: Args) -> None:
     for name in ("speed", "heading"):
         need(np.isfinite(getattr(args, name)), f"--{name} is {getattr(args, name)}: give a finite number")
     evaluate.check(args)
@@ -153,7 +155,7 @@ def main(args):
     evaluate.show(args, [evaluate.column(label, args, task, episodes)])
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

@@ -8,9 +8,11 @@ written too.
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tyro
@@ -18,6 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ballbot_utils.common import command, need, need_file, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EVENT_FILES = "events.out.tfevents.*"
 # One row of panels each: what it shows, training means, deterministic evaluations, target.
@@ -32,6 +37,7 @@ QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
 MARKERS = "os^Dv<>"
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, minutes, values
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Args:
     """return that a classic controller reaches, by python -m ballbot_utils.lqr: a line to compare with"""
 
 
-def check(args):
+def check(args: Args) -> tuple[Path, Path]:
     """Exit with one line on what cannot be, before any work starts. Returns the two files to write."""
     need(args.runs, "no runs given: give folders of runs, runs/<name>")
     seen = set()
@@ -69,7 +75,7 @@ def check(args):
     return files
 
 
-def read(run, tags=TAGS):
+def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[str, Curve]]:
     """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, minutes, values)}, arrays.
 
     There is one event file for each time that the run was started or resumed. Minutes count from the first
@@ -98,7 +104,7 @@ def read(run, tags=TAGS):
     return hyperparameters, curves
 
 
-def group_runs(hyperparameters):
+def group_runs(hyperparameters: list[dict[str, str]]) -> list[list[int]]:
     """Lists of indices of the runs that differ only in what is IGNORED, in the order of their first runs."""
     groups = {}
     for i, params in enumerate(hyperparameters):
@@ -107,7 +113,7 @@ def group_runs(hyperparameters):
     return list(groups.values())
 
 
-def differing_flags(hyperparameters):
+def differing_flags(hyperparameters: list[dict[str, str]]) -> list[list[str]]:
     """For each group's hyperparameters, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
     names = [name for name in dict.fromkeys(name for params in hyperparameters for name in params)
              if name not in IGNORED and len({params.get(name) for params in hyperparameters}) > 1]  # fmt: skip
@@ -119,7 +125,7 @@ def differing_flags(hyperparameters):
     return [[flag(name, params[name]) for name in names if name in params] for params in hyperparameters]
 
 
-def common_grid(curves, num=500):
+def common_grid(curves: list[Curve], num: int = 500) -> Curve:
     """Curves of a group's runs, a list of (steps, minutes, values), on even steps where all of them have values.
 
     Returns steps (num,), the median minutes at which runs got there (num,), and values (runs, num), interpolated;
@@ -131,13 +137,13 @@ def common_grid(curves, num=500):
     return grid, np.median(minutes, 0), np.array([np.interp(grid, steps, values) for steps, _, values in curves])
 
 
-def median_and_band(values):
+def median_and_band(values: np.ndarray) -> np.ndarray:
     """Median, low and high (n,) of values (seeds, n): the band is the range, from 5 seeds on the quartiles."""
     band = (25, 75) if len(values) >= QUARTILES_FROM else (0, 100)
     return np.percentile(values, (50, *band), axis=0)
 
 
-def evaluations(curves):
+def evaluations(curves: list[Curve]) -> Curve:
     """Evaluations at the steps that all runs have, as `common_grid`: steps (n,), minutes (n,), values (runs, n)."""
     steps = sorted(set.intersection(*(set(steps) for steps, _, _ in curves)))
     columns = [np.searchsorted(curve[0], steps) for curve in curves]
@@ -146,7 +152,7 @@ def evaluations(curves):
     return np.array(steps), np.median(minutes, 0), values
 
 
-def draw(groups, labels, lqr=None):
+def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float | None = None) -> "Figure":
     """The figure. `groups`: for each a list of its runs' curves, as `read` returns them; `lqr`: a return to mark."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -216,7 +222,7 @@ def draw(groups, labels, lqr=None):
     return fig
 
 
-def main(args):
+def main(args: Args) -> None:
     files = check(args)
     runs, hyperparameters, curves = [], [], []
     for run in args.runs:
@@ -268,7 +274,7 @@ def main(args):
     print(f"wrote {files[0]} and {files[1]}")
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

@@ -14,7 +14,7 @@ from ppo_ballbot_schedules import Args, kl_adapted, learning_rate_now, scheduled
 OUTPUT = Path(__file__).resolve().parents[1] / "benchmark" / "schedules.png"
 
 
-def main():
+def main() -> None:
     """Draw them to OUTPUT."""
     args, done = Args(), np.linspace(0, 1, 601)
     figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")

@@ -10,8 +10,10 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +69,7 @@ class Args:
     """weight of the loss that keeps features centred and within the range of tanh"""
 
 
-def height_at(heights, x, y):
+def height_at(heights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Bilinear terrain heights, m, at x and y, m, arrays of any one shape."""
     cell = 2 * TERRAIN_EXTENT / (len(heights) - 1)
     col, row = (x + TERRAIN_EXTENT) / cell, (y + TERRAIN_EXTENT) / cell
@@ -78,7 +80,7 @@ def height_at(heights, x, y):
     return near * (1 - v) + far * v
 
 
-def random_poses(rng, heights, n):
+def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and what probes look for.
 
     Tilts are up to 20° in any direction, small ones more often (half are below 5°); yaw is near 0, as the robot
@@ -115,7 +117,7 @@ def random_poses(rng, heights, n):
     return position, quaternion, np.stack([tilt_x, tilt_y, *slopes], 1)
 
 
-def make_frames(rng, terrain_seeds, n):
+def make_frames(rng: np.random.Generator, terrain_seeds: Sequence[int], n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, 4)."""
     model = make_model("flat")
     frames, targets = torch.empty(n, 2, SIZE, SIZE), []
@@ -133,7 +135,7 @@ def make_frames(rng, terrain_seeds, n):
 class Decoder(nn.Module):
     """Features (n, 20) and the camera's index (n,) to standardised frames (n, 64, 64)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(DepthEncoder.num_features + 2, 256),
@@ -143,12 +145,12 @@ class Decoder(nn.Module):
             nn.Linear(256, SIZE * SIZE),
         )
 
-    def forward(self, features, camera):
+    def forward(self, features: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         one_hot = nn.functional.one_hot(camera, 2).to(features.dtype)
         return self.layers(torch.cat([features, one_hot], 1)).view(-1, SIZE, SIZE)
 
 
-def fit(args, frames, mean, std):
+def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> tuple[DepthEncoder, Decoder]:
     """Train encoder and decoder on frames (n, 2, 64, 64). Returns both.
 
     Most of a frame is the same in all: what matters for control moves it by millimetres. So the loss compares
@@ -190,13 +192,15 @@ def fit(args, frames, mean, std):
 
 
 @torch.no_grad()
-def encode(encoder, frames):
+def encode(encoder: DepthEncoder, frames: torch.Tensor) -> torch.Tensor:
     """Features (n, 40) of frames (n, 2, 64, 64), as ppo_ballbot.py lays them out."""
     return torch.cat([encoder(part.flatten(0, 1)[:, None]).view(len(part), -1) for part in frames.split(64)])
 
 
 @torch.no_grad()
-def reconstruct(encoder, decoder, frames, mean, std):
+def reconstruct(
+    encoder: DepthEncoder, decoder: Decoder, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """Frames (n, 2, 64, 64) rebuilt from their features."""
     features = encode(encoder, frames).view(-1, DepthEncoder.num_features)
     camera = torch.arange(2).repeat(len(frames))
@@ -204,7 +208,9 @@ def reconstruct(encoder, decoder, frames, mean, std):
     return torch.cat(parts).view(frames.shape) * std + mean
 
 
-def probe(train_x, train_y, val_x, val_y, noise=0.0):
+def probe(
+    train_x: torch.Tensor, train_y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, noise: float = 0.0
+) -> torch.Tensor:
     """R² (k,) on held-out data of linear regression from x (n, features) to y (n, k); `noise` is added to x."""
 
     def prepare(x):
@@ -216,7 +222,9 @@ def probe(train_x, train_y, val_x, val_y, noise=0.0):
     return 1 - error / val_y.double().var(0, correction=0)
 
 
-def probe_all(train_x, train_y, val_x, val_y, noise=0.0):
+def probe_all(
+    train_x: torch.Tensor, train_y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, noise: float = 0.0
+) -> list[float]:
     """R² of tilt x, y; slope x, y; tilt to the ground x, y; and slope x, y when the tilt is given as well."""
 
     def with_relative(y):  # a slope along y is a turn about x, one along x a turn about -y
@@ -228,7 +236,7 @@ def probe_all(train_x, train_y, val_x, val_y, noise=0.0):
     return torch.cat([alone, probe(train_x, train_y[:, 2:], val_x, val_y[:, 2:], noise)]).tolist()
 
 
-def save_picture(path, frames, rebuilt, mean):
+def save_picture(path: Path, frames: torch.Tensor, rebuilt: torch.Tensor, mean: torch.Tensor) -> None:
     """PNG: held-out frames, rebuilt ones, both as deviations from the mean frame, and their difference."""
     import matplotlib
 
@@ -254,7 +262,7 @@ def save_picture(path, frames, rebuilt, mean):
     plt.close(figure)
 
 
-def check(args):
+def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     need_from(args, 1, "num_terrains", "epochs", "batch_size")
     need_from(args, 0, "seed", "num_threads", "feature_coef")
@@ -275,7 +283,7 @@ def check(args):
          "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
 
 
-def pretrain(args):
+def pretrain(args: Args) -> dict[str, Any]:
     """Make, measure and save an encoder by `args`. Returns what was saved."""
     check(args)
     torch.manual_seed(args.seed)
@@ -348,7 +356,7 @@ def pretrain(args):
     return content
 
 
-def cli():
+def cli() -> None:
     command(pretrain, Args, description=__doc__)
 
 

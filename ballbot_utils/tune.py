@@ -30,11 +30,13 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Generator, Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -44,7 +46,7 @@ from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 try:
     import optuna
-    from optuna.trial import TrialState
+    from optuna.trial import FrozenTrial, TrialState
 except ImportError:
     sys.exit("error: tuning needs Optuna: pip install -r requirements-tune.txt")
 
@@ -120,11 +122,11 @@ class Search:
     deadline: float
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """Where its trials lie."""
         return Path("runs") / self.name
 
-    def settings(self, params):
+    def settings(self, params: dict[str, Any]) -> dict[str, Any]:
         """Every flag of a trial."""
         chosen = {}
         for name, value in params.items():
@@ -143,7 +145,7 @@ class TimeUp(Exception):
 # The space
 
 
-def base_settings(script, flags):
+def base_settings(script: Path, flags: list[str]) -> tuple[ModuleType, dict[str, Any]]:
     """The script's module, and every flag as a trial has it: the script's own parser on what came after `--`."""
     need(script.is_file(), f"--script {script} does not exist")
     sys.path.insert(0, str(script.resolve().parent))
@@ -162,7 +164,7 @@ def base_settings(script, flags):
     return module, asdict(settings)
 
 
-def refused(module, settings):
+def refused(module: ModuleType, settings: dict[str, Any]) -> str | None:
     """Why the script would not run with these flags, or None."""
     try:
         module.check(module.Args(**settings), settings["num_processes"])
@@ -170,19 +172,19 @@ def refused(module, settings):
         return str(error.code).removeprefix("error: ")
 
 
-def read_value(word, kind, text):
+def read_value(word: str, kind: type, text: str) -> bool | int | float | str:
     """A value of --space `text`, of the flag's type."""
     word = word.strip()
     try:
         value = {"true": True, "false": False}[word] if kind is bool else kind(word)
     except (ValueError, KeyError):
-        names = {bool: "neither true nor false", int: "no whole number", float: "no number"}
+        names = {bool: "neither true nor false", int: "no whole number", float: "no number", dict: "no value to try"}
         sys.exit(f"error: --space {text}: {word!r} is {names[kind]}")
     need(kind is str or math.isfinite(value), f"--space {text}: {word} is not finite")
     return value
 
 
-def parse_space(texts, module):
+def parse_space(texts: Iterable[str], module: ModuleType) -> dict[str, tuple | list]:
     """Texts `name=low:high[:log]`, `name=a,b` or `name=value` to {name: (low, high, log) or list of values}.
 
     Names joined by + have their value in common.
@@ -215,12 +217,14 @@ def parse_space(texts, module):
     return space
 
 
-def fixed_values(space):
+def fixed_values(space: dict[str, tuple | list]) -> dict[str, Any]:
     """Flags for which a space has one value."""
     return {name: spec[0] for key, spec in space.items() if len(spec) == 1 for name in key.split("+")}
 
 
-def check_space(space, module, base):
+def check_space(
+    space: dict[str, tuple | list], module: ModuleType, base: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple | list], dict[str, dict[str, dict[str, Any]]]]:
     """Exit with one line on values that the script refuses.
 
     Returns the base with what is fixed, the space of what varies, and options: where not every combination of sizes
@@ -255,7 +259,7 @@ def check_space(space, module, base):
     return base, varied, options
 
 
-def on_grid(space, points):
+def on_grid(space: dict[str, tuple | list], points: int) -> dict[str, list]:
     """The space with `points` values in place of each range."""
 
     def values(low, high, log):
@@ -270,7 +274,7 @@ def on_grid(space, points):
 # A trial
 
 
-def output(command, log_path):
+def output(command: list[str | Path], log_path: Path) -> Generator[str | None, None, None]:
     """Run a command; yields each line of its output, which goes to a file too, and None once a second and at least.
 
     However this ends, so does the command, with all processes that it started.
@@ -307,12 +311,12 @@ def output(command, log_path):
             child.wait()
 
 
-def reached(evaluation):
+def reached(evaluation: tuple[int, float, float]) -> bool:
     """Whether (steps, return, length) meets both targets."""
     return evaluation[1] > TARGET_RETURN and evaluation[2] > TARGET_LENGTH
 
 
-def score(objective, evaluations, total):
+def score(objective: str, evaluations: list[tuple[int, float, float]], total: int) -> float:
     """What a run is worth by its evaluations so far, [(steps, return, length)]."""
     if objective != "steps-to-target":
         return evaluations[-1][1 if objective == "return" else 2]
@@ -322,17 +326,17 @@ def score(objective, evaluations, total):
     return float(met[0]) if met else total * (2 - share)
 
 
-def shown(objective, value):
+def shown(objective: str, value: float) -> str:
     """A value of the objective as text."""
     return f"{value:.1f}" if objective == "return" else f"{value:,.0f}"
 
 
-def direction(objective):
+def direction(objective: str) -> str:
     """Whether Optuna is to maximize or minimize it."""
     return "minimize" if objective == "steps-to-target" else "maximize"
 
 
-def process_mark(pid):
+def process_mark(pid: int) -> str | None:
     """A process's pid and start, which no other shares; None where it does not run."""
     try:
         os.kill(pid, 0)
@@ -345,7 +349,7 @@ def process_mark(pid):
     return None if state == "Z" else " ".join([str(pid), *rest[18:19]])
 
 
-def run_trial(trial, search, study):
+def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float:
     """The objective: the median over the seeds' runs."""
     try:
         trial.set_user_attr("host", socket.gethostname())
@@ -374,7 +378,7 @@ def run_trial(trial, search, study):
         raise
 
 
-def suggest(trial, name, spec):
+def suggest(trial: optuna.Trial, name: str, spec: tuple | list) -> bool | int | float | str:
     """A parameter's value, by the study's sampler."""
     if not isinstance(spec, tuple):
         return trial.suggest_categorical(name, spec)
@@ -382,7 +386,7 @@ def suggest(trial, name, spec):
     return (trial.suggest_int if isinstance(low, int) else trial.suggest_float)(name, low, high, log=log)
 
 
-def run_seed(trial, search, study, seed, scores):
+def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int, scores: list[float]) -> float:
     """What a trial's run with one seed is worth; `scores`: those of the seeds before."""
     objective, total = search.args.objective, search.base["total_timesteps"]
     run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
@@ -415,7 +419,7 @@ def run_seed(trial, search, study, seed, scores):
     return score(objective, evaluations, total)
 
 
-def as_config(settings):
+def as_config(settings: dict[str, Any]) -> dict[str, Any]:
     """Flags as the scripts take them by --config."""
     return {key: value for key, value in settings.items() if key not in ("run_name", "config", "resume")}
 
@@ -423,7 +427,7 @@ def as_config(settings):
 # A study
 
 
-def open_study(search):
+def open_study(search: Search) -> optuna.Study:
     """The Optuna study of a search, begun or joined; exits with one line where it cannot be."""
     args = search.args
     samplers = {"random": optuna.samplers.RandomSampler,
@@ -467,7 +471,7 @@ def open_study(search):
     return study
 
 
-def open_storage(search):
+def open_storage(search: Search) -> optuna.storages.BaseStorage:
     """Where a search's study is kept."""
     args = search.args
     if args.storage:
@@ -479,19 +483,19 @@ def open_storage(search):
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
 
 
-def root(search):
+def root(search: Search) -> str:
     """The folder of the whole command under runs/: that of a step lies in it."""
     return search.name.partition("/")[0]
 
 
-def again(study, trial):
+def again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Try a lost trial's parameters again."""
     trial = copy(trial)
     trial.user_attrs = {}  # they are of its process
     optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
-def lost_numbers(trials):
+def lost_numbers(trials: list[FrozenTrial]) -> set[int]:
     """Trials that do not count: what they were to try is tried again, or was queued twice at the same moment."""
     lost, retried = {trial.number for trial in trials if "lost" in trial.user_attrs}, set()
     for trial in trials:
@@ -502,14 +506,14 @@ def lost_numbers(trials):
     return lost | retried
 
 
-def counted(study):
+def counted(study: optuna.Study) -> list[FrozenTrial]:
     """All trials but those lost."""
     trials = study.get_trials(deepcopy=False)
     lost = lost_numbers(trials)
     return [trial for trial in trials if trial.number not in lost]
 
 
-def revive(study):
+def revive(study: optuna.Study) -> None:
     """Try trials again whose process is gone: by their heartbeat in a database, else by their pid on this machine."""
     storage = study._storage
     if optuna.storages._heartbeat.is_heartbeat_enabled(storage):
@@ -526,7 +530,7 @@ def revive(study):
                     again(study, trial)
 
 
-def retry_lost(study):
+def retry_lost(study: optuna.Study) -> None:
     """Queue what was interrupted and not queued yet."""
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
@@ -538,7 +542,7 @@ def retry_lost(study):
 _shown = 0.0
 
 
-def show(study, search):
+def show(study: optuna.Study, search: Search) -> None:
     """The live line."""
     global _shown
     if time.monotonic() - _shown < 1:
@@ -560,12 +564,12 @@ def show(study, search):
              len(done) / search.trials)  # fmt: skip
 
 
-def finished(trials):
+def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """Those that ended, in whatever way."""
     return [trial for trial in trials if trial.state.is_finished()]
 
 
-def describe(trial, search):
+def describe(trial: FrozenTrial, search: Search) -> str:
     """A finished trial in one line."""
     words = " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in trial.params.items())  # fmt: skip
@@ -577,7 +581,7 @@ def describe(trial, search):
     return f"trial {trial.number}:{value}{spread(trial, search)} ({words})"
 
 
-def spread(trial, search):
+def spread(trial: FrozenTrial, search: Search) -> str:
     """The range over a trial's seeds, as text."""
     values = trial.user_attrs["results"].values()
     if len(values) < 2:
@@ -585,14 +589,14 @@ def spread(trial, search):
     return f" ({' to '.join(shown(search.args.objective, end) for end in (min(values), max(values)))})"
 
 
-def interrupt_once(*_):
+def interrupt_once(*_: Any) -> NoReturn:
     """Ctrl-C, or SIGTERM; a second one does not disturb what the first began."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def work(search):
+def work(search: Search) -> None:
     """Run trials until there are enough, or the time is up."""
     quiet()
     study = open_study(search)
@@ -614,7 +618,7 @@ def work(search):
                 raise
 
 
-def tell(study, trial, search):
+def tell(study: optuna.Study, trial: FrozenTrial, search: Search) -> None:
     """Print a trial's end, and log it."""
     if trial.number not in lost_numbers(study.get_trials(deepcopy=False)):
         clear_progress()
@@ -622,13 +626,13 @@ def tell(study, trial, search):
         log_hparams(trial, search)
 
 
-def be_worker(search):
+def be_worker(search: Search) -> None:
     """What the processes do that `run` starts."""
     with contextlib.suppress(KeyboardInterrupt):
         work(search)
 
 
-def quiet():
+def quiet() -> None:
     """Say nothing but our own lines, and end in order."""
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -636,7 +640,7 @@ def quiet():
         signal.signal(name, interrupt_once)
 
 
-def run(search):
+def run(search: Search) -> optuna.Study:
     """Run a search with --workers; returns its study."""
     study = open_study(search)
     revive(study)
@@ -665,18 +669,18 @@ def run(search):
 # Results
 
 
-def best_trial(study):
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The best complete trial, or None."""
     if any(trial.state == TrialState.COMPLETE for trial in counted(study)):
         return study.best_trial
 
 
-def save_best(settings, folder):
+def save_best(settings: dict[str, Any], folder: Path) -> None:
     """best.json, which both scripts take by --config."""
     write(folder / "best.json", lambda part: part.write_text(json.dumps(as_config(settings), indent=2) + "\n"))
 
 
-def log_hparams(trial, search):
+def log_hparams(trial: FrozenTrial, search: Search) -> None:
     """A trial for TensorBoard's HParams tab."""
     if trial.value is None:
         return
@@ -686,13 +690,13 @@ def log_hparams(trial, search):
         writer.add_hparams(dict(trial.params), {f"tune/{search.args.objective}": trial.value}, run_name=".")
 
 
-def trial_runs(trial, search):
+def trial_runs(trial: FrozenTrial, search: Search) -> list[Path]:
     """The folders of a trial's runs that have a log."""
     runs = [search.folder / f"trial-{trial.number}-seed-{seed}" for seed in search.seeds]
     return [run for run in runs if any(run.glob(plot.EVENT_FILES))]
 
 
-def draw_curves(trials, search, path):
+def draw_curves(trials: list[tuple[str, FrozenTrial]], search: Search, path: Path) -> None:
     """Learning curves of trials, [(label, trial)], where there are finished episodes."""
     groups, labels = [], []
     for label, trial in trials:
@@ -705,7 +709,7 @@ def draw_curves(trials, search, path):
         write(path, partial(plot.draw(groups, labels).savefig, dpi=150))
 
 
-def draw_study(study, search):
+def draw_study(study: optuna.Study, search: Search) -> list[str]:
     """Optuna's pictures of a study, and the learning curves of its three best trials. Returns the files' names."""
     import matplotlib
 
@@ -734,7 +738,7 @@ def draw_study(study, search):
     return [f"{name}.png" for name in (*kinds, "curves") if (search.folder / f"{name}.png").exists()]
 
 
-def advice(trial, search, rank):
+def advice(trial: FrozenTrial, search: Search, rank: str) -> list[str]:
     """What `diagnose` says of a trial's first run, with flags to paste: lines of text."""
     name = f"trial {trial.number}, the {rank}"
     for run in trial_runs(trial, search)[:1]:
@@ -749,7 +753,7 @@ def advice(trial, search, rank):
     return [f"{name}: too short for a diagnosis, no episode ended"]
 
 
-def conclude(study, search):
+def conclude(study: optuna.Study, search: Search) -> None:
     """Write and print what a study found."""
     clear_progress()
     trials, best = finished(counted(study)), best_trial(study)
@@ -771,7 +775,7 @@ def conclude(study, search):
 # Step by step
 
 
-def steps_of(args, module):
+def steps_of(args: Args, module: ModuleType) -> dict[str, dict[str, dict[str, Any]]]:
     """The steps of one-at-a-time or six-steps: {title: {label: {flag: value}}}."""
     titles = SIX_STEPS if args.strategy == "six-steps" else {text.partition("=")[0]: (text,) for text in args.space}
     steps = {}
@@ -780,13 +784,19 @@ def steps_of(args, module):
         for key, values in on_grid(parse_space(texts, module), args.points).items():
             for value in values if len(values) > 1 else ():
                 names = key.split("+")
-                word = str(value).lower() if isinstance(value, bool) else f"{value:g}" if value != int(value) else value
+                word = (
+                    str(value).lower()
+                    if isinstance(value, bool)
+                    else f"{value:g}"
+                    if isinstance(value, float)
+                    else value
+                )
                 label = " ".join(f"--{name.replace('_', '-')} {word}" for name in names)
                 steps[title][label] = dict.fromkeys(names, value)
     return steps
 
 
-def take_steps(args, module, base, deadline):
+def take_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
     """Keep the best of each step, and write the report."""
     name, folder = args.study, Path("runs") / args.study
     steps = steps_of(args, module)
@@ -837,14 +847,14 @@ def take_steps(args, module, base, deadline):
     return rows
 
 
-def is_better(args, value, than):
+def is_better(args: Args, value: float | None, than: float | None) -> bool:
     """Whether an objective's value is better than another; None is none."""
     if value is None or than is None:
         return value is not None
     return value < than if direction(args.objective) == "minimize" else value > than
 
 
-def verdict(args, before, after):
+def verdict(args: Args, before: list[float], after: list[float]) -> str:
     """By how much `after` is better than `before`, values over seeds, and whether that is more than their spread."""
     gain = statistics.median(after) - statistics.median(before)
     gain = -gain if direction(args.objective) == "minimize" else gain
@@ -856,7 +866,9 @@ def verdict(args, before, after):
             f"{say(spread)} from worst to best.")  # fmt: skip
 
 
-def write_report(args, base, current, rows, stopped):
+def write_report(
+    args: Args, base: dict[str, Any], current: dict[str, Any], rows: list[dict[str, Any]], stopped: str
+) -> None:
     """report.md and report.png: what was tried, what won, by how much, and whether that is more than the spread."""
     folder, say = Path("runs") / args.study, partial(shown, args.objective)
     changed = {key: value for key, value in current.items() if value != base[key]}
@@ -901,7 +913,7 @@ def write_report(args, base, current, rows, stopped):
     print(f"wrote {folder}/report.md, report.png and best.json: python {args.script} --config {folder}/best.json")
 
 
-def draw_report(args, rows, path):
+def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each step: the seeds as points, their median as a line, what was kept in colour."""
     from matplotlib.figure import Figure
 
@@ -928,7 +940,7 @@ def draw_report(args, rows, path):
     write(path, partial(figure.savefig, dpi=200))
 
 
-def main(args, flags):
+def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
     need(re.fullmatch(r"[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
     args = replace(args, study=args.study or f"tune-{args.strategy}")
     for name, low in (("points", 2), ("startup_trials", 0), ("workers", 1), ("heartbeat", 1), ("trials", 1)):
@@ -968,7 +980,7 @@ def main(args, flags):
         sys.exit("stopped; the same command goes on")
 
 
-def cli():
+def cli() -> None:
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     command(lambda args: main(args, sys.argv[cut + 1 :]), Args, description=__doc__, args=sys.argv[1:cut])
 

@@ -10,9 +10,11 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -25,9 +27,10 @@ except (AttributeError, OSError):  # MUJOCO_GL names a library that is not there
     sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')}: its library is missing (Debian: apt-get install "
              "libosmesa6 for osmesa, libegl1 and libgl1-mesa-dri for egl)")  # fmt: skip
 
-from ballbot_env import TIMESTEP, Painter, draw_arrows
+from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows
 from ballbot_utils.common import (
     Conditions,
+    EpisodePolicy,
     begin,
     check_conditions,
     clear_progress,
@@ -41,6 +44,9 @@ from ballbot_utils.common import (
     trained,
     write,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
 SHOWN_EVERY = 8  # steps, in the window
@@ -60,7 +66,7 @@ class Args(Conditions):
     """draw actions from the policy instead of taking its mean"""
 
 
-def check(args):
+def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
     need(args.render != (args.video is not None), "give one of --render and --video")
@@ -68,7 +74,9 @@ def check(args):
         need_file("--video", args.video, args.overwrite, *FPS)
 
 
-def episode(envs, policy, args, seed):
+def episode(
+    envs: BallbotVectorEnv, policy: EpisodePolicy, args: Conditions, seed: int
+) -> Iterator[tuple[int, float, str]]:
     """Play one episode in the one environment of `envs`. After each step yields its length and return so far, and how
     it ended: "fell", "did not fall", or "" while it goes on. `envs` then has the next one's start already."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -82,13 +90,19 @@ def episode(envs, policy, args, seed):
         yield steps, total, ""
 
 
-def check_display(what="--render", instead="write a --video instead"):
+def check_display(what: str = "--render", instead: str = "write a --video instead") -> None:
     """Exit with one line where no window can be opened: MuJoCo's viewer would end the process with its own."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         sys.exit(f"error: {what} needs a display, and there is none (DISPLAY is not set): {instead}")
 
 
-def render(policy, args, task, on_key=None, steer=None):
+def render(
+    policy: EpisodePolicy,
+    args: Conditions,
+    task: dict[str, Any],
+    on_key: Callable[[int], None] | None = None,
+    steer: Callable[[BallbotVectorEnv, "mujoco.viewer.Handle"], None] | None = None,
+) -> None:
     """Show episodes in MuJoCo's viewer, in real time, until its window is closed.
 
     `on_key(code)` is told of keys (GLFW's codes), and `steer(envs, viewer)` is called before each picture.
@@ -129,7 +143,7 @@ def render(policy, args, task, on_key=None, steer=None):
             viewer.close()
 
 
-def check_video(path, flag="--video"):
+def check_video(path: Path, flag: str = "--video") -> None:
     """Exit with one line, which names the `flag`, if a library or OpenGL is missing for a video."""
     try:
         import PIL  # noqa: F401
@@ -152,7 +166,7 @@ def check_video(path, flag="--video"):
         sys.exit(f"error: {flag} needs OpenGL, which does not start ({error}): {advice}")
 
 
-def video(policy, args, task):
+def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
     """Write a video of one episode, in real time, the depth images in its corners."""
     fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
@@ -187,7 +201,7 @@ def video(policy, args, task):
     print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
 
 
-def compose(picture, frames, caption):
+def compose(picture: np.ndarray, frames: np.ndarray | None, caption: str) -> "Image.Image":
     """A picture with the left and right camera's depth (2, size, size), m, in its upper corners, and a caption."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -211,7 +225,7 @@ def compose(picture, frames, caption):
     return image
 
 
-def encode(pictures, path, fps):
+def encode(pictures: Iterable["Image.Image"], path: Path, fps: int) -> None:
     """Write pictures to an .mp4 (imageio with its own ffmpeg) or a .gif (Pillow)."""
     if path.suffix == ".mp4":
         from imageio.v2 import get_writer
@@ -234,22 +248,24 @@ def encode(pictures, path, fps):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
-def main(args):
+def main(args: Args) -> None:
     check(args)
+    torch.set_num_threads(1)
+    agent, train_args, _ = load(args.checkpoint)
+    task, policy = conditions(args, train_args, args.checkpoint), trained(agent, args.stochastic)
+    held = train_args.frame_skip
+    need(args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}")
     if args.render:
         check_display()
     else:
         check_video(args.video)
-    torch.set_num_threads(1)
-    agent, train_args, _ = load(args.checkpoint)
-    task, policy = conditions(args, train_args, args.checkpoint), trained(agent, args.stochastic)
     if args.render:
         render(policy, args, task)
     else:
         video(policy, args, task)
 
 
-def cli():
+def cli() -> None:
     command(main, Args, description=__doc__)
 
 

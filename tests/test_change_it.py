@@ -138,8 +138,8 @@ def test_change(change, unchanged, tmp_path):
 
     if "lstm.weight_ih_l0" in model:
         # In the first and only minibatch the policy is the one that acted: it remembers the same, over ends of episodes
-        trained(tmp_path / "one", source, *"--minibatch-size 400 --num-steps 200 --update-epochs 1 --frame-skip 4".split(),
-                *"--total-timesteps 1600".split())  # fmt: skip
+        flags = "--minibatch-size 400 --num-steps 200 --update-epochs 1 --frame-skip 4 --total-timesteps 1600"
+        trained(tmp_path / "one", source, *flags.split())
         log = EventAccumulator(str(tmp_path / "one" / "runs" / "run")).Reload()
         assert log.Scalars("charts/episodic_length")
         assert abs(log.Scalars("losses/approx_kl")[0].value) < 1e-6

@@ -46,6 +46,7 @@ def error_of(args):
     ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
     ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
     ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
+    ({"video": Path("film.gif"), "horizon": 1}, "--horizon is 1: give more than the policy's --frame-skip, 1"),
     ({"render": True, "push": -1.0}, "--push is -1.0: give 0 or more"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
