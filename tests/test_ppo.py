@@ -267,6 +267,26 @@ def random_batch(agent, samples):
     return batch | dict(proprio=x, depth=torch.zeros(samples, 0), actions=actions, logprobs=logprobs)
 
 
+@pytest.mark.parametrize(
+    "mean, bound_coef, moves", [(3.0, 0.5, True), (-3.0, 0.5, True), (3.0, 0.0, False), (0.9, 0.5, False)]
+)
+def test_bound_coef_pulls_means_back_to_where_actions_are_not_clipped(mean, bound_coef, moves):
+    torch.manual_seed(0)
+    args = replace(SMALL, cameras=False, minibatch_size=64, update_epochs=20, bound_coef=bound_coef, target_kl=1e6,
+                   max_grad_norm=100.0)  # fmt: skip
+    agent = ppo.Agent(args)
+    with torch.no_grad():
+        agent.actor.weight_4.zero_()
+        agent.actor.bias_4.fill_(mean)
+    batch = random_batch(agent, 64)
+    with torch.no_grad():
+        batch["logprobs"] = ppo.log_prob(batch["actions"], agent.actor(batch["proprio"]), agent.log_std)
+    ppo.update(agent, torch.optim.SGD(agent.actor.parameters(), lr=0.1), args, batch | {"advantages": torch.zeros(64)})
+    with torch.no_grad():
+        means = agent.actor(batch["proprio"]).abs()
+    assert (means < 2.5).all() if moves else torch.allclose(means, torch.tensor(abs(mean)), atol=1e-4)
+
+
 def update_of_rank(rank, size, store, folder):
     """One minibatch in equal shares of `size` ranks, and the moments of its proprioception."""
     if size > 1:
