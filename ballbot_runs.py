@@ -39,6 +39,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ballbot_env import ASSETS, checked_randomization, unlike
 
+# What a checkpoint's flags must say, of how its policy is played. All others are for training and have their defaults
+NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
+          "wheel_damping", "frame_skip")  # fmt: skip
 CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
 
@@ -325,10 +328,13 @@ def new_folder(args: Any, make: bool) -> Path:
 def fitting(run: dict, kind: type, network: Callable) -> tuple[nn.Module, Any]:
     """The Agent, its weights loaded, and the Args, a `kind`, of a checkpoint's content; ValueError if they misfit.
 
-    `network` makes an Agent of Args. Flags that the checkpoint does not name have their defaults.
+    `network` makes an Agent of Args. Flags that the checkpoint lacks have their defaults, but for NEEDED ones.
     """
     if "frame_skip" not in run["args"]:
         raise ValueError("was trained on the robot before its rollers were mended, which spun up at speed: train anew")
+    missing = [name for name in NEEDED if name not in run["args"]]
+    if missing:
+        raise ValueError(f"has no {', '.join(missing)} in its args: it is of no version of this program")
     args = kind(**typed({name: run["args"][name] for name in vars(kind()) if name in run["args"]}, kind))
     wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims

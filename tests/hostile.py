@@ -354,16 +354,11 @@ def tampered(base, most, seed):
         )
 
 
-# What a policy's flags say of how it is played
-PLAYED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
-          "wheel_damping", "frame_skip")  # fmt: skip
-
-
 def tampered_policies(base, most, seed):
     content = torch.load(base / "best.pt", weights_only=True)
     trials = []
     for path, value in places(content):
-        if path[:1] == ("model",) or path == ("args",) or (path[:1] == ("args",) and path[1] in PLAYED):
+        if path[:1] == ("model",) or path == ("args",) or (path[:1] == ("args",) and path[1] in ballbot_runs.NEEDED):
             trials += [(path, name, other) for name, other in spoilt(value) if path != ("args",) or name != "one more"]
     random.Random(seed).shuffle(trials)
     for path, name, other in trials[:most]:
