@@ -40,6 +40,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+import ballbot_runs
 from ballbot_utils import diagnose, plot
 from ballbot_utils.common import clear_progress, command, need, progress, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
@@ -167,7 +168,7 @@ def base_settings(script: Path, flags: list[str]) -> tuple[ModuleType, dict[str,
 def refused(module: ModuleType, settings: dict[str, Any]) -> str | None:
     """Why the script would not run with these flags, or None."""
     try:
-        module.check(module.Args(**settings), settings["num_processes"])
+        ballbot_runs.check(module.Args(**settings), settings["num_processes"])
     except SystemExit as error:
         return str(error.code).removeprefix("error: ")
 
