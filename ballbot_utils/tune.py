@@ -168,7 +168,8 @@ def base_settings(script: Path, flags: list[str]) -> tuple[ModuleType, dict[str,
 def refused(module: ModuleType, settings: dict[str, Any]) -> str | None:
     """Why the script would not run with these flags, or None."""
     try:
-        ballbot_runs.check(module.Args(**settings), settings["num_processes"])
+        check = getattr(module, "check", ballbot_runs.check)  # a script may have its own
+        check(module.Args(**settings), settings["num_processes"])
     except SystemExit as error:
         return str(error.code).removeprefix("error: ")
 
