@@ -446,9 +446,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector,
     or None with `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `velocities` (the bases', m/s,
-    (num_envs, 3)), `frames` (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer`
-    (`DepthRenderer`), `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors`
-    (num_envs,).
+    (num_envs, 3)), `slopes()` (of the ground, which no sensor measures), `frames` (float32 tensor (num_envs, 2,
+    camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`), `frame_interval` (steps), `render_seconds`
+    (spent on frames so far) and `physics_errors` (num_envs,).
 
     Results are bit-identical at any `num_threads`.
     """
@@ -704,6 +704,26 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.commands[:], self._commands_set[:] = velocities, True
 
     _kept = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"  # by get_state
+
+    def slopes(self) -> np.ndarray:
+        """Slopes of the ground along x and y, (num_envs, 6) float32: under the ball, 0.3 m and 0.6 m on.
+
+        On is towards the goal or the command. No sensor measures them: they are for a critic, in training alone
+        (asymmetric actor-critic, Pinto et al., arXiv 1710.06542).
+        """
+        if self._heights is None:
+            return np.zeros((self.num_envs, 6), np.float32)
+        on = self.goal if self.commands is None else self.commands
+        on = on / np.maximum(np.linalg.norm(on, axis=-1, keepdims=True), 1e-9)
+        places = (
+            self._ball_position[:, None, None, :2] + np.array([0, 0.3, 0.6])[:, None, None] * on[..., None, None, :]
+        )
+        around = places + BALL_RADIUS * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # (num_envs, 3, 4, 2)
+        cells = (around + TERRAIN_EXTENT) * ((TERRAIN_NODES - 1) / (2 * TERRAIN_EXTENT)) + 0.5
+        col, row = np.moveaxis(np.clip(cells, 0, TERRAIN_NODES - 1).astype(int), -1, 0)
+        heights = self._heights[row, col] * (1 if self._relief is None else self._relief[:, None, None])
+        slopes = (heights[..., :2] - heights[..., 2:]) / (2 * BALL_RADIUS)
+        return slopes.reshape(self.num_envs, 6).astype(np.float32)
 
     def get_state(self) -> dict:
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""

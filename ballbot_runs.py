@@ -69,15 +69,21 @@ def stop(message: str | Exception) -> NoReturn:
     sys.exit(message if is_first() else 0)
 
 
+def summary(result: dict) -> str:
+    """An evaluation in words."""
+    return ("return {episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± "
+            "{episodic_length_std:.0f}, falls {falls:.0%} ({episodes} episodes)").format(**result)  # fmt: skip
+
+
 class Progress:
-    """The line of progress: in place and twice a second on a terminal, else whenever there is `more` to say."""
+    """The line of progress: in place and twice a second on a terminal, else every 10 s as there is `more` to say."""
 
     def __init__(self, total_timesteps: int) -> None:
-        self.total_timesteps, self.shown = total_timesteps, 0.0
+        self.total_timesteps, self.shown = total_timesteps, -math.inf
 
     def show(self, steps: int, clock: float, finished: Sequence[tuple[float, int]], more: str = "") -> None:
         """Of so many steps in `clock` s, and of the (return, length) of the last episodes `finished`."""
-        if time.perf_counter() - self.shown < 0.5 if CLEAR_LINE else not more:
+        if time.perf_counter() - self.shown < (0.5 if CLEAR_LINE else 10) or not (CLEAR_LINE or more):
             return
         self.shown = time.perf_counter()
         left = timedelta(seconds=int(clock * (self.total_timesteps / max(steps, 1) - 1)))

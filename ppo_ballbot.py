@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 import ballbot_env
 import ballbot_runs
-from ballbot_runs import CLEAR_LINE, save, say, stop
+from ballbot_runs import CLEAR_LINE, save, say, stop, summary
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
@@ -58,7 +58,6 @@ class Args:
     torch_threads: int = 1  # CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine
 
     # The task
-
     terrain: Literal["perlin", "flat"] = "perlin"  # ground: perlin or flat
     terrain_seed: int = 0  # the training terrain
     terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
@@ -72,7 +71,6 @@ class Args:
     num_envs: int = 10  # environments stepped together, over all processes
 
     # PPO
-
     learning_rate: float = -1.0  # -1: the guide's schedule, a third of the steps each at 1e-4, 5e-5 and 1e-5
     anneal_lr: bool = False  # let a constant learning rate fall linearly to 0
     num_steps: int = 2048  # actions per environment and iteration
@@ -85,9 +83,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss with clip_coef too
     ent_coef: float = 0.001  # weight of the entropy bonus
     vf_coef: float = 2.0  # weight of the value loss, which is without CleanRL's factor 0.5 (as Stable-Baselines3's)
-    bound_coef: float = (
-        0.0  # weight of a loss on means beyond [-1, 1]: actions are clipped there, and noise tells nothing
-    )
+    bound_coef: float = 0.0  # weight of a loss on means beyond [-1, 1], where actions are clipped and noise is in vain
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float = 0.3  # end an iteration's updates once an epoch's approximate KL divergence exceeds this
     weight_decay: float = 0.01  # decoupled weight decay (AdamW)
@@ -98,11 +94,11 @@ class Args:
     norm_value: bool = False  # let the critic predict returns in units of their moving mean and deviation (PopArt)
 
     # Networks
-
     body_frame: bool = False  # see lean, velocity and +y in the robot's frame: control is alike at any heading
     hidden_size: int = 128  # units per hidden layer
     pi_layers: int = 4  # hidden layers of the actor
     vf_layers: int = 4  # hidden layers of the critic
+    privileged_critic: bool = False  # let the critic, which only training needs, see the ground's slopes
     depth_scale: float = 1.0  # factor on the depth features; below 1, proprioception is learnt from first
     init_log_std: float = 0.0  # initial logarithm of the actions' standard deviation
     log_std_lr_scale: float = 1.0  # factor on that logarithm's learning rate; above 1, noise falls when less of it pays
@@ -110,14 +106,12 @@ class Args:
     encoder_path: str = "assets/depth_encoder.pt"  # the pretrained depth encoder, relative to this file
 
     # Evaluation
-
     eval_interval: int = 500_000  # steps between deterministic evaluations
     eval_episodes: int = 16  # episodes of each
     final_eval_episodes: int = 100  # episodes of the one at the end
     capture_video: bool = False  # film an episode at each, to runs/<run name>/videos; needs OpenGL
 
     # Weights & Biases
-
     track: bool = False  # log there too; needs pip install wandb
     wandb_project_name: str = "ballbot"  # the project
     wandb_entity: str = ""  # the team; empty: your default one
@@ -138,7 +132,8 @@ PRESETS = {
         ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
         gae_lambda=0.96, norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
         vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
-        log_std_lr_scale=5.0, terrain_amplitude=0.15, total_timesteps=3_000_000, eval_interval=250_000,
+        log_std_lr_scale=5.0, privileged_critic=True, terrain_amplitude=0.15, total_timesteps=3_000_000,
+        eval_interval=250_000,
     ),
 }  # fmt: skip
 PRESETS["robust"] = PRESETS["tuned"] | {"terrain_amplitude": 0.2, "randomization": dict(
@@ -198,11 +193,12 @@ class Agent(nn.Module):
 
     An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame and two with
     commands, and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
+    With --privileged-critic the critic sees `slopes` (n, 6) of the ground as well, which are (n, 0) without.
     """
 
     def __init__(self, args):
         super().__init__()
-        self.commanded = args.goal == "command"
+        self.commanded, self.num_slopes = args.goal == "command", 6 * args.privileged_critic
         self.num_proprio = 15 + args.body_frame + args.cameras + 2 * self.commanded
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
@@ -210,7 +206,7 @@ class Agent(nn.Module):
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
-        self.critic = MLP(num_features, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
+        self.critic = MLP(num_features + self.num_slopes, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
         self.log_std = nn.Parameter(torch.full((3,), args.init_log_std))
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
@@ -237,9 +233,13 @@ class Agent(nn.Module):
             proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8) * self.obs_scale
         return torch.cat([proprio, depth], -1)
 
-    def value(self, features):
-        """Values (n,) of features (n, 56), in the units of rewards."""
-        return self.critic(features).squeeze(-1) * self.value_std + self.value_mean
+    def normalised_value(self, features, slopes):
+        """Values (n,) of features (n, 56) and slopes (n, 6 or 0), in the critic's own units."""
+        return self.critic(torch.cat([features, 10 * slopes], -1)).squeeze(-1)
+
+    def value(self, features, slopes):
+        """The same in the units of rewards."""
+        return self.normalised_value(features, slopes) * self.value_std + self.value_mean
 
     @torch.no_grad()
     def rescale_values(self, moments):
@@ -341,6 +341,12 @@ def depth_features(envs, agent, depth):
     return depth.index_put((new.to(depth.device),), agent.encode(envs.frames[new]))
 
 
+def ground_slopes(envs, agent):
+    """What a privileged critic sees of the ground, (n, 6 or 0)."""
+    slopes = envs.slopes() if agent.num_slopes else np.empty((envs.num_envs, 0), np.float32)
+    return torch.from_numpy(slopes).to(agent.log_std.device)
+
+
 @torch.no_grad()
 def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     """Act `num_steps` times in every environment, from the observation `proprio` (envs, 15), `depth` (envs, 40).
@@ -350,22 +356,21 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     the environments.
     """
     shape, device = (args.num_steps, envs.num_envs), agent.log_std.device
-    names = {"proprio": agent.num_proprio, "depth": agent.num_depth, "actions": 3}
+    names = {"proprio": agent.num_proprio, "depth": agent.num_depth, "slopes": agent.num_slopes, "actions": 3}
     batch = {name: torch.empty(*shape, width, device=device) for name, width in names.items()}
     if agent.encoder is not None and not args.freeze_encoder:
         batch["frames"] = torch.empty(*shape, *envs.frames.shape[1:], device=device)
     noise = agent.log_std.exp() * torch.randn(*shape, 3, device=device)
     rewards, dones = np.empty(shape, np.float32), np.empty(shape, np.float32)
     episodes, ends, seconds = [], [], 0.0
-
     for step in range(args.num_steps):
         progress(step)
         batch["proprio"][step], batch["depth"][step] = proprio, depth
+        batch["slopes"][step] = slopes = ground_slopes(envs, agent)
         if "frames" in batch:
             batch["frames"][step] = envs.frames
         action = agent.actor(agent.features(proprio, depth)) + noise[step]
         batch["actions"][step] = action
-
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
@@ -386,13 +391,14 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
                 if agent.encoder is not None:
                     frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
                     final_depth = agent.encode(frames.to(device))
-                value = agent.value(agent.features(proprioception(final, agent), final_depth))
+                value = agent.value(agent.features(proprioception(final, agent), final_depth), slopes[[i]])
             ends.append((step, i, value))
         proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
 
     # One pass over the whole batch is cheaper than one a step
-    values = agent.value(agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)).view(shape)
-    next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth))[None]])
+    features = agent.features(batch["proprio"], batch["depth"])
+    values = agent.value(features.flatten(0, 1), batch["slopes"].flatten(0, 1)).view(shape)
+    next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth), ground_slopes(envs, agent))[None]])
     for step, i, value in ends:
         next_values[step, i] = value[0]
     rewards, dones = (torch.from_numpy(x).to(device) for x in (rewards, dones))
@@ -443,7 +449,7 @@ def update(agent, optimizer, args, batch):
             clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
 
-            newvalue = agent.critic(features).squeeze(-1)
+            newvalue = agent.normalised_value(features, mb["slopes"])
             v_loss = (newvalue - mb["returns"]).square()
             if args.clip_vloss:
                 v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
@@ -545,11 +551,6 @@ def load_policy(path: str | Path) -> Policy:
 def reached(result):
     """Whether an evaluation meets the targets: that of the return, that of the length."""
     return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
-
-
-def summary(result):
-    return ("return {episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± "
-            "{episodic_length_std:.0f}, falls {falls:.0%} ({episodes} episodes)").format(**result)  # fmt: skip
 
 
 def learning_rate_now(args, progress_remaining):
@@ -695,8 +696,7 @@ def learn(args, run_dir, run, weights, started):
         scalars |= {f"SPS/{key}": iteration_steps / part for key, part in parts.items() if part}
         for key, values in zip(("return", "length"), zip(*finished)):
             scalars[f"charts/episodic_{key}_mean100"] = np.mean(values)
-        if result:
-            scalars |= {f"eval/{key}": result[key] for key in ("episodic_return", "episodic_length", "falls")}
+        scalars |= {f"eval/{key}": result[key] for key in ("episodic_return", "episodic_length", "falls") if result}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())

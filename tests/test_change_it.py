@@ -73,17 +73,17 @@ CHANGES = {
             r"        action = agent.actor(hidden[step])\1" "\n"
         ),
         r"        dones\[step\] = .*\n": r"\g<0>        forget = torch.from_numpy(dones[step])" "\n",
-        r"                value = agent.value\((agent.features\(.*\))\)\n": (
+        r"                value = agent.value\((agent.features\(.*\)), (slopes.*)\)\n": (
             "                memory_i = tuple(part[:, i : i + 1] for part in memory)\n"
             r"                final, _ = agent.remember(\1[None], torch.zeros(1, 1), memory_i)" "\n"
-            "                value = agent.value(final[0])\n"
+            r"                value = agent.value(final[0], \2)" "\n"
         ),
         r"    values = agent.value\(.*\).view\(shape\)\n": (
-            "    values = agent.value(hidden.flatten(0, 1)).view(shape)\n"
+            "    values = agent.value(hidden.flatten(0, 1), batch['slopes'].flatten(0, 1)).view(shape)\n"
             "    last, _ = agent.remember(agent.features(proprio, depth)[None], forget[None], memory)\n"
             "    agent.memory = memory\n"
         ),
-        r"agent.value\(agent.features\(proprio, depth\)\)\[None\]": "agent.value(last[0])[None]",
+        r"agent.value\(agent.features\(proprio, depth\), ": "agent.value(last[0], ",
         r"        minibatches = torch.randperm.*\n": (
             "        minibatches = torch.arange(len(batch['actions'])).view(args.num_steps, -1).T\n"
             "        minibatches = minibatches[torch.randperm(len(minibatches))].flatten()\n"

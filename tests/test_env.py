@@ -434,6 +434,26 @@ def test_a_push_is_a_force_until_it_ends():
 # Depth
 
 
+@pytest.mark.parametrize("randomization", [None, {"terrain_amplitude": 0.5}])
+def test_slopes_are_those_of_the_ground_on_the_way(randomization):
+    envs = make(20, "perlin", terrain_amplitude=0.15, goal=(1, 0), randomization=randomization)
+    _, infos = envs.reset(seed=0)
+    heights, nodes = 0.15 * perlin_terrain(0), np.linspace(-20, 20, ballbot_env.TERRAIN_NODES)
+    factors = infos["randomization"]["terrain_amplitude"] if randomization else np.ones(20)
+
+    def height(x, y):  # between the four nodes around
+        row = [np.interp(x, nodes, heights[k]) for k in (np.searchsorted(nodes, y) - 1, np.searchsorted(nodes, y))]
+        return np.interp(y, nodes[np.searchsorted(nodes, y) - 1 :][:2], row)
+
+    expected = np.array([[
+        [(height(x + on + 0.09, y) - height(x + on - 0.09, y)) / 0.18,
+         (height(x + on, y + 0.09) - height(x + on, y - 0.09)) / 0.18] for on in (0, 0.3, 0.6)
+    ] for x, y, _ in infos["position"]]).reshape(20, 6) * factors[:, None]  # fmt: skip
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(envs.slopes(), expected, atol=0.045)  # by the nearest nodes
+    assert not make().slopes().any()
+
+
 def random_poses(model, heights, n, rng):
     """Robots on the terrain, tilted by up to 17°: qpos (n, nq) and the bases' rotation matrices (n, 3, 3)."""
     qpos = np.tile(model.qpos0, (n, 1))

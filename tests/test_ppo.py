@@ -486,11 +486,27 @@ def test_the_age_of_frames_counts_for_no_more_than_the_frames():
     assert features[:, 15].std() == pytest.approx(0.1, abs=0.001)
 
 
+def test_a_privileged_critic_sees_slopes_and_the_policy_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SMALL, cameras=False, privileged_critic=True)
+    agent = ppo.Agent(args)
+    proprio, envs = torch.randn(50, 15), ppo.make_envs(args, 50)
+    envs.reset(seed=0)
+    features, slopes = agent.features(proprio, torch.empty(50, 0)), ppo.ground_slopes(envs, agent)
+    assert agent.actor.weight_0.shape[0] == 15 and features.shape == (50, 15) and slopes.std() > 0.01
+    assert (agent.value(features, slopes) != agent.value(features, 0 * slopes)).all()
+    batch, *_ = ppo.rollout(envs, agent, args, proprio, torch.empty(50, 0))
+    values = agent.value(agent.features(batch["proprio"], batch["depth"]).flatten(0, 1), batch["slopes"].flatten(0, 1))
+    assert batch["slopes"][0].equal(slopes) and torch.allclose(values.view(-1, 50), batch["values"], atol=1e-5)
+    policy = ppo.load_policy(ppo.train(args))  # plays where nothing tells the slopes
+    assert policy(gym.make("Ballbot-v0", cameras=False).reset(seed=0)[0]).shape == (3,)
+
+
 def test_new_units_of_the_critic_leave_its_values():
     torch.manual_seed(0)
-    agent, x = ppo.Agent(replace(SMALL, cameras=False)), torch.randn(50, 15)
+    agent, x, none = ppo.Agent(replace(SMALL, cameras=False)), torch.randn(50, 15), torch.empty(50, 0)
     with torch.no_grad():
-        before = agent.value(x)
+        before = agent.value(x, none)
         first, second = 20 + 3 * torch.randn(1000), 30 + torch.randn(8, 125)
         agent.rescale_values(torch.stack([first.mean(), first.square().mean()]))
         assert agent.value_mean == pytest.approx(first.mean().item()) and agent.value_std == pytest.approx(3, rel=0.1)
@@ -499,11 +515,11 @@ def test_new_units_of_the_critic_leave_its_values():
         # The second iteration's share is a half: a mixture of the two.
         assert agent.value_mean == pytest.approx(25, abs=0.2)
         assert agent.value_std == pytest.approx((0.5 * (9 + 1) + 25) ** 0.5, rel=0.02)
-        assert torch.allclose(agent.value(x), before, atol=1e-4)
+        assert torch.allclose(agent.value(x, none), before, atol=1e-4)
         for _ in range(200):
             agent.rescale_values(moments)
         assert agent.value_mean == pytest.approx(second.mean().item(), abs=0.01)
-        assert torch.allclose(agent.value(x), before, atol=1e-3)
+        assert torch.allclose(agent.value(x, none), before, atol=1e-3)
         assert not torch.allclose(agent.critic(x).squeeze(-1), before, atol=1)
 
 
