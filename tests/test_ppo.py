@@ -147,8 +147,9 @@ def one_update(advantages, logprob_shift=0.0, **changes):
     x, actions = torch.randn(4, 15), torch.randn(4, 3)
     before = ppo.log_prob(actions, agent.actor(x), agent.log_std).detach()
     optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4, weight_decay=0)
-    batch = dict(proprio=x, depth=torch.zeros(4, 0), actions=actions, logprobs=before + logprob_shift,
-                 advantages=torch.tensor(advantages), values=torch.zeros(4), returns=torch.zeros(4))  # fmt: skip
+    batch = dict(proprio=x, depth=torch.zeros(4, 0), slopes=torch.zeros(4, 0), actions=actions,
+                 logprobs=before + logprob_shift, advantages=torch.tensor(advantages), values=torch.zeros(4),
+                 returns=torch.zeros(4))  # fmt: skip
     losses = ppo.update(agent, optimizer, args, batch)
     return ppo.log_prob(actions, agent.actor(x), agent.log_std).detach() - before, losses
 
@@ -264,7 +265,9 @@ def random_batch(agent, samples):
     with torch.no_grad():
         logprobs = ppo.log_prob(actions, agent.actor(x), agent.log_std) + 0.3 * torch.randn(samples)
     batch = {key: torch.randn(samples) for key in ("advantages", "values", "returns")}
-    return batch | dict(proprio=x, depth=torch.zeros(samples, 0), actions=actions, logprobs=logprobs)
+    return batch | dict(
+        proprio=x, depth=torch.zeros(samples, 0), slopes=torch.zeros(samples, 0), actions=actions, logprobs=logprobs
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Does a policy's gradient say what its returns say? `python -m benchmark.critic_bias runs/NAME/last.pt`.
+
+Plays the policy, with its noise, in 64 training environments for 1,500 actions, and prints the gradient of the
+advantage by a constant added to all actions (in standard deviations of the noise), along the drive (wheels 1 and 2
+apart): with advantages as `tuned` estimates them, with longer ones, and with discounted sums of rewards alone (Monte
+Carlo), which no critic biases. Means over the first 900 actions, ± standard errors over environments.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import ppo_ballbot
+
+ACTIONS, COUNTED = 1500, 900
+
+policy = ppo_ballbot.load_policy(Path(sys.argv[1]))
+agent, args = policy.agent, policy.args
+torch.manual_seed(0)
+envs = ppo_ballbot.make_envs(args, 64)
+observation = ppo_ballbot.proprioception(envs.reset(seed=11)[0], agent)
+observation = observation, ppo_ballbot.depth_features(envs, agent, torch.zeros(64, agent.num_depth))
+for args.num_steps in (300, ACTIONS):  # the first are to get into motion
+    batch, observation, episodes, _ = ppo_ballbot.rollout(envs, agent, args, *observation)
+series = [batch[key] for key in ("rewards", "values", "next_values", "dones")]
+with torch.no_grad():
+    features = agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)
+    noise = (batch["actions"] - agent.actor(features).view(ACTIONS, 64, 3)) / agent.log_std.exp()
+drive = (noise[:COUNTED, :, 2] - noise[:COUNTED, :, 1]) / 2**0.5
+returns = ppo_ballbot.gae(*series, args.gamma, 1.0) + batch["values"]
+print(f"{sys.argv[1]}: {len(episodes)} episodes ended, of {sum(e[1] for e in episodes) / max(1, len(episodes)):.0f} "
+      f"steps; values {(batch['values'] - returns)[:COUNTED].mean():+.2f} off returns")  # fmt: skip
+for name, steps, gae_lambda in (("16 actions, lambda 0.96", 16, 0.96), ("64 actions, lambda 0.98", 64, 0.98),
+                                ("lambda 0.99", ACTIONS, 0.99), ("Monte Carlo", ACTIONS, 1.0)):  # fmt: skip
+    parts = zip(*(x.split(steps) for x in series))
+    advantages = torch.cat([ppo_ballbot.gae(*part, args.gamma, gae_lambda) for part in parts])[:COUNTED]
+    gradients = ((advantages - advantages.mean()) * drive).mean(0)
+    print(f"{name:<24} {gradients.mean():+.4f} ± {gradients.std() / 8:.4f}")
