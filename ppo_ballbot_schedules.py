@@ -141,11 +141,11 @@ PRESETS = {
         ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
         gae_lambda=0.96, norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
         vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
-        log_std_lr_scale=5.0, privileged_critic=True, terrain_amplitude=0.15, total_timesteps=3_000_000,
+        log_std_lr_scale=2.0, privileged_critic=True, terrain_amplitude=0.15, total_timesteps=3_000_000,
         eval_interval=250_000,
     ),
 }  # fmt: skip
-PRESETS["robust"] = PRESETS["tuned"] | {"terrain_amplitude": 0.2, "randomization": dict(
+PRESETS["robust"] = PRESETS["tuned"] | {"log_std_lr_scale": 5.0, "terrain_amplitude": 0.2, "randomization": dict(
     terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2, tilt=3, velocity=0.2, push=1.5,
     obs_noise=0.01)}  # fmt: skip
 
