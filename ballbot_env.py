@@ -703,8 +703,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         need((np.abs(velocities) <= 2).all(), "the velocity", velocities, "x and y from -2 to 2 m/s")
         self.commands[:], self._commands_set[:] = velocities, True
 
-    _kept = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"  # by get_state
-
     def slopes(self) -> np.ndarray:
         """Slopes of the ground along x and y, (num_envs, 6) float32: under the ball, 0.3 m and 0.6 m on.
 
@@ -713,17 +711,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         """
         if self._heights is None:
             return np.zeros((self.num_envs, 6), np.float32)
-        on = self.goal if self.commands is None else self.commands
-        on = on / np.maximum(np.linalg.norm(on, axis=-1, keepdims=True), 1e-9)
-        places = (
-            self._ball_position[:, None, None, :2] + np.array([0, 0.3, 0.6])[:, None, None] * on[..., None, None, :]
-        )
+        on = self.goal  # a unit vector
+        if on is None:
+            on = self.commands / np.maximum(np.linalg.norm(self.commands, axis=1, keepdims=True), 1e-9)
+        ahead = np.array([0, 0.3, 0.6])[:, None, None] * on[..., None, None, :]
+        places = self._ball_position[:, None, None, :2] + ahead  # (num_envs, 3, 1, 2)
         around = places + BALL_RADIUS * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # (num_envs, 3, 4, 2)
         cells = (around + TERRAIN_EXTENT) * ((TERRAIN_NODES - 1) / (2 * TERRAIN_EXTENT)) + 0.5
         col, row = np.moveaxis(np.clip(cells, 0, TERRAIN_NODES - 1).astype(int), -1, 0)
         heights = self._heights[row, col] * (1 if self._relief is None else self._relief[:, None, None])
         slopes = (heights[..., :2] - heights[..., 2:]) / (2 * BALL_RADIUS)
         return slopes.reshape(self.num_envs, 6).astype(np.float32)
+
+    _kept = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"  # by get_state
 
     def get_state(self) -> dict:
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""

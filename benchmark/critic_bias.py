@@ -15,6 +15,8 @@ import ppo_ballbot
 
 ACTIONS, COUNTED = 1500, 900
 
+if len(sys.argv) != 2:
+    sys.exit("error: give one checkpoint: python -m benchmark.critic_bias runs/NAME/last.pt")
 policy = ppo_ballbot.load_policy(Path(sys.argv[1]))
 agent, args = policy.agent, policy.args
 torch.manual_seed(0)
