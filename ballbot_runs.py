@@ -8,6 +8,7 @@ checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no co
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import io
@@ -163,8 +164,8 @@ def check(args: Any, world_size: int | None = None) -> float:
     except (ValueError, OverflowError) as error:
         stop(error)
     for low, high, names in (
-        (1, 1e12, "total_timesteps num_envs num_steps update_epochs minibatch_size eval_interval eval_episodes "
-         "final_eval_episodes hidden_size"),
+        (1, 1e12, "total_timesteps max_episode_steps num_envs num_steps update_epochs minibatch_size eval_interval "
+         "eval_episodes final_eval_episodes hidden_size"),
         (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
         (0, 1000, "num_threads"),
         (0, 1e18, "seed terrain_seed eval_terrain_seed"),
@@ -537,9 +538,24 @@ def be_rank(rank, train, args, port, started):
     os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
 
 
+@functools.cache
+def own_cores() -> int:
+    """The cores that are this rank's share of its machine's; from the first call on it stays on them.
+
+    The threads that send its gradients then need not wait for a core that another rank computes on.
+    """
+    rank, size = (int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else range(os.cpu_count())
+    share = cores[rank * len(cores) // size : (rank + 1) * len(cores) // size]
+    if size <= len(cores) and isinstance(cores, list):
+        os.sched_setaffinity(0, share)
+    return max(1, len(share))
+
+
 def join_ranks(args: Any) -> None:
     """Meet the other ranks, if there are any."""
     if "RANK" in os.environ:
+        own_cores()  # threads that start from here on stay there too
         # A restart has the store of before, with the addresses of ranks that are gone: its own are under another name
         store, number, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -68,6 +68,7 @@ class Args:
     goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a velocity that is observed and changes
     frame_skip: int = 1  # physics steps of 2 ms that an action is held; steps are these everywhere but in --num-steps
     total_timesteps: int = 10_000_000  # steps to train for, all environments together
+    max_episode_steps: int = 4000  # length of training episodes, in shorter ones more starts; evaluations have 4000
     num_envs: int = 10  # environments stepped together, over all processes
 
     # PPO
@@ -132,13 +133,13 @@ PRESETS = {
         ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
         gae_lambda=0.96, norm_adv=True, norm_obs=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
         vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
-        log_std_lr_scale=2.0, privileged_critic=True, terrain_amplitude=0.15, total_timesteps=3_000_000,
-        eval_interval=250_000,
+        log_std_lr_scale=2.0, privileged_critic=True, terrain_amplitude=0.15, randomization=dict(push=0.5),
+        max_episode_steps=1000, total_timesteps=3_000_000, eval_interval=250_000,
     ),
 }  # fmt: skip
-PRESETS["robust"] = PRESETS["tuned"] | {"log_std_lr_scale": 5.0, "terrain_amplitude": 0.2, "randomization": dict(
-    terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2, tilt=3, velocity=0.2, push=1.5,
-    obs_noise=0.01)}  # fmt: skip
+PRESETS["robust"] = PRESETS["tuned"] | dict(log_std_lr_scale=5.0, max_episode_steps=4000, terrain_amplitude=0.2)
+PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
+                                          tilt=3, velocity=0.2, push=1.5, obs_noise=0.01)  # fmt: skip
 
 
 def parse():
@@ -304,13 +305,13 @@ def gather(thing, to_all=False):
 
 def make_envs(args, num_envs, evaluation=False):
     """`num_envs` environments of the training task, or of the evaluation's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return gym.make_vec(
         "Ballbot-v0", num_envs=num_envs, terrain=args.terrain, cameras=args.cameras, wheel_damping=args.wheel_damping,
         terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
         randomization=None if evaluation else args.randomization,
-        num_threads=args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        max_episode_steps=4000 if evaluation else args.max_episode_steps,
+        num_threads=args.num_threads or ballbot_runs.own_cores(),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
         goal="command" if args.goal == "command" else (0, 1),
     )  # fmt: skip
@@ -375,8 +376,7 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
         cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2
-        if not agent.commanded:
-            cost += args.drift_cost * obs["vel"][:, 0] ** 2
+        cost += (not agent.commanded) * args.drift_cost * obs["vel"][:, 0] ** 2
         if not agent.commanded and args.heading_cost:
             heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
             cost += args.heading_cost * heading**2
@@ -434,8 +434,8 @@ def update(agent, optimizer, args, batch):
         minibatches = minibatches.view(-1, args.minibatch_size // world_size())
         advantages = batch["advantages"][minibatches]
         if args.norm_adv:  # in each minibatch, over all ranks
-            advantages = advantages - average(advantages.mean(1, keepdim=True))
-            advantages = advantages / (average(advantages.square().mean(1, keepdim=True)).sqrt() + 1e-8)
+            mean, square = average(torch.stack([advantages, advantages.square()]).mean(2, keepdim=True))
+            advantages = (advantages - mean) / ((square - mean.square()).clamp(min=0).sqrt() + 1e-8)
         stats = []
         for samples, mb_advantages in zip(minibatches, advantages):
             mb = {key: value[samples] for key, value in batch.items()}

@@ -12,6 +12,7 @@ x and y of the velocity in the robot's frame (m/s). The wheels' speeds follow fr
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +28,7 @@ HOLD = 2  # steps that an action is held
 STATE_COST = np.diag([100, 100, 1, 0.1, 0.1, 0.1, 30, 30, 5, 5.0])
 ACTION_COST = 0.05 * np.eye(3)
 RAMP = 0.8  # s to reach the speed
+ACCELERATION = 0.75  # m/s², at which what is wanted goes to a new command
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Args(evaluate.Figures):
     """speed along the goal, m/s"""
     heading: float = 0.0
     """heading to keep while driving, rad, 0 facing the goal"""
+    goal: Literal["forward", "command"] = "forward"
+    """drive along the goal, or follow the commands that policies of --goal command follow"""
 
 
 def state_of(obs: dict[str, np.ndarray]) -> np.ndarray:
@@ -90,21 +94,29 @@ def feedback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     sys.exit("error: the iteration of the Riccati equation did not converge: give another --wheel-damping")
 
 
-def regulator(gain: np.ndarray, feedforward: np.ndarray, goals: ArrayLike, heading: float = 0.0) -> Callable[..., Act]:
-    """A policy for `common.play`: drives at velocities `goals`, m/s, (2,) or (n, 2).
+def regulator(
+    gain: np.ndarray, feedforward: np.ndarray, goals: ArrayLike | None, heading: float = 0.0
+) -> Callable[..., Act]:
+    """A policy for `common.play`: drives at velocities `goals`, m/s, (2,) or (n, 2), or by what it is commanded.
 
     `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the robot's frame.
     """
 
     def start(envs, generator=None):
-        integrals, actions = np.zeros((envs.num_envs, 2)), 0
+        integrals, target, actions = np.zeros((envs.num_envs, 2)), np.zeros((envs.num_envs, 2)), 0
 
         def act(obs):
-            nonlocal integrals, actions
+            nonlocal integrals, target, actions
             share = min(1, actions * HOLD * TIMESTEP / RAMP)
             actions += 1
+            if goals is None:
+                change = obs["command"] - target
+                distance = np.linalg.norm(change, axis=1, keepdims=True)
+                target = target + change * np.minimum(1, ACCELERATION * HOLD * TIMESTEP / np.maximum(distance, 1e-9))
+            else:
+                target = np.broadcast_to(goals, integrals.shape) * share
             error = state_of(obs)
-            wanted = turned(np.broadcast_to(goals, integrals.shape) * share, -error[:, 2])
+            wanted = turned(target, -error[:, 2])
             error[:, 2] -= heading * share
             error[:, 6:8] -= wanted
             integrals += error[:, 6:8] * HOLD * TIMESTEP
@@ -145,11 +157,14 @@ def design(wheel_damping: float) -> tuple[np.ndarray, np.ndarray]:
 def main(args: Args) -> None:
     for name in ("speed", "heading"):
         need(np.isfinite(getattr(args, name)), f"--{name} is {getattr(args, name)}: give a finite number")
+    need(args.goal == "forward" or args.speed == Args.speed, "--speed means nothing with --goal command: leave it out")
     evaluate.check(args)
-    task = conditions(args, replace(TrainArgs(), cameras=False, frame_skip=HOLD), "LQR")
+    task = conditions(args, replace(TrainArgs(), cameras=False, frame_skip=HOLD, goal=args.goal), "LQR")
     gain, feedforward = design(task["wheel_damping"])
-    policy = regulator(gain, feedforward, (0.0, args.speed), args.heading)
-    label = f"LQR, {args.speed:g} m/s" + (f", heading {args.heading:g}" if args.heading else "")
+    commanded = args.goal == "command"
+    policy = regulator(gain, feedforward, None if commanded else (0.0, args.speed), args.heading)
+    label = "LQR, " + ("commanded" if commanded else f"{args.speed:g} m/s")
+    label += f", heading {args.heading:g}" if args.heading else ""
     episodes = evaluate.run_episodes(policy, args, task, label)
     clear_progress()
     evaluate.show(args, [evaluate.column(label, args, task, episodes)])

@@ -80,7 +80,8 @@ def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[st
 
     There is one event file for each time that the run was started or resumed. Minutes count from the first
     start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
-    ones before; of several values at one step (the last evaluation) the latest counts.
+    ones before; of several values at one step (the last evaluation) the latest counts. Returns and lengths of training
+    episodes that are shorter than the task's 4000 steps (--max-episode-steps) are shown as so much longer.
     """
     hyperparameters, points, paused_at = {}, {tag: {} for tag in tags}, 0.0
     for file in sorted(run.glob(EVENT_FILES)):
@@ -99,6 +100,8 @@ def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[st
     for tag, curve in points.items():
         steps, minutes, values = np.array([(s, *curve[s]) for s in sorted(curve)]).reshape(-1, 3).T
         minutes = np.maximum.accumulate(minutes)  # a clock may be set back
+        if tag.startswith("charts/episodic"):
+            values *= 4000 / min(4000, int(hyperparameters.get("max_episode_steps", 4000)))
         good = np.isfinite(values)
         curves[tag] = steps[good], minutes[good], values[good]
     return hyperparameters, curves

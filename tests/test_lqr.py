@@ -45,6 +45,13 @@ def test_it_follows_a_goal_at_any_heading():
     assert distances[0] == pytest.approx(distances[1], rel=0.1) and distances[0] > 1.2
 
 
+def test_it_follows_commands():
+    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=16, num_threads=1)
+    policy = lqr.regulator(*lqr.design(wheel_damping=0.4), None)
+    episodes = evaluate.run_episodes(policy, args, UNSEEN | {"goal": "command"})
+    assert episodes["tracking_error"].mean() < 0.12 and episodes["fell"].sum() == 0  # standing still, about 0.24
+
+
 def test_a_robot_it_cannot_balance_is_refused():
     with pytest.raises(SystemExit, match="error: the iteration of the Riccati equation did not converge"):
         lqr.design(wheel_damping=3.0)
@@ -69,7 +76,8 @@ def test_program_prints_the_table(tmp_path):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--speed", "nan"], "--speed is nan"), (["--episodes", "0"], "--episodes is 0"),
+    [(["--speed", "nan"], "--speed is nan"), (["--goal", "command", "--speed", "0.4"], "--speed means nothing"),
+     (["--episodes", "0"], "--episodes is 0"),
      (["--terrain", "moon"], "--terrain is moon"), (["--push", "-1"], "--push is -1"),
      (["--terrain", "flat", "--terrain-seed", "3"], "--terrain-seed means nothing on --terrain flat")],
 )  # fmt: skip

@@ -101,6 +101,14 @@ def test_read(tmp_path):
     assert [x.shape for x in curves[LENGTH]] == [(0,)] * 3
 
 
+def test_short_training_episodes_are_shown_as_the_task_s(tmp_path):
+    _, curves = plot.read(write_run(tmp_path / "a", [25, 26], max_episode_steps=1000))
+    assert curves[RETURN][2].tolist() == [100, 104] and curves[LENGTH][2].tolist() == [1000, 1040]
+    assert curves[EVAL_RETURN][2].tolist() == [50, 60]
+    _, curves = plot.read(write_run(tmp_path / "b", [25, 26], max_episode_steps=8000))
+    assert curves[RETURN][2].tolist() == [25, 26]
+
+
 def test_read_resumed(tmp_path):
     # Stopped after 300 steps and 3 minutes, resumed from 200 steps: a minute later it is at 300 again.
     run = write_log(tmp_path / "run", {RETURN: [(100, 1, 5), (200, 2, 6), (300, 3, 7)]}, seed=1)

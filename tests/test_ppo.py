@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ballbot_env
+import ballbot_runs
 import ppo_ballbot as ppo
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
@@ -288,6 +290,27 @@ def test_bound_coef_pulls_means_back_to_where_actions_are_not_clipped(mean, boun
     with torch.no_grad():
         means = agent.actor(batch["proprio"]).abs()
     assert (means < 2.5).all() if moves else torch.allclose(means, torch.tensor(abs(mean)), atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="where a process cannot say where it runs")
+@pytest.mark.parametrize(
+    "size, number, kept", [(1, 5, [1, 3, 5, 7, 9]), (2, 2, [1, 3]), (5, 1, [1]), (8, 1, None)]
+)  # fmt: skip
+def test_ranks_keep_to_their_own_cores(size, number, kept, monkeypatch):
+    """Of five; `number`: as the first of `size` ranks then says how many threads to start."""
+    cores, chosen = [9, 1, 3, 5, 7], []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cores))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, share: chosen.append(list(share)))
+    shares = []
+    for rank in range(size):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
+        shares.append(ballbot_runs.own_cores.__wrapped__())
+    assert shares[0] == number
+    if kept is None:
+        assert not chosen and shares == [1] * size
+    else:
+        assert chosen[0] == kept and sorted(chain(*chosen)) == sorted(cores) and sum(shares) == len(cores)
 
 
 def update_of_rank(rank, size, store, folder):

@@ -236,7 +236,7 @@ def test_environment_state_is_all_of_it(goal):
     for action in actions[:200]:
         envs.step(action)
     if goal == "command":  # one is told, and two draw soon
-        envs._steps[:] = 950
+        envs._steps[:] = 1950
         envs.command(np.full((3, 2), 0.3))
         envs._commands_set[1:] = False
     again.set_state(envs.get_state())
