@@ -190,10 +190,11 @@ class BallbotEnv(gym.Env):
     next step on, until a force is given anew ((0, 0, 0) ends it) or the episode ends.
 
     ### Commands
-    With `goal="command"` the velocity to go at is observed, and drawn anew at the start and after every 2000 steps
-    (4 s) of an episode: one in five is to stand still, the others have speeds uniform from 0 to 0.6 m/s and directions
-    uniform in the plane. `env.unwrapped.command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s
-    each: it counts from the next step on, until one is set anew or the episode ends. None is drawn in between.
+    With `goal="command"` the velocity to go at is observed, and drawn anew at the start, once in the first 2000 steps
+    (4 s) of an episode, so that short ones see changes too, and every 2000 from there on: one in five is to stand
+    still, the others have speeds uniform from 0 to 0.6 m/s and directions uniform in the plane.
+    `env.unwrapped.command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s each: it counts from the
+    next step on, until one is set anew or the episode ends. None is drawn in between.
 
     ### Domain randomization
     `randomization={"push": 1.0, "mass": 0.1}` trains a policy for a robot that is not quite as modelled. It is off by
@@ -526,7 +527,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
         self.goal = None if commanded else np.asarray(goal, dtype=float) / math.hypot(*goal)
         self.commands = np.zeros((num_envs, 2)) if commanded else None  # m/s
-        self._commands_set = np.zeros(num_envs, bool)  # from outside: none are drawn for the rest of the episode
+        self._commands_due = np.zeros(num_envs, int)  # the step of the episode after which the next is drawn
         self._weights = tuple(weights.values())
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
@@ -702,7 +703,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if velocities.shape != (self.num_envs, 2):
             raise ValueError(f"velocities have shape {velocities.shape}, expected ({self.num_envs}, 2)")
         need((np.abs(velocities) <= 2).all(), "the velocity", velocities, "x and y from -2 to 2 m/s")
-        self.commands[:], self._commands_set[:] = velocities, True
+        self.commands[:], self._commands_due[:] = velocities, np.iinfo(int).max
 
     def slopes(self) -> np.ndarray:
         """Slopes of the ground along x and y, (num_envs, 6) float32: under the ball, 0.3 m and 0.6 m on.
@@ -736,7 +737,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for name in self._kept:
             state[name] = torch.tensor(getattr(self, name))
         if self.commands is not None:
-            state |= {"commands": torch.tensor(self.commands), "commands_set": torch.tensor(self._commands_set)}
+            state |= {"commands": torch.tensor(self.commands), "commands_due": torch.tensor(self._commands_due)}
         if self.randomization:
             state["drawn"] = {name: torch.tensor(value) for name, value in self._drawn.items()}
         if self.frames is not None:
@@ -772,7 +773,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             self._change_models(np.arange(self.num_envs))
         self._started[:] = time.perf_counter()
         if self.commands is not None:
-            self.commands[:], self._commands_set[:] = state["commands"].numpy(), state["commands_set"].numpy()
+            self.commands[:], self._commands_due[:] = state["commands"].numpy(), state["commands_due"].numpy()
         if self.frames is not None:
             self.frames.copy_(state["frames"])
             self._frame_time[:] = state["frame_time"].numpy()
@@ -858,7 +859,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             self._change_models(ids)
         if self.commands is not None:
             self._draw_commands(ids)
-            self._commands_set[ids] = False
+            self._commands_due[ids] = [self._rngs[i].integers(1, COMMAND_STEPS + 1) for i in ids]
         if starts:
             still = np.zeros((self.num_envs, 2))
             self._turn(ids, starts.get("heading", still[:, 0])[ids], starts.get("tilt", still)[ids])
@@ -1000,8 +1001,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._steps += taken
         self._returns += rewards
         if self.commands is not None:
-            new = self._steps // COMMAND_STEPS > (self._steps - taken) // COMMAND_STEPS
-            self._draw_commands(np.flatnonzero(new & ~self._commands_set & (True if starting is None else ~starting)))
+            due = np.flatnonzero((self._steps >= self._commands_due) & (True if starting is None else ~starting))
+            self._draw_commands(due)
+            self._commands_due[due] += COMMAND_STEPS
         infos = self._infos()
         infos |= dict(zip(REWARD_TERMS, (forward, ctrl, healthy))) | {f"_{key}": self._everyone for key in REWARD_TERMS}
         if "obs_noise" in self.randomization:

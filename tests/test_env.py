@@ -777,6 +777,7 @@ def test_commands_are_drawn_and_set():
     envs = make(2000, goal="command", frame_skip=4)
     obs, _ = envs.reset(seed=0)
     first = obs["command"]
+    np.testing.assert_allclose(np.quantile(envs._commands_due, [0, 0.5, 1]), [1, 1000, 2000], atol=70)
     speed = np.linalg.norm(first, axis=1)
     assert (speed == 0).mean() == pytest.approx(0.2, abs=0.03) and 0.59 < speed.max() <= 0.6 + 1e-6
     assert speed[speed > 0].mean() == pytest.approx(0.3, abs=0.02) and np.abs(first.mean(0)).max() < 0.03
@@ -785,12 +786,12 @@ def test_commands_are_drawn_and_set():
     obs, _ = envs.reset(seed=7)
     starts = [single.reset(seed=7 + i)[0] for i, single in enumerate(singles)]
     for env in (envs, *(single._envs for single in singles)):
-        env._steps[:] = 1986  # the next are drawn at 2000
+        env._commands_due[:] = 13  # the next are drawn after the 4th action
     wanted = np.stack([start["command"] for start in starts])
     for step in range(10):
         if step == 2:  # one of them is told
             envs.command(np.stack([envs.commands[0], [0.1, -0.7], envs.commands[2]]))
-            envs._commands_set[[0, 2]] = False
+            envs._commands_due[[0, 2]] = 13
             singles[1].command((0.1, -0.7))
             wanted[1] = 0.1, -0.7
         obs, rewards, *_, infos = envs.step(np.full((3, 3), 0.1))
@@ -803,8 +804,9 @@ def test_commands_are_drawn_and_set():
         changed = (obs["command"] != wanted.astype(np.float32)).any(1)
         assert changed.tolist() == ([True, False, True] if step == 3 else [False] * 3), step
         wanted = obs["command"]
+    assert envs._commands_due.tolist() == [2013, np.iinfo(int).max, 2013]
     envs.reset()
-    assert not envs._commands_set.any()
+    assert envs._commands_due.max() <= 2000
     for env, good in ((envs, np.zeros((3, 2))), (singles[0], np.zeros(2))):
         for bad in (np.zeros(3), good + 3, good + np.nan):
             with pytest.raises(ValueError, match=r"expected|give x and y from -2 to 2 m/s"):
