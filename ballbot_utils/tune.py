@@ -7,7 +7,8 @@ on other machines, with the same --storage, joins in. Samplers, pruners, storage
 
 - grid: every combination; a range stands for --points values.
 - one-at-a-time: the first hyperparameter of --space, then the next with the first's best value, and so on.
-- random, tpe: --trials combinations, drawn independently, or by the tree-structured Parzen estimator.
+- random, tpe: --trials combinations, drawn independently, or by the tree-structured Parzen estimator, which begins with
+  the flags after `--` where they lie in --space.
 - six-steps: the guide's systematic process, with its values: baseline, learning rate, clip range, exploration,
   architecture, validation on its five seeds; --space is not used.
 """
@@ -121,6 +122,7 @@ class Search:
     trials: int
     grid: bool
     deadline: float
+    given: dict | None = None  # the parameters of the flags given, for the first trial
 
     @property
     def folder(self) -> Path:
@@ -259,6 +261,21 @@ def check_space(
             options[key], varied[key] = labels, list(labels)
     need(varied, "--space has nothing that varies: give a range or several values")
     return base, varied, options
+
+
+def parameters(settings: dict[str, Any], search: Search) -> dict[str, Any] | None:
+    """The parameters that stand for these flags, every one of them; None if they lie outside the space."""
+    params = {}
+    for name, spec in search.space.items():
+        if name in search.options:
+            fitting = [label for label, flags in search.options[name].items() if settings | flags == settings]
+        else:
+            value = settings[name.replace("-", "_")]
+            fitting = [value] if (spec[0] <= value <= spec[1] if isinstance(spec, tuple) else value in spec) else []
+        if not fitting:
+            return None
+        params[name] = fitting[0]
+    return params if search.settings(params) == settings else None
 
 
 def on_grid(space: dict[str, tuple | list], points: int) -> dict[str, list]:
@@ -466,6 +483,8 @@ def open_study(search: Search) -> optuna.Study:
         need(not foreign, f"{search.folder} has trials of another study: move it away, or "
              "give another --study")  # fmt: skip
         study.set_user_attr("settings", asked)
+        if search.given:
+            study.enqueue_trial(search.given)
     else:
         wrong = [key for key in asked if asked[key] != begun.get(key)]
         need(not wrong, f"study {search.name} was begun with other flags ({', '.join(wrong)}): give those again, or "
@@ -712,7 +731,10 @@ def draw_curves(trials: list[tuple[str, FrozenTrial]], search: Search, path: Pat
 
 
 def draw_study(study: optuna.Study, search: Search) -> list[str]:
-    """Optuna's pictures of a study, and the learning curves of its three best trials. Returns the files' names."""
+    """Optuna's pictures of a study, and the learning curves of its three best trials beside those of the flags given.
+
+    Returns the files' names.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -736,7 +758,10 @@ def draw_study(study: optuna.Study, search: Search) -> list[str]:
             write(search.folder / f"{name}.png", partial(figure.savefig, dpi=150, bbox_inches="tight"))
             pyplot.close(figure)
     ranked = sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")[:3]
-    draw_curves([(f"trial {trial.number}", trial) for trial in ranked], search, search.folder / "curves.png")
+    given = [trial for trial in complete if trial.params == search.given]
+    draw_curves([(f"trial {trial.number}" + ", the flags given" * (trial in given), trial)
+                 for trial in ranked + [trial for trial in given if trial not in ranked]],
+                search, search.folder / "curves.png")  # fmt: skip
     return [f"{name}.png" for name in (*kinds, "curves") if (search.folder / f"{name}.png").exists()]
 
 
@@ -966,6 +991,7 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
                 check_space(space, module, base)
                 base |= fixed_values(space)
             return take_steps(args, module, base, deadline)
+        given = base
         base, space, options = check_space(parse_space(args.space, module), module, base)
         grid = args.strategy == "grid"
         space = on_grid(space, args.points) if grid else space
@@ -974,6 +1000,7 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
              "--trials")  # fmt: skip
         trials = min(args.trials or (size if grid else 20), size)
         search = Search(args, args.study, base, space, options, args.seeds, trials, grid, deadline)
+        search.given = parameters(given, search) if args.strategy == "tpe" else None
         conclude(run(search), search)
     except KeyboardInterrupt:
         clear_progress()

@@ -296,6 +296,23 @@ def test_searches_go_on_where_they_were(strategy, capfd):
         run(*words, "--trials", "6")
 
 
+def test_tpe_begins_with_the_flags_given_where_they_lie_in_the_space(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tune, "draw_curves", lambda trials, *_: drawn.append([label for label, _ in trials]))
+    sizes = ["num-envs=8,10", "num-steps=2048,4000", "minibatch-size=100,256"]  # 2048 takes 256 alone
+    flags = ["--clip-coef", "0.02", "--num-steps", "4000", "--minibatch-size", "100"]
+    for number, (space, begins) in enumerate([
+        (["clip-coef=0.01:0.3", "norm-adv=true,false", *sizes], True), (["clip-coef=0.02,0.3", "ent-coef=0.001"], True),
+        (["clip-coef=0.1:0.3"], False), (["clip-coef=0.01:0.3", "ent-coef=0.002"], False),
+    ]):  # fmt: skip
+        run("--study", f"begins-{number}", "--space", *space, "--trials", "1", flags=flags)
+        assert len(load(f"begins-{number}").trials) == 1
+        settings = json.loads(Path(f"runs/begins-{number}/trial-0.json").read_text())
+        as_given = settings | dict(clip_coef=0.02, num_steps=4000, minibatch_size=100, ent_coef=0.001, num_envs=10)
+        assert (settings == as_given and not settings["norm_adv"]) is begins
+        assert drawn.pop() == ["trial 0" + ", the flags given" * begins]
+
+
 # Ends of all kinds
 
 

@@ -1,0 +1,62 @@
+"""Which strategy finds what, how fast: `python -m benchmark.strategies grid random tpe --output strategies.png`.
+
+For each name draws the best return so far, by trials, over the studies runs/NAME-*: their median as a line, their
+range as a band. Prints what each study found, and how often a trial failed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import optuna
+import tyro
+from matplotlib.figure import Figure
+from optuna.trial import TrialState
+
+from ballbot_utils import plot
+from ballbot_utils.common import command, need, write
+
+
+@dataclass
+class Args:
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """what the studies' names begin with, one for each strategy"""
+    output: Path = Path("strategies.png")
+    """file to write"""
+
+
+def main(args: Args) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    need(args.names, "no names given: give what the studies' names begin with")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for name, color in zip(args.names, plot.COLORS):
+        logs = sorted(Path("runs").glob(f"{name}-*/study.log"))
+        need(logs, f"runs/{name}-* holds no study: run them first")
+        best = []
+        for log in logs:
+            backend = optuna.storages.journal.JournalFileBackend(str(log))
+            study = optuna.load_study(study_name=log.parent.name, storage=optuna.storages.JournalStorage(backend))
+            ended = [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.FAIL)]
+            values = [
+                -np.inf if trial.value is None else trial.value for trial in ended if "lost" not in trial.user_attrs
+            ]
+            best.append(np.maximum.accumulate(values))
+            failed = sum(np.isneginf(values))
+            print(f"{study.study_name}: {len(values)} trials, {failed} failed, best {study.best_value:.1f}, trial "
+                  f"{study.best_trial.number}: {study.best_params}")  # fmt: skip
+        best = np.array([values[: min(map(len, best))] for values in best])
+        trials = np.arange(1, best.shape[1] + 1)
+        ax.step(trials, np.median(best, 0), where="post", color=color, label=f"{name}, {len(best)} studies")
+        ax.fill_between(trials, best.min(0), best.max(0), step="post", color=color, alpha=0.2, lw=0)
+    ax.set(xlabel="trials", ylabel="best return so far")
+    ax.grid(color="0.92")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    write(args.output, partial(figure.savefig, dpi=150))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    command(main, Args, description=__doc__)
