@@ -203,8 +203,7 @@ class Agent(nn.Module):
         self.num_proprio = 15 + args.body_frame + args.cameras + 2 * self.commanded
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
-        # channels_last: a quarter faster on a CPU
-        self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None
+        self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None  # faster
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = MLP(num_features + self.num_slopes, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
@@ -287,7 +286,10 @@ def rank():
 def average(tensor):
     """The mean of a tensor over all ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        work = dist.all_reduce(tensor, async_op=True)
+        while not (tensor.is_cuda or work.is_completed()):  # a CPU asleep takes longer to wake up than this
+            os.sched_yield()
+        work.wait()  # raises what went wrong
         tensor /= world_size()
     return tensor
 
@@ -295,11 +297,10 @@ def average(tensor):
 def gather(thing, to_all=False):
     """A list of what each rank has, in their order; on ranks other than 0 it holds None, unless it goes `to_all`."""
     things = [thing] * world_size()
-    if dist.is_initialized():
-        if to_all:
-            dist.all_gather_object(things, thing)
-        else:
-            dist.gather_object(thing, things if rank() == 0 else None)
+    if dist.is_initialized() and to_all:
+        dist.all_gather_object(things, thing)
+    elif dist.is_initialized():
+        dist.gather_object(thing, things if rank() == 0 else None)
     return things
 
 
@@ -563,8 +564,7 @@ def learning_rate_now(args, progress_remaining):
 def train(args: Args, started: float | None = None) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder.
 
-    A script that calls this needs `if __name__ == "__main__":` around the call, as its processes import the script.
-    They call it too, with the time at which it `started`.
+    Call it below `if __name__ == "__main__":`: its processes import the script, and call it with when it `started`.
     """
     run_dir, run, weights = ballbot_runs.begin(args, started, Args, Agent)
     if args.num_processes > 1 and "RANK" not in os.environ:
