@@ -400,7 +400,8 @@ def test_four_ranks(tmp_path):
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     assert output.stdout.count("final policy") == 1
-    assert len(torch.load(tmp_path / "runs" / "four" / "last.pt", weights_only=True)["ranks"]) == 4
+    run = torch.load(tmp_path / "runs" / "four" / "last.pt", weights_only=True)
+    assert len(run["ranks"]) == run["args"]["num_processes"] == 4
 
 
 def test_it_learns(tmp_path, monkeypatch):
