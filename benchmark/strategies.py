@@ -14,7 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from ballbot_utils import plot
+from ballbot_utils import plot, tune
 from ballbot_utils.common import command, need, write
 
 
@@ -38,12 +38,10 @@ def main(args: Args) -> None:
         for log in logs:
             backend = optuna.storages.journal.JournalFileBackend(str(log))
             study = optuna.load_study(study_name=log.parent.name, storage=optuna.storages.JournalStorage(backend))
-            ended = [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.FAIL)]
-            values = [
-                -np.inf if trial.value is None else trial.value for trial in ended if "lost" not in trial.user_attrs
-            ]
+            ended = tune.finished(tune.counted(study))
+            values = [trial.value if trial.state == TrialState.COMPLETE else -np.inf for trial in ended]
             best.append(np.maximum.accumulate(values))
-            failed = sum(np.isneginf(values))
+            failed = sum(trial.state == TrialState.FAIL for trial in ended)
             print(f"{study.study_name}: {len(values)} trials, {failed} failed, best {study.best_value:.1f}, trial "
                   f"{study.best_trial.number}: {study.best_params}")  # fmt: skip
         best = np.array([values[: min(map(len, best))] for values in best])

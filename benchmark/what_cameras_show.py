@@ -6,7 +6,7 @@ from proprioception, with the encoder's depth features, and with the frames them
 share of the slope's variance explained (R²) on the second.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tyro
 
 import ppo_ballbot
-from ballbot_utils.common import command
+from ballbot_utils.common import command, need
 
 
 @dataclass
@@ -28,10 +28,9 @@ class Args:
 
 def drive(policy, args: Args, terrain_seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Inputs (samples, width) of each kind, and slopes (samples, 6), from 64 robots for 1000 actions, each 20th."""
-    policy.args.eval_terrain_seed, policy.args.terrain_amplitude = terrain_seed, args.terrain_amplitude
-    agent, task = policy.agent, policy.args
-    task.terrain_seed, task.randomization, task.max_episode_steps = terrain_seed, {}, 4000
-    envs = ppo_ballbot.make_envs(task, 64)
+    agent = policy.agent
+    task = dict(terrain_seed=terrain_seed, terrain_amplitude=args.terrain_amplitude, max_episode_steps=4000)
+    envs = ppo_ballbot.make_envs(replace(policy.args, randomization={}, **task), 64)
     obs, _ = envs.reset(seed=5)
     proprio, depth, blocks, slopes = [], [], [], []
     for step in range(1000):
@@ -58,8 +57,7 @@ def explained(inputs: np.ndarray, slopes: np.ndarray, new_inputs: np.ndarray, ne
 
 def main(args: Args) -> None:
     policy = ppo_ballbot.load_policy(args.checkpoint)
-    if policy.agent.encoder is None:
-        raise SystemExit(f"error: {args.checkpoint} sees no cameras: give a policy trained with them")
+    need(policy.agent.encoder, f"{args.checkpoint} sees no cameras: give a policy trained with them")
     (first, slopes), (second, new_slopes) = drive(policy, args, 3_000_000), drive(policy, args, 3_000_001)
     print("R² of the slope along +x and +y:  under the ball   0.3 m on       0.6 m on")
     for name, x, new in zip(("proprioception", "and depth features", "and frames, 8 x 8"), first, second):
