@@ -1,16 +1,15 @@
 """How fast, and against what: `python -m ballbot_utils.benchmark --output speed.png`.
 
 For each number of environments and threads, in steps per second: MuJoCo alone, the environment without and with
-cameras, rollouts (with the policy's inference), and the whole of training, the last two in as many processes, all with
-the defaults of ppo_ballbot.py; then Stable-Baselines3's PPO with the same network and hyperparameters on the single
-environment. Every measurement has a process of its own. All are repeated in turn, so that what the machine does
-meanwhile falls on all of them and shows as spread: medians, with lowest and highest in brackets. A second table
-has what no program on MuJoCo and PyTorch could do without, and the speed that this allows. Writes the tables, the raw
-figures as JSON and a plot.
+cameras, rollouts (with the policy's inference), and the whole of training, the last two in as many processes where they
+can share the environments, all with the defaults of ppo_ballbot.py; then Stable-Baselines3's PPO with the same network
+and hyperparameters on the single environment. Every measurement has a process of its own. All are repeated in turn, so
+that what the machine does meanwhile falls on all of them and shows as spread: medians, with lowest and highest in
+brackets. A second table has what no program on MuJoCo and PyTorch could do without, and the speed that this allows.
+Writes the tables, the raw figures as JSON and a plot.
 """
 
 import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -55,7 +54,7 @@ class Args:
     num_envs: tuple[int, ...] = (1, 10, 64, 256, 1024)
     """numbers of environments"""
     threads: tuple[int, ...] = (1, 2)
-    """numbers of threads of physics and env; rollouts and training have as many processes"""
+    """numbers of threads of physics and env; rollouts and training have as many processes, or one"""
     repeats: int = 3
     """rounds; each measures everything once"""
     seconds: float = 1.0
@@ -107,6 +106,11 @@ def iteration(num_envs: int, steps: int) -> tuple[int, int]:
     num_steps = max(1, steps // (2 * num_envs))
     batch_size = num_steps * num_envs
     return num_steps, max(d for d in range(1, min(MINIBATCH, batch_size) + 1) if batch_size % d == 0)
+
+
+def processes(num_envs: int, threads: int, steps: int) -> int:
+    """How many processes `threads` cores train in: one each, or one for all where they cannot share a minibatch."""
+    return 1 if num_envs % threads or iteration(num_envs, steps)[1] % threads else threads
 
 
 def measure_steps(num_envs: int, threads: int, seconds: float) -> dict[str, float]:
@@ -194,7 +198,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
         return {name: rate(function, steps, seconds) for name, (function, steps) in parts.items()}
 
 
-def measure_training(num_envs: int, processes: int, cameras: bool, steps: int) -> dict[str, float]:
+def measure_training(num_envs: int, threads: int, cameras: bool, steps: int) -> dict[str, float]:
     """Steps per second of two iterations of `ppo_ballbot.train`, as it logs them (evaluations left out).
 
     With cameras also those of its rollouts, which is all but learning.
@@ -202,8 +206,9 @@ def measure_training(num_envs: int, processes: int, cameras: bool, steps: int) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     num_steps, minibatch_size = iteration(num_envs, steps)
+    ranks = processes(num_envs, threads, steps)
     args = ppo_ballbot.Args(
-        num_envs=num_envs, num_processes=processes, num_threads=1, cameras=cameras, num_steps=num_steps,
+        num_envs=num_envs, num_processes=ranks, num_threads=threads // ranks, cameras=cameras, num_steps=num_steps,
         minibatch_size=minibatch_size, total_timesteps=2 * num_steps * num_envs, final_eval_episodes=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -261,20 +266,24 @@ def measure(process: str, num_envs: int, threads: int, args: Args) -> tuple[dict
     SubprocVecEnv's processes are not its children, and their memory is not known (None).
     """
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        if process == "steps":
-            result = measure_steps(num_envs, threads, args.seconds)
-        elif process == "floor":
-            result = measure_floor(num_envs, args.seconds)
-        elif process in SB3:
-            result = measure_sb3(process, num_envs, args.sb3_steps)
-        else:
-            result = measure_training(num_envs, threads, process == "training", args.train_steps)
+    if process == "steps":
+        result = measure_steps(num_envs, threads, args.seconds)
+    elif process == "floor":
+        result = measure_floor(num_envs, args.seconds)
+    elif process in SB3:
+        result = measure_sb3(process, num_envs, args.sb3_steps)
+    else:
+        result = measure_training(num_envs, threads, process == "training", args.train_steps)
     if "Subproc" in process:
         return result, None
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    children = min(threads, num_envs) - 1 if "training" in process else 0
+    children = processes(num_envs, threads, args.train_steps) - 1 if "training" in process else 0
     return result, (own + children * child) / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def silence() -> None:
+    """Let this process and its children print nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: Args) -> list[dict[str, Any]]:
@@ -287,7 +296,7 @@ def run(args: Args) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     for done in range(total):
         process, num_envs, threads = setups[done % len(setups)]
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=silence) as pool:
             result, memory = pool.submit(measure, process, num_envs, threads, args).result()
         for stage, speed in result.items():
             records.append(dict(stage=stage, num_envs=num_envs, threads=threads, round=done // len(setups) + 1,

@@ -41,6 +41,13 @@ def test_iterations_are_of_the_asked_size_in_whole_minibatches():
     assert benchmark.iteration(64, 1) == (1, 64)
 
 
+def test_processes_are_those_that_can_share_environments_and_minibatches():
+    assert benchmark.processes(10, 2, 20_480) == 2
+    assert benchmark.processes(1, 2, 20_480) == 1
+    assert benchmark.processes(4, 4, 8) == 4
+    assert benchmark.processes(6, 4, 20_480) == 1
+
+
 def record(stage, speed, num_envs=10, threads=2, round_=1):
     return dict(stage=stage, num_envs=num_envs, threads=threads, round=round_, steps_per_second=speed, memory=500.4)
 
