@@ -42,8 +42,8 @@ class Exported(torch.nn.Module):
     def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
         agent, proprio = self.agent, dict(obs)
         if agent.body_frame:
-            proprio |= body_frame(obs["orientation"], obs["vel"])
-        values = [proprio[key] for key in PROPRIOCEPTION]
+            proprio |= body_frame(obs)
+        values = [proprio[key] for key in PROPRIOCEPTION + ("command",) * agent.commanded]
         depth = obs["vel"][:, :0]
         if agent.encoder is not None:
             values.append(obs["relative_image_timestamp"])
@@ -51,8 +51,9 @@ class Exported(torch.nn.Module):
         return agent.actor(agent.features(torch.cat(values, 1), depth)).clamp(-1, 1)
 
 
-def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `ppo_ballbot.proprioception` makes of `ballbot_env.in_body_frame`, in torch: lean with heading, velocity."""
+def body_frame(obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `ppo_ballbot.proprioception` makes of an observation: lean with heading, velocity and command, in torch."""
+    orientation = obs["orientation"]
     angle = orientation.square().sum(1, keepdim=True).sqrt()
     axis = orientation * torch.sin(angle / 2) / angle.clamp(min=1e-6)
     w, (x, y, z) = torch.cos(angle / 2).squeeze(1), axis.unbind(1)
@@ -63,13 +64,16 @@ def body_frame(orientation: torch.Tensor, vel: torch.Tensor) -> dict[str, torch.
     ]  # columns: the robot's axes in the world
     forward = torch.sqrt(rotation[0][0] ** 2 + rotation[1][0] ** 2).clamp(min=1e-6)
     heading = [rotation[1][0] / forward, rotation[0][0] / forward]  # sine and cosine
-    seen = [sum(rotation[row][column] * vel[:, row] for row in range(3)) for column in range(3)]
-    return {"orientation": torch.stack([*rotation[2][:2], *heading], 1), "vel": torch.stack(seen, 1)}
+    result = {"orientation": torch.stack([*rotation[2][:2], *heading], 1)}
+    for key in obs.keys() & {"vel", "command"}:
+        axes, seen = range(obs[key].shape[1]), obs[key].unbind(1)  # a command has no z
+        result[key] = torch.stack([sum(rotation[row][column] * seen[row] for row in axes) for column in axes], 1)
+    return result
 
 
 def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path) -> None:
     """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
-    keys = list(PROPRIOCEPTION)
+    keys = list(PROPRIOCEPTION) + ["command"] * agent.commanded
     keys += ["depth_0", "depth_1", "relative_image_timestamp"] if agent.encoder is not None else []
     example = {key: torch.zeros(2, *space[key].shape) for key in keys}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that this needs not

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from test_policy import make_run
@@ -68,6 +69,15 @@ def test_onnx_file(exported, monkeypatch):
         batch["orientation"] *= 0.1 * (np.arange(n)[:, None] > 0)
         (actions,) = session.run(None, batch)
         np.testing.assert_allclose(actions, policy(batch), atol=1e-5)
+
+
+def test_onnx_file_of_a_policy_that_follows_commands(tmp_path):
+    make_run(tmp_path / "run", goal="command", body_frame=True, norm_obs=True, cameras=False, frame_skip=4)
+    export.main(export.Args(tmp_path / "run", tmp_path / "policy.onnx"))  # which plays an episode by it
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
+    obs = gym.make_vec("Ballbot-v0", num_envs=5, cameras=False, goal="command").reset(seed=1)[0]
+    assert {i.name for i in session.get_inputs()} == set(obs)
+    np.testing.assert_allclose(session.run(None, obs)[0], ppo.load_policy(tmp_path / "run")(obs), atol=1e-5)
 
 
 def test_export_refuses(exported, tmp_path, monkeypatch):
