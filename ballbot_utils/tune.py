@@ -150,10 +150,12 @@ class TimeUp(Exception):
 
 def base_settings(script: Path, flags: list[str]) -> tuple[ModuleType, dict[str, Any]]:
     """The script's module, and every flag as a trial has it: the script's own parser on what came after `--`."""
-    need(script.is_file(), f"--script {script} does not exist")
+    need(script.is_file() and script.suffix == ".py", f"--script {script} does not exist, or is no .py file")
     sys.path.insert(0, str(script.resolve().parent))
-    module, argv, said = importlib.import_module(script.stem), sys.argv, io.StringIO()
-    sys.argv = [str(script), *flags]
+    spec = importlib.util.spec_from_file_location(f"tuned_{script.stem}", script)  # a copy may have our script's name
+    module, argv, said = importlib.util.module_from_spec(spec), sys.argv, io.StringIO()
+    sys.modules[spec.name], sys.argv = module, [str(script), *flags]
+    spec.loader.exec_module(module)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             settings = module.parse()
@@ -198,7 +200,9 @@ def parse_space(texts: Iterable[str], module: ModuleType) -> dict[str, tuple | l
         key, _, values = text.partition("=")
         names = [name.replace("-", "_") for name in key.split("+")]
         for name in names:
-            need(name in default, f"--space {text}: {module.__name__}.py has no flag --{name.replace('_', '-')}")
+            need(
+                name in default, f"--space {text}: {Path(module.__file__).name} has no flag --{name.replace('_', '-')}"
+            )
             need(name not in NOT_TUNED, f"--space {text}: not for tuning; give it after --, for all trials")
             need(name not in seen, f"--space {text}: {name.replace('_', '-')} is given twice")
             seen.add(name)
@@ -980,6 +984,9 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
     given = args.space != SPACE
     need(not (args.strategy == "six-steps" and given), "--space means nothing with six-steps: it has the guide's")
     quiet()
+    installed = Path(ballbot_runs.__file__).with_name(args.script.name)
+    if not args.script.exists() and installed.is_file():
+        args = replace(args, script=installed)
     module, base = base_settings(args.script, flags)
     deadline = time.time() + 60 * args.budget_minutes
     search = None
@@ -1001,6 +1008,8 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
         trials = min(args.trials or (size if grid else 20), size)
         search = Search(args, args.study, base, space, options, args.seeds, trials, grid, deadline)
         search.given = parameters(given, search) if args.strategy == "tpe" else None
+        if flags and args.strategy == "tpe" and not search.given:
+            print("the flags after -- lie outside --space: no trial has them, and what is near them is not tried")
         conclude(run(search), search)
     except KeyboardInterrupt:
         clear_progress()

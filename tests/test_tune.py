@@ -513,6 +513,13 @@ def test_four_workers_on_postgresql_one_killed(postgresql):
 # Real runs
 
 
+def test_a_copy_of_a_script_is_the_one_that_is_asked():
+    text = (ROOT / "ppo_ballbot.py").read_text()
+    Path("ppo_ballbot.py").write_text(text.replace("    seed: int = 1 ", "    mine: float = 2.0\n    seed: int = 1 "))
+    module, base = tune.base_settings(Path("ppo_ballbot.py"), ["--mine", "3"])
+    assert base["mine"] == 3 and "mine" in tune.parse_space(["mine=1,2"], module)
+
+
 def test_real_trials(capfd):
     Path("assets").symlink_to(ROOT / "assets")
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
