@@ -445,7 +445,7 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
         if args.init_from:
             policy, trained_by = policy_in(Path(args.init_from), kind, network)
             weights = policy.state_dict()
-            names = "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs"
+            names = "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs privileged_critic depth_scale"
             differ = [name for name in names.split() if getattr(args, name) != getattr(trained_by, name)]
             if differ:
                 stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
@@ -465,7 +465,7 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
 def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     """The writer of TensorBoard's events, with Weights & Biases beside it where they are wanted.
 
-    A new run's flags go there and to config.json.
+    A run's flags go there and to config.json, again if it goes on for more steps.
     """
     if args.track:
         import wandb
@@ -473,9 +473,11 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=run_dir.name)
         wandb.init(**names, dir=run_dir, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
-    if run is None:
+    if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
         settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
-        (run_dir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        part = run_dir / "config.json.part"
+        part.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(part, run_dir / "config.json")
         rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
     return writer

@@ -90,7 +90,7 @@ def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[st
         if "hyperparameters/text_summary" in logged["tensors"]:
             table = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
             rows = (line.strip("|").partition("|") for line in table.splitlines()[2:])
-            hyperparameters = hyperparameters or {key: value for key, _, value in rows}
+            hyperparameters = {key: value for key, _, value in rows}
         for tag in points.keys() & logged["scalars"]:
             start = log.FirstEventTimestamp()
             new = {e.step: (paused_at + (e.wall_time - start) / 60, e.value) for e in log.Scalars(tag)}

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_ballbot as ppo
 from ballbot_runs import check, load_run, save
+from ballbot_utils import plot
 
 SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
@@ -177,6 +178,8 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
         ppo.train(ppo.Args(resume="runs/short", total_timesteps=128))
     short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
     assert "256 steps become 512: what is scheduled is stretched over all of them" in capsys.readouterr().out
+    assert json.loads((short / "config.json").read_text())["total_timesteps"] == 512
+    assert plot.read(short)[0]["total_timesteps"] == "512"
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
     monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --resume runs/short --total-timesteps 10000000".split())
@@ -198,6 +201,8 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     assert moved == {"obs_mean", "obs_var", "obs_count"}  # which go on
     with pytest.raises(SystemExit, match="--init-from runs/first: give cameras, hidden_size as it was trained with"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", cameras=False, hidden_size=16))
+    with pytest.raises(SystemExit, match="give privileged_critic, depth_scale as it was trained with"):
+        ppo.train(replace(args, init_from="runs/first", run_name="third", privileged_critic=True, depth_scale=0.1))
     assert not Path("runs/third").exists()
 
 
