@@ -202,7 +202,7 @@ class BallbotEnv(gym.Env):
 
     | `randomization`     | Strength s and its unit      | What is drawn                                               |
     | ------------------- | ---------------------------- | ----------------------------------------------------------- |
-    | `terrain_amplitude` | share of `terrain_amplitude` | its hills times one of 5 factors spread over 1 - s to 1 + s |
+    | `terrain_amplitude` | share of `terrain_amplitude` | its hills times 1 + u s, u in ±0.8, ±0.4 and 0              |
     | `mass`              | share of the mass            | mass and inertia of the base times U(1 - s, 1 + s)          |
     | `friction`          | share of the coefficient     | sliding friction of all contacts times U(1 - s, 1 + s)      |
     | `wheel_damping`     | share of `wheel_damping`     | damping of all wheels times U(1 - s, 1 + s)                 |
@@ -755,6 +755,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         wrong = unlike(state, self.get_state())
         if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"
+        for name, high in (("latency", self.randomization.get("latency", 0)), ("_relief", NUM_RELIEFS - 1)):
+            drawn = state["drawn"].get(name) if self.randomization and not wrong else None
+            if drawn is not None and not 0 <= drawn.min() <= drawn.max() <= high:
+                wrong = name.strip("_")
         try:
             for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
                 rng.bit_generator.state = rng_state

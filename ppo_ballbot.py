@@ -51,7 +51,7 @@ class Args:
     resume: str = ""
     init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with networks of the same flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
-    torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
+    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms on the GPU (the CPU's are)
     cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
     num_processes: int = 1  # ranks on this machine; they pay with minibatches of 512 and more. torchrun has its own
     num_threads: int = 0  # CPU threads of physics and renderer in each process; 0: its share of the cores
@@ -687,7 +687,7 @@ def learn(args, run_dir, run, weights, started):
         parts = {"simulate": simulating - rendering, "render": rendering, "infer": inferring}
         parts["learn"] = spent - sum(parts.values())
         scalars = {f"losses/{key}": value for key, value in losses.items()} | {
-            "losses/explained_variance": 1 - (square_error - error**2).item() / (square - mean**2).item(),
+            "losses/explained_variance": 1 - ((square_error - error**2) / (square - mean**2)).item(),
             "charts/learning_rate": learning_rate,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/SPS": global_step / seconds,

@@ -54,7 +54,7 @@ class Args:
     resume: str = ""
     init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with networks of the same flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
-    torch_deterministic: bool = True  # use only deterministic algorithms on the GPU (the CPU's are)
+    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms on the GPU (the CPU's are)
     cuda: bool = False  # render and run networks on GPUs, one for each process; the physics stays on the CPU
     num_processes: int = 1  # ranks on this machine; they pay with minibatches of 512 and more. torchrun has its own
     num_threads: int = 0  # CPU threads of physics and renderer in each process; 0: its share of the cores
@@ -454,8 +454,8 @@ def update(agent, optimizer, args, batch):
         minibatches = minibatches.view(-1, args.minibatch_size // world_size())
         advantages = batch["advantages"][minibatches]
         if args.norm_adv:  # in each minibatch, over all ranks
-            advantages = advantages - average(advantages.mean(1, keepdim=True))
-            advantages = advantages / (average(advantages.square().mean(1, keepdim=True)).sqrt() + 1e-8)
+            mean, square = average(torch.stack([advantages, advantages.square()]).mean(2, keepdim=True))
+            advantages = (advantages - mean) / ((square - mean.square()).clamp(min=0).sqrt() + 1e-8)
         stats = []
         for samples, mb_advantages in zip(minibatches, advantages):
             mb = {key: value[samples] for key, value in batch.items()}
@@ -732,7 +732,7 @@ def learn(args, run_dir, run, weights, started):
         parts = {"simulate": simulating - rendering, "render": rendering, "infer": inferring}
         parts["learn"] = spent - sum(parts.values())
         scalars = {f"losses/{key}": value for key, value in losses.items()} | {
-            "losses/explained_variance": 1 - (square_error - error**2).item() / (square - mean**2).item(),
+            "losses/explained_variance": 1 - ((square_error - error**2) / (square - mean**2)).item(),
             "charts/learning_rate": learning_rate,
             "charts/clip_coef": now.clip_coef,
             "charts/ent_coef": now.ent_coef,

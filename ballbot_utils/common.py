@@ -55,7 +55,7 @@ class Conditions:
 def command(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
     """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
     called = Path(sys.argv[0])
-    name = f"python -m ballbot_utils.{called.stem}" if called.suffix == ".py" else called.name
+    name = f"python -m {called.resolve().parent.name}.{called.stem}" if called.suffix == ".py" else called.name
     main(tyro.cli(flags, prog=name, **kwargs))
 
 
@@ -80,10 +80,15 @@ def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str) -> None:
         need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
         need(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
         need(path.is_file() or not path.exists(), f"{flag} is {path}, which is no file: give another name")
-        write(path.with_name(f"try_{path.name}"), lambda part: part.touch())
-        path.with_name(f"try_{path.name}").unlink()
+        part_of(path).touch()
+        part_of(path).unlink()
     except (OSError, ValueError) as error:
         need(False, f"{flag} is {path}, which cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def part_of(path: Path) -> Path:
+    """The file beside `path` that takes its place once it is whole."""
+    return path.with_name(f"part_{os.getpid()}_{path.name}")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -91,7 +96,7 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
     Exits with one line where the disk fails.
     """
-    part = path.with_name(f"part_{os.getpid()}_{path.name}")
+    part = part_of(path)
     try:
         save(part)
         os.replace(part, path)
@@ -109,6 +114,9 @@ def check_conditions(args: Conditions) -> None:
     for name in ("terrain_amplitude", "push_interval"):
         value = getattr(args, name)
         need(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0")
+    for name, high in (("terrain_amplitude", 100), ("wheel_damping", 1e6)):
+        value = getattr(args, name)
+        need(value is None or value <= high, f"--{name.replace('_', '-')} is {value}: give {high:,.0f} or less")
     shortest = 2 * PUSH_STEPS * TIMESTEP
     need(args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more")
     need(args.terrain in (None, "perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")

@@ -11,6 +11,7 @@ has no number, the threshold is from logs of this project's own runs: healthy on
 """
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -365,7 +366,8 @@ def main(args: Args) -> None:
     findings = [diagnose(param, curve) for param, curve in zip(params, curves)]
     for run, param, curve, found in zip(args.runs, params, curves, findings):
         step, total = curve[KL][0][-1], float(param.get("total_timesteps", "nan"))
-        ended.append(step + float(param.get("num_envs", 0)) * float(param.get("num_steps", 0)) > total)
+        factors = (float(param.get(name, 0)) for name in ("num_envs", "num_steps", "frame_skip"))
+        ended.append(step + math.prod(factors) > total)
         report["runs"][str(run)] = {
             "steps": int(step),
             "findings": [{"name": name, "evidence": evidence, "flags": flags} for name, evidence, flags in found],

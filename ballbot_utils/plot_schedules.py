@@ -3,21 +3,34 @@
 The KL-adaptive learning rate follows a made-up KL divergence (in the picture too), since it depends on the run.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from ballbot_utils.common import write
-from ppo_ballbot_schedules import Args, kl_adapted, learning_rate_now, scheduled
+import ppo_ballbot_schedules
+from ballbot_utils.common import command, need, need_file, write
+from ppo_ballbot_schedules import kl_adapted, learning_rate_now, scheduled
 
-OUTPUT = Path(__file__).resolve().parents[1] / "benchmark" / "schedules.png"
+
+@dataclass
+class Args:
+    output: Path = Path("schedules.png")
+    """file to write"""
+    overwrite: bool = False
+    """replace a file that exists"""
 
 
-def main() -> None:
-    """Draw them to OUTPUT."""
-    args, done = Args(), np.linspace(0, 1, 601)
-    figure, (lr, ent, clip) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+def main(flags: Args) -> None:
+    need_file("--output", flags.output, flags.overwrite, ".png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        need(False, "plotting needs matplotlib: pip install -r requirements-dev.txt")
+    args, done = ppo_ballbot_schedules.Args(), np.linspace(0, 1, 601)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    lr, ent, clip = figure.subplots(1, 3)
     lr.plot(done, [learning_rate_now(args, 1 - d) for d in done], label="guide (default)")
     for kind in ("constant", "linear", "cosine"):
         lr.plot(done, [scheduled(kind, 3e-4, 0, 1 - d) for d in done], label=f"{kind}, from 3e-4")
@@ -42,9 +55,9 @@ def main() -> None:
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, ncols=2)  # on no curve
         axis.grid(alpha=0.3)
     figure.get_layout_engine().set(wspace=0.08)  # for the labels of the second axis
-    write(OUTPUT, lambda part: figure.savefig(part, dpi=120))
-    print(OUTPUT)
+    write(flags.output, partial(figure.savefig, dpi=120))
+    print(f"wrote {flags.output}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main, Args, description=__doc__)

@@ -6,36 +6,49 @@ apart): with advantages as `tuned` estimates them, with longer ones, and with di
 Carlo), which no critic biases. Means over the first 900 actions, ± standard errors over environments.
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
 import ppo_ballbot
+from ballbot_utils.common import command
 
 ACTIONS, COUNTED = 1500, 900
 
-if len(sys.argv) != 2:
-    sys.exit("error: give one checkpoint: python -m benchmark.critic_bias runs/NAME/last.pt")
-policy = ppo_ballbot.load_policy(Path(sys.argv[1]))
-agent, args = policy.agent, policy.args
-torch.manual_seed(0)
-envs = ppo_ballbot.make_envs(args, 64)
-observation = ppo_ballbot.proprioception(envs.reset(seed=11)[0], agent)
-observation = observation, ppo_ballbot.depth_features(envs, agent, torch.zeros(64, agent.num_depth))
-for args.num_steps in (300, ACTIONS):  # the first are to get into motion
-    batch, observation, episodes, _ = ppo_ballbot.rollout(envs, agent, args, *observation)
-series = [batch[key] for key in ("rewards", "values", "next_values", "dones")]
-with torch.no_grad():
-    features = agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)
-    noise = (batch["actions"] - agent.actor(features).view(ACTIONS, 64, 3)) / agent.log_std.exp()
-drive = (noise[:COUNTED, :, 2] - noise[:COUNTED, :, 1]) / 2**0.5
-returns = ppo_ballbot.gae(*series, args.gamma, 1.0) + batch["values"]
-print(f"{sys.argv[1]}: {len(episodes)} episodes ended, of {sum(e[1] for e in episodes) / max(1, len(episodes)):.0f} "
-      f"steps; values {(batch['values'] - returns)[:COUNTED].mean():+.2f} off returns")  # fmt: skip
-for name, steps, gae_lambda in (("16 actions, lambda 0.96", 16, 0.96), ("64 actions, lambda 0.98", 64, 0.98),
-                                ("lambda 0.99", ACTIONS, 0.99), ("Monte Carlo", ACTIONS, 1.0)):  # fmt: skip
-    parts = zip(*(x.split(steps) for x in series))
-    advantages = torch.cat([ppo_ballbot.gae(*part, args.gamma, gae_lambda) for part in parts])[:COUNTED]
-    gradients = ((advantages - advantages.mean()) * drive).mean(0)
-    print(f"{name:<24} {gradients.mean():+.4f} ± {gradients.std() / 8:.4f}")
+
+@dataclass
+class Args:
+    checkpoint: tyro.conf.Positional[Path]
+    """a checkpoint, a .pt file, or the folder of a run, whose best.pt is meant"""
+
+
+def main(flags: Args) -> None:
+    policy = ppo_ballbot.load_policy(flags.checkpoint)
+    agent, args = policy.agent, policy.args
+    torch.manual_seed(0)
+    envs = ppo_ballbot.make_envs(args, 64)
+    observation = ppo_ballbot.proprioception(envs.reset(seed=11)[0], agent)
+    observation = observation, ppo_ballbot.depth_features(envs, agent, torch.zeros(64, agent.num_depth))
+    for args.num_steps in (300, ACTIONS):  # the first are to get into motion
+        batch, observation, episodes, _ = ppo_ballbot.rollout(envs, agent, args, *observation)
+    series = [batch[key] for key in ("rewards", "values", "next_values", "dones")]
+    with torch.no_grad():
+        features = agent.features(batch["proprio"], batch["depth"]).flatten(0, 1)
+        noise = (batch["actions"] - agent.actor(features).view(ACTIONS, 64, 3)) / agent.log_std.exp()
+    drive = (noise[:COUNTED, :, 2] - noise[:COUNTED, :, 1]) / 2**0.5
+    returns = ppo_ballbot.gae(*series, args.gamma, 1.0) + batch["values"]
+    length = sum(episode[1] for episode in episodes) / max(1, len(episodes))
+    print(f"{flags.checkpoint}: {len(episodes)} episodes ended, of {length:.0f} "
+          f"steps; values {(batch['values'] - returns)[:COUNTED].mean():+.2f} off returns")  # fmt: skip
+    for name, steps, gae_lambda in (("16 actions, lambda 0.96", 16, 0.96), ("64 actions, lambda 0.98", 64, 0.98),
+                                    ("lambda 0.99", ACTIONS, 0.99), ("Monte Carlo", ACTIONS, 1.0)):  # fmt: skip
+        parts = zip(*(x.split(steps) for x in series))
+        advantages = torch.cat([ppo_ballbot.gae(*part, args.gamma, gae_lambda) for part in parts])[:COUNTED]
+        gradients = ((advantages - advantages.mean()) * drive).mean(0)
+        print(f"{name:<24} {gradients.mean():+.4f} ± {gradients.std() / 8:.4f}")
+
+
+if __name__ == "__main__":
+    command(main, Args, description=__doc__)

@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""What hostile input and failing disks do: `python tests/hostile.py` makes some 2,300 attempts and counts how they end.
+"""What hostile input and failing disks do: `python tests/hostile.py` makes some 2,500 attempts and counts how they end.
 
 Each attempt runs in a process of its own, in an empty folder beside a file that it has no business with. It must do its
 work, or end with one line that says what is wrong. It fails by a traceback, a signal, ten seconds without a word, a

@@ -369,6 +369,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
     ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed means nothing on --terrain flat"),
     ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
+    ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give 100 or less"),
     ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
     ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),
 ])  # fmt: skip
@@ -387,3 +388,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(SystemExit, match="cannot be written: disk full"):
         common.write(path, fail)
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    mine = tmp_path / "try_figures.json"
+    mine.write_text("mine")
+    common.need_file("--json", path, True, ".json")
+    assert mine.read_text() == "mine" and path.read_text() == "first" and len(list(tmp_path.iterdir())) == 2

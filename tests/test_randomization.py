@@ -32,7 +32,12 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
         drawn = {key: value[2] for key, value in info["randomization"].items() if key[0] != "_"}
         assert_same(drawn, info_i["randomization"], f"{step}")
         if step == 40:
-            again.set_state(many.get_state())
+            state = many.get_state()
+            again.set_state(state)
+            for name in ("latency", "_relief"):
+                drawn = state["drawn"] | {name: state["drawn"][name] + 10**6}
+                with pytest.raises(ValueError, match=f"{name.strip('_')} is not as these environments have it"):
+                    again.set_state(state | {"drawn": drawn})
         result = obs, *_, info = many.step(action)
         if step >= 40:
             for a, b in zip(result, again.step(action)):
@@ -66,7 +71,8 @@ def test_what_is_drawn():
     assert {key for key in drawn if key[0] != "_"} == set(ALL) - {"push_interval", "obs_noise"}
     for name in ("mass", "friction", "wheel_damping", "terrain_amplitude"):
         assert np.abs(drawn[name] - 1).max() <= ALL[name] and drawn[name].std() > 0.5 * ALL[name], name
-    assert len(np.unique(drawn["terrain_amplitude"])) == ballbot_env.NUM_RELIEFS
+    factors = 1 + ALL["terrain_amplitude"] * np.array([-0.8, -0.4, 0, 0.4, 0.8])
+    np.testing.assert_allclose(np.unique(drawn["terrain_amplitude"]), factors)
     assert set(drawn["latency"]) == {0, 1, 2, 3}
     for name, longest in (("tilt", math.radians(ALL["tilt"])), ("velocity", ALL["velocity"])):
         length, angle = np.linalg.norm(drawn[name], axis=1), np.arctan2(*drawn[name].T)
