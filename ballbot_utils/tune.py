@@ -14,7 +14,7 @@ on other machines, with the same --storage, joins in. Samplers, pruners, storage
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Generator, Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -63,8 +64,10 @@ SPACE = (
 SIX_STEPS = {
     "learning rate": ("learning-rate=1e-5,5e-5,1e-4,5e-4,1e-3",),
     "clip range": ("clip-coef=0.01,0.015,0.02,0.03",),
-    "exploration": ("ent-coef=0.0001,0.001,0.01", "init-log-std=-1,-0.5,0"),
-    "architecture": ("hidden-size=64,128,256", "pi-layers+vf-layers=2,3,4"),
+    "exploration, entropy": ("ent-coef=0.0001,0.001,0.01",),
+    "exploration, initial noise": ("init-log-std=-1,-0.5,0",),
+    "architecture, width": ("hidden-size=64,128,256",),
+    "architecture, layers": ("pi-layers+vf-layers=2,3,4",),
 }
 GUIDE_SEEDS = (10, 42, 100, 200, 300)
 SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that divide
@@ -98,7 +101,9 @@ class Args:
     budget_minutes: float = math.inf
     """end after this time; a trial cut short is tried again by the next command"""
     pruner: Literal["median", "hyperband", "none"] = "median"
-    """end bad trials early: below the median of others at equal steps, or by Hyperband"""
+    """end bad trials early: their best so far below the median of others at equal steps, or by Hyperband"""
+    warmup_steps: int = 0
+    """steps of a trial that the median does not judge"""
     startup_trials: int = 10
     """random trials before tpe chooses, and finished ones before the median prunes"""
     workers: int = 1
@@ -263,6 +268,7 @@ def check_space(
         labels = {", ".join(str(sizes[name]) for name in several): sizes for sizes in good}
         if len(labels) > 1:
             options[key], varied[key] = labels, list(labels)
+            print(f"{key}: the {len(labels)} combinations that divide are one parameter")
     need(varied, "--space has nothing that varies: give a range or several values")
     return base, varied, options
 
@@ -414,15 +420,18 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
     objective, total = search.args.objective, search.base["total_timesteps"]
     run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
     command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
-    evaluations = []
+    evaluations, known, value, interval = [], 0, math.nan, search.base["eval_interval"]
     with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
         for line in lines:
             if time.time() > search.deadline:
                 trial.set_user_attr("lost", "the budget was spent")
                 raise TimeUp
             show(study, search)
-            # The line after an evaluation comes when its checkpoint is on the disk.
-            if line and objective == "steps-to-target" and any(map(reached, evaluations)):
+            met = objective == "steps-to-target" and any(map(reached, evaluations))
+            # After an evaluation comes, perhaps, what it met; the line after that when its checkpoint is on the disk.
+            if met and line and not line.startswith("targets met"):
+                for step in range(known + interval, total + 1, interval):  # among others it counts at later steps too
+                    trial.report(value, len(scores) * total + step)
                 break
             match = EVALUATION.match(line or "")
             if not match:
@@ -430,12 +439,14 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
             steps, *values = match.groups()
             if not all(math.isfinite(float(value)) for value in values):
                 raise Failed(f"not finite: {line}")
-            known = evaluations[-1][0] if evaluations else 0
+            before = evaluations[-1][0] if evaluations else 0
             evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
-            if evaluations[-1][0] > known:  # the final policy's may be the second at its step: one is reported
+            if evaluations[-1][0] > before:  # the final policy's may be the second at its step: one is reported
+                known = evaluations[-1][0] // interval * interval if steps else total  # the same for all batch sizes
                 value = statistics.median([*scores, score(objective, evaluations, total)])
-                trial.report(value, len(scores) * total + evaluations[-1][0])
-                if steps and trial.should_prune():
+                trial.report(value, len(scores) * total + known)
+                done = objective == "steps-to-target" and reached(evaluations[-1])
+                if steps and not done and trial.should_prune():
                     raise optuna.TrialPruned
     if not evaluations:
         raise Failed("no evaluation in its output")
@@ -455,10 +466,11 @@ def open_study(search: Search) -> optuna.Study:
     args = search.args
     samplers = {"random": optuna.samplers.RandomSampler,
                 "tpe": partial(optuna.samplers.TPESampler, n_startup_trials=args.startup_trials)}  # fmt: skip
-    sampler = optuna.samplers.GridSampler(search.space) if search.grid else samplers[args.strategy]()
+    order = zlib.crc32(search.name.encode())  # of a grid, the same in all workers
+    sampler = optuna.samplers.GridSampler(search.space, order) if search.grid else samplers[args.strategy]()
     interval, total = search.base["eval_interval"], search.base["total_timesteps"]
     pruner = {
-        "median": lambda: optuna.pruners.MedianPruner(args.startup_trials),
+        "median": lambda: optuna.pruners.MedianPruner(args.startup_trials, args.warmup_steps),
         "hyperband": lambda: optuna.pruners.HyperbandPruner(min(interval, total), total * len(search.seeds)),
         "none": optuna.pruners.NopPruner,
     }[args.pruner]()
@@ -584,7 +596,8 @@ def show(study: optuna.Study, search: Search) -> None:
     best = (min if study.direction.name == "MINIMIZE" else max)(complete, default=None)
     text = "none yet" if best is None else shown(args.objective, best)
     left = time.strftime("%H:%M:%S", time.gmtime(max(left, 0))) if left < 86400 else "?"
-    progress(f"{len(done)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
+    step = f"{search.name.partition('/')[2]}: ".removeprefix(": ")
+    progress(f"{step}{len(done)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
              f"{states.count(TrialState.FAIL)} failed, best {args.objective} {text}, {left} left",
              len(done) / search.trials)  # fmt: skip
 
@@ -602,7 +615,7 @@ def describe(trial: FrozenTrial, search: Search) -> str:
         return f"trial {trial.number} failed ({words}): {trial.user_attrs.get('reason', 'no reason known')}"
     value = "" if trial.value is None else f" {search.args.objective} {shown(search.args.objective, trial.value)}"
     if trial.state == TrialState.PRUNED:
-        return f"trial {trial.number} pruned at{value} ({words})"
+        return f"trial {trial.number} pruned after {trial.last_step:,} steps:{value} ({words})"
     return f"trial {trial.number}:{value}{spread(trial, search)} ({words})"
 
 
@@ -815,16 +828,21 @@ def steps_of(args: Args, module: ModuleType) -> dict[str, dict[str, dict[str, An
         for key, values in on_grid(parse_space(texts, module), args.points).items():
             for value in values if len(values) > 1 else ():
                 names = key.split("+")
-                word = (
-                    str(value).lower()
-                    if isinstance(value, bool)
-                    else f"{value:g}"
-                    if isinstance(value, float)
-                    else value
-                )
-                label = " ".join(f"--{name.replace('_', '-')} {word}" for name in names)
+                label = as_flags(dict.fromkeys(names, value))
                 steps[title][label] = dict.fromkeys(names, value)
     return steps
+
+
+def as_flags(settings: dict[str, Any]) -> str:
+    """Settings as words of a command line."""
+    words = []
+    for name, value in settings.items():
+        word = name.replace("_", "-")
+        text = f"{value:g}" if isinstance(value, float) else value
+        words.append(
+            {True: f"--{word}", False: f"--no-{word}"}[value] if isinstance(value, bool) else f"--{word} {text}"
+        )
+    return " ".join(words)
 
 
 def take_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
@@ -846,7 +864,7 @@ def take_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: f
                                  note=f"cannot be: {refused(module, current | changes.pop(label))}"))  # fmt: skip
         if not changes:
             continue
-        slug = title.replace(" ", "-").replace("+", "-")
+        slug = re.sub(r"\W+", "-", title)
         search = Search(args, f"{name}/{number}-{slug}", current, {"change": list(changes)}, {"change": changes}, seeds,
                         len(changes), True, deadline)  # fmt: skip
         study = run(search)
@@ -869,12 +887,15 @@ def take_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: f
             value, current = best.value, current | changes[best.params["change"]]
         save_best(current, folder)
         if len(trials) < len(changes):
-            stopped = f"The budget ended at step {number}, {title}; the same command goes on there."
-            break
-        if title == "baseline" and not better:
+            stopped = f"It ended in step {number}, {title}; the same command goes on there."
+        elif title == "baseline" and not better:
             stopped = "The baseline failed: nothing to compare with."
+        report = write_report(args, base, current, rows, stopped)
+        if stopped:
             break
-    write_report(args, base, current, rows, stopped)
+    clear_progress()
+    print(report)
+    print(f"wrote {folder}/report.md, report.png and best.json: python {args.script} --config {folder}/best.json")
     return rows
 
 
@@ -892,25 +913,24 @@ def verdict(args: Args, before: list[float], after: list[float]) -> str:
     spread = max(max(values) - min(values) for values in (before, after))
     say = partial(shown, args.objective)
     more = "more than" if gain > spread else "not more than"
+    better = "better" if gain >= 0 else "worse"
     return (f"The winner's median {args.objective} is {say(statistics.median(after))}, the baseline's "
-            f"{say(statistics.median(before))}: better by {say(gain)}. That is {more} the seeds' spread, "
+            f"{say(statistics.median(before))}: {better} by {say(abs(gain))}. That is {more} the seeds' spread, "
             f"{say(spread)} from worst to best.")  # fmt: skip
 
 
 def write_report(
     args: Args, base: dict[str, Any], current: dict[str, Any], rows: list[dict[str, Any]], stopped: str
-) -> None:
-    """report.md and report.png: what was tried, what won, by how much, and whether that is more than the spread."""
+) -> str:
+    """report.md, whose text it returns, and report.png: what was tried, and what won by how much."""
     folder, say = Path("runs") / args.study, partial(shown, args.objective)
     changed = {key: value for key, value in current.items() if value != base[key]}
-    flags = (
-        " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items()) or "none: the baseline is best"
-    )
+    flags = f"`{as_flags(changed)}`" if changed else "none: the baseline is best"
     lines = [
         f"# {args.strategy}: {args.study}", "",
         f"Objective: {args.objective} on unseen terrain, the median over seeds {', '.join(map(str, args.seeds))}; "
         f"{base['total_timesteps']:,} steps each, `{args.script.name}`. Each step keeps its best change if that is "
-        "better than what was kept before.", "", f"Changes kept: `{flags}`", "",
+        "better than what was kept before.", "", f"Changes kept: {flags}", "",
     ]  # fmt: skip
     for number, step in enumerate(dict.fromkeys(row["step"] for row in rows), 1):
         lines += [f"## {number}. {step.capitalize()}", "",
@@ -939,9 +959,7 @@ def write_report(
     lines += ["", stopped] if stopped else []
     write(folder / "report.md", lambda part: part.write_text("\n".join(lines) + "\n"))
     draw_report(args, rows, folder / "report.png")
-    clear_progress()
-    print("\n".join(lines))
-    print(f"wrote {folder}/report.md, report.png and best.json: python {args.script} --config {folder}/best.json")
+    return "\n".join(lines)
 
 
 def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
@@ -974,7 +992,14 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
 def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
     need(re.fullmatch(r"[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
     args = replace(args, study=args.study or f"tune-{args.strategy}")
-    for name, low in (("points", 2), ("startup_trials", 0), ("workers", 1), ("heartbeat", 1), ("trials", 1)):
+    for name, low in (
+        ("points", 2),
+        ("startup_trials", 0),
+        ("warmup_steps", 0),
+        ("workers", 1),
+        ("heartbeat", 1),
+        ("trials", 1),
+    ):
         value = getattr(args, name)
         need(value is None or value >= low, f"--{name.replace('_', '-')} is {value}: give {low} or more")
     need(args.budget_minutes > 0, f"--budget-minutes is {args.budget_minutes}: give more than 0")

@@ -79,6 +79,10 @@ if __name__ == "__main__":
         print(f"[####] {250 * i:,} steps, return 1.0")
         numbers = f"return {value:.1f} ± 1.0, length {40 * value:.0f} ± 2, falls 0%"
         print(f"evaluation at {250 * i:,} steps: {numbers}", flush=True)
+        if value > 100:
+            print(f"targets met after {250 * i:,} steps", flush=True)
+            time.sleep(0.2)
+        (run / "best.pt").touch()
     print(f"final policy: {numbers}")
     (run / "finished").touch()
 """
@@ -254,6 +258,27 @@ def test_steps_to_target_ends_runs_that_met_it():
     assert study.best_trial == by_clip[4.0]
     runs = {clip: Path("runs") / name for name, clip in started()}
     assert (runs[0.1] / "finished").exists() and not (runs[4.0] / "finished").exists()
+    assert (runs[4.0] / "best.pt").exists()
+    assert by_clip[4.0].intermediate_values == dict.fromkeys((250, 500, 750, 1000), 250)  # others are judged by it
+
+
+def test_studies_of_a_grid_differ_in_their_order():
+    orders = []
+    for study in ("one", "two"):
+        run("--strategy", "grid", "--study", study, "--space", "clip-coef=0.01,0.02,0.03,0.04", "--pruner", "none")
+        orders.append([trial.params["clip-coef"] for trial in load(study).trials])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_equal_steps_are_those_of_equal_intervals():
+    flags = ["--eval-interval", "240"]  # as where iterations are longer: evaluations come at 250, 500, ...
+    run("--strategy", "grid", "--space", "clip-coef=0.1", "ent-coef=0.1,0.2", "--pruner", "none", flags=flags)
+    assert set(load("tune-grid").trials[0].intermediate_values) == {240, 480, 720, 960}
+
+
+def test_flags_as_words():
+    settings = dict(norm_adv=True, clip_vloss=False, learning_rate=1e-4, num_steps=128)
+    assert tune.as_flags(settings) == "--norm-adv --no-clip-vloss --learning-rate 0.0001 --num-steps 128"
 
 
 def test_failures_are_told_and_the_study_goes_on(capfd):
@@ -447,12 +472,13 @@ def test_six_steps_with_a_budget_and_without():
     words = ["--strategy", "six-steps", "--pruner", "none"]
     run(*words, "--budget-minutes", "0.02")
     report = Path("runs/tune-six-steps/report.md").read_text()
-    assert "The budget ended at step" in report and "| not run |" in report
+    assert "It ended in step" in report and "| not run |" in report
     run(*words)
     report = Path("runs/tune-six-steps/report.md").read_text()
     titles = [line.split(". ")[1] for line in report.splitlines() if line.startswith("## ") and "." in line]
-    assert titles == ["Baseline", "Learning rate", "Clip range", "Exploration", "Architecture", "Validation"]
-    assert "Changes kept: `--clip-coef 0.03`" in report and "The budget" not in report
+    assert titles == ["Baseline", "Learning rate", "Clip range", "Exploration, entropy", "Exploration, initial noise",
+                      "Architecture, width", "Architecture, layers", "Validation"]  # fmt: skip
+    assert "Changes kept: `--clip-coef 0.03`" in report and "It ended" not in report
     assert "| `--pi-layers 2 --vf-layers 2` |" in report and "| `--init-log-std -0.5` |" in report
     assert "| `baseline` | 91.5 | 82.5 to 111.5 |  |" in report and "| `winner` | 93.0 | 84.0 to 113.0 |  |" in report
     assert "better by 1.5. That is not more than the seeds' spread, 29.0" in report
