@@ -44,7 +44,7 @@ import numpy as np
 
 import ballbot_runs
 from ballbot_utils import diagnose, plot
-from ballbot_utils.common import clear_progress, command, need, progress, write
+from ballbot_utils.common import clear_progress, command, need, need_from, progress, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 try:
@@ -92,6 +92,8 @@ class Args:
     objective: Literal["return", "length", "steps-to-target"] = "return"
     """what is judged, on unseen terrain: the final policy's return or length, or the steps until an evaluation met both
     targets (a run ends there). Where none did: once to twice --total-timesteps, less the nearer it came"""
+    hold: int = 1
+    """steps-to-target: evaluations in a row that must meet both; the first of them counts"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """each trial's runs, one after the other; their median counts"""
     trials: int | None = None
@@ -345,14 +347,21 @@ def reached(evaluation: tuple[int, float, float]) -> bool:
     return evaluation[1] > TARGET_RETURN and evaluation[2] > TARGET_LENGTH
 
 
-def score(objective: str, evaluations: list[tuple[int, float, float]], total: int) -> float:
+def first_met(evaluations: list[tuple[int, float, float]], hold: int) -> int | None:
+    """Steps of the first of `hold` evaluations in a row that meet both targets, or None."""
+    for i in range(len(evaluations) - hold + 1):
+        if all(map(reached, evaluations[i : i + hold])):
+            return evaluations[i][0]
+
+
+def score(objective: str, evaluations: list[tuple[int, float, float]], total: int, hold: int = 1) -> float:
     """What a run is worth by its evaluations so far, [(steps, return, length)]."""
     if objective != "steps-to-target":
         return evaluations[-1][1 if objective == "return" else 2]
-    met = [steps for steps, *_ in filter(reached, evaluations)]
+    met = first_met(evaluations, hold)
     _, last_return, last_length = evaluations[-1]
     share = min(max(last_return, 0) / TARGET_RETURN, last_length / TARGET_LENGTH, 1)
-    return float(met[0]) if met else total * (2 - share)
+    return total * (2 - share) if met is None else float(met)
 
 
 def shown(objective: str, value: float) -> str:
@@ -417,7 +426,7 @@ def suggest(trial: optuna.Trial, name: str, spec: tuple | list) -> bool | int | 
 
 def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int, scores: list[float]) -> float:
     """What a trial's run with one seed is worth; `scores`: those of the seeds before."""
-    objective, total = search.args.objective, search.base["total_timesteps"]
+    objective, hold, total = search.args.objective, search.args.hold, search.base["total_timesteps"]
     run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
     command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
     evaluations, known, value, interval = [], 0, math.nan, search.base["eval_interval"]
@@ -427,7 +436,7 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
                 trial.set_user_attr("lost", "the budget was spent")
                 raise TimeUp
             show(study, search)
-            met = objective == "steps-to-target" and any(map(reached, evaluations))
+            met = objective == "steps-to-target" and first_met(evaluations, hold)
             # After an evaluation comes, perhaps, what it met; the line after that when its checkpoint is on the disk.
             if met and line and not line.startswith("targets met"):
                 for step in range(known + interval, total + 1, interval):  # among others it counts at later steps too
@@ -443,14 +452,14 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
             evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
             if evaluations[-1][0] > before:  # the final policy's may be the second at its step: one is reported
                 known = evaluations[-1][0] // interval * interval if steps else total  # the same for all batch sizes
-                value = statistics.median([*scores, score(objective, evaluations, total)])
+                value = statistics.median([*scores, score(objective, evaluations, total, hold)])
                 trial.report(value, len(scores) * total + known)
-                done = objective == "steps-to-target" and reached(evaluations[-1])
+                done = objective == "steps-to-target" and first_met(evaluations, hold)
                 if steps and not done and trial.should_prune():
                     raise optuna.TrialPruned
     if not evaluations:
         raise Failed("no evaluation in its output")
-    return score(objective, evaluations, total)
+    return score(objective, evaluations, total, hold)
 
 
 def as_config(settings: dict[str, Any]) -> dict[str, Any]:
@@ -491,8 +500,8 @@ def open_study(search: Search) -> optuna.Study:
                 sys.exit(f"error: the {kind} --storage cannot be used: {text.splitlines()[0]}")
             time.sleep(0.5)
     asked = json.loads(json.dumps(dict(
-        script=args.script.name, strategy=args.strategy, objective=args.objective, seeds=search.seeds, base=search.base,
-        space=search.space, options=search.options,
+        script=args.script.name, strategy=args.strategy, objective=args.objective, hold=args.hold, seeds=search.seeds,
+        base=search.base, space=search.space, options=search.options,
     )))  # fmt: skip
     begun = study.user_attrs.get("settings")
     if begun is None:
@@ -992,16 +1001,9 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
 def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
     need(re.fullmatch(r"[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
     args = replace(args, study=args.study or f"tune-{args.strategy}")
-    for name, low in (
-        ("points", 2),
-        ("startup_trials", 0),
-        ("warmup_steps", 0),
-        ("workers", 1),
-        ("heartbeat", 1),
-        ("trials", 1),
-    ):
-        value = getattr(args, name)
-        need(value is None or value >= low, f"--{name.replace('_', '-')} is {value}: give {low} or more")
+    need_from(args, 2, "points")
+    need_from(args, 1, "hold", "workers", "heartbeat", "trials")
+    need_from(args, 0, "startup_trials", "warmup_steps")
     need(args.budget_minutes > 0, f"--budget-minutes is {args.budget_minutes}: give more than 0")
     need(args.seeds and len(set(args.seeds)) == len(args.seeds), "--seeds are none, or one is given twice")
     stepwise = args.strategy in ("one-at-a-time", "six-steps")

@@ -228,6 +228,9 @@ def test_score_by_hand():
     assert tune.score("steps-to-target", evaluations[:2], 1000) == 1500  # the length is half of what it must be
     assert tune.score("steps-to-target", evaluations[:1], 1000) == 1500  # so is the return
     assert tune.score("steps-to-target", [(100, -5.0, 10.0)], 1000) == 2000
+    evaluations[3:] = [(400, 99.0, 4000.0), (500, 102.0, 3500.0), (600, 101.0, 4000.0)]
+    assert tune.score("steps-to-target", evaluations, 1000, hold=2) == 500  # 300 did not hold
+    assert tune.score("steps-to-target", evaluations[:5], 1000, hold=2) == 1000
 
 
 def test_median_over_seeds_and_best_json():
@@ -260,6 +263,14 @@ def test_steps_to_target_ends_runs_that_met_it():
     assert (runs[0.1] / "finished").exists() and not (runs[4.0] / "finished").exists()
     assert (runs[4.0] / "best.pt").exists()
     assert by_clip[4.0].intermediate_values == dict.fromkeys((250, 500, 750, 1000), 250)  # others are judged by it
+
+
+def test_targets_that_are_to_be_held():
+    words = ["--strategy", "grid", "--objective", "steps-to-target", "--hold", "3", "--space", "clip-coef=2.5,4.0"]
+    run(*words, flags=["--seconds", "2"])
+    by_clip = {trial.params["clip-coef"]: trial for trial in load("tune-grid").trials}
+    assert by_clip[4.0].value == 250 and by_clip[4.0].intermediate_values == {250: 1000, 500: 1000, 750: 250, 1000: 250}
+    assert by_clip[2.5].value == 500  # there, 330.1 / 2 > 100; at 250 it was not
 
 
 def test_studies_of_a_grid_differ_in_their_order():
