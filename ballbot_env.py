@@ -479,7 +479,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         ctrl_cost_weight: float = 0.0001,
         healthy_reward: float = 0.02,
         randomization: Mapping[str, float] | None = None,
-        num_threads: int | None = 0,
+        num_threads: int = 0,
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
@@ -607,7 +607,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                 views.flags.writeable = False
             self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
         self._terrain = dict(terrain=terrain, terrain_seed=terrain_seed, terrain_amplitude=terrain_amplitude)
-        self._painters = [None] * num_envs
+        self._painters = [(None, 1)] * num_envs  # and the factors on their hills
         self._pictures = [(None, None)] * num_envs  # when each was drawn, and the picture
 
     # Gymnasium's interface
@@ -729,6 +729,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def get_state(self) -> dict:
         """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
+        if self._rngs[0] is None:
+            raise gym.error.ResetNeeded("call reset() before get_state()")
         state = {
             "physics": torch.tensor(self.batch.state),
             "warnings": torch.tensor(self.batch.warning),
@@ -781,6 +783,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self.frames is not None:
             self.frames.copy_(state["frames"])
             self._frame_time[:] = state["frame_time"].numpy()
+            self.new_frames[:] = True
         self._needs_reset = False
         self._pictures = [(None, None)] * self.num_envs
 
@@ -797,9 +800,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return tuple(self._picture(i) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs) -> None:
-        for painter in filter(None, self._painters):
-            painter.close()
-        self._painters = [None] * self.num_envs
+        for painter, _ in self._painters:
+            if painter is not None:
+                painter.close()
+        self._painters = [(None, 1)] * self.num_envs
 
     # What both environments share
 
@@ -944,9 +948,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             broken = np.zeros(self.num_envs, bool)
             broken[error.ids] = True
         state = self.batch.state
-        if np.count_nonzero(self._warnings) or not math.isfinite(state.sum()):
+        if np.count_nonzero(self._warnings) or not math.isfinite(state.sum() + self._actions.sum()):
             broken = np.zeros(self.num_envs, bool) if broken is None else broken
-            broken |= self._warnings.any(1) | ~np.isfinite(state).all(1)
+            broken |= self._warnings.any(1) | ~np.isfinite(state).all(1) | ~np.isfinite(self._actions).all(1)
         if broken is not None:
             broken = np.flatnonzero(broken)
             state[broken] = self._start_state  # finite, whatever the physics left behind
@@ -1051,17 +1055,20 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         due, picture = self._pictures[i]
         if due == self._clock[i] // PICTURE_STEPS:
             return picture
-        place, painter = self._position[i, :2], self._painters[i]
-        if painter is None or not painter.covers(place):
+        place, (painter, drawn_relief) = self._position[i, :2], self._painters[i]
+        relief = 1 if self._relief is None else self._relief[i]
+        if painter is None or not painter.covers(place) or relief != drawn_relief:
             if painter is not None:
                 painter.close()
+            terrain = self._terrain | {"terrain_amplitude": self._terrain["terrain_amplitude"] * relief}
             try:
-                self._painters[i] = painter = Painter(480, 640, [place - 2, place + 2], 0, **self._terrain)
+                painter = Painter(480, 640, [place - 2, place + 2], 0, **terrain)
             except Exception as error:  # whatever the platform's OpenGL raises
                 raise RuntimeError(
                     'render_mode="rgb_array" needs OpenGL, training does not: without a display install a renderer '
                     "(Debian: apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or MUJOCO_GL=egl on a GPU"
                 ) from error
+        self._painters[i] = painter, relief
         picture = painter.picture(self.batch.qpos[i], self.arrows(i))
         picture.flags.writeable = False
         self._pictures[i] = self._clock[i] // PICTURE_STEPS, picture
@@ -1209,8 +1216,10 @@ def checked_randomization(
         good = good and (name != "latency" or strength == int(strength)) and (name != "tilt" or strength < max_tilt)
         need(good, f"randomization {name}", strength, what)
     on = {name: given[name] for name in RANDOMIZATION if given.get(name)}
-    if "push_interval" in on and "push" not in on:
+    if "push_interval" in on and "push" not in given:
         raise ValueError("randomization has a push_interval and no push: give both, or push alone")
+    if "push" not in on:
+        on.pop("push_interval", None)
     if "terrain_amplitude" in on and terrain == "flat":
         raise ValueError('randomization has a terrain_amplitude, which means nothing on terrain "flat": leave it out')
     return on | ({"push_interval": on.get("push_interval", 1.0)} if "push" in on else {})
@@ -1325,7 +1334,7 @@ def make_model(
     """The MjModel of assets/ballbot.xml standing on the given terrain.
 
     `terrain_amplitude` is in m, `wheel_damping` in N·m·s/rad. There is a height field for each of the factors `reliefs`
-    on that amplitude; the robot stands on the first. Raises FileNotFoundError without the asset.
+    on that amplitude; the robot stands on the middle one. Raises FileNotFoundError without the asset.
     """
     path = ASSETS / "ballbot.xml"
     if not path.is_file():
@@ -1341,7 +1350,8 @@ def make_model(
                             size=extent, userdata=heights.ravel())  # fmt: skip
         ground = spec.geom("ground")
         ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
-        ground.hfieldname = "terrain"
+        middle = len(reliefs) // 2
+        ground.hfieldname = f"terrain_{middle}" if middle else "terrain"
         # The ball touches several cells at once: with that many contacts sparse is a fifth faster, to the same result.
         spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
     return spec.compile()

@@ -135,7 +135,7 @@ def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dic
     if args.resume and args != kind(resume=args.resume, total_timesteps=args.total_timesteps):
         stop("--resume takes its flags from the run: give no others, but for more --total-timesteps")
     if args.resume and start.total_timesteps and args.total_timesteps == kind.total_timesteps:
-        args.total_timesteps += 1  # to `train` the default is none given
+        args.total_is_given = True  # though it is the default
     return args
 
 
@@ -428,7 +428,7 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
         run, run_dir = load_run(path, kind, network), path.parent
         given, before = args.total_timesteps, run["args"]["total_timesteps"]
         vars(args).update(run["args"] | {"resume": args.resume})
-        if given != kind.total_timesteps:
+        if given != kind.total_timesteps or hasattr(args, "total_is_given"):
             args.total_timesteps = given
             if given < before:
                 stop(f"{path} is of a run of {before} steps: give more --total-timesteps, or none")
@@ -470,8 +470,9 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=run_dir.name)
-        wandb.init(**names, dir=run_dir, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
+        name = args.run_name.replace("/", "__")  # a study's trials lie in its folder
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=name)
+        wandb.init(**names, dir=run_dir, id=name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
     if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
         settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
@@ -502,6 +503,9 @@ def film(agent: nn.Module, args: Any, run_dir: Path, global_step: int) -> None:
 # Processes
 
 
+INTERRUPTED = 130  # a rank's exit code, as a shell has it
+
+
 def interrupt(*_, last=[-9.0]):  # noqa: B006
     """Raise KeyboardInterrupt, but not on a second signal within a second: it would only disturb the end."""
     before, last[0] = last[0], time.monotonic()
@@ -520,7 +524,10 @@ def start_ranks(train: Callable, args: Any, started: float) -> None:
         while not ranks.join(grace_period=2):
             pass
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        if getattr(error, "exit_code", 0) > 0:
+        code = getattr(error, "exit_code", 0)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        if code > 0:
             sys.exit(1)  # it has said why
         raise RuntimeError(str(error)) from None
 
@@ -535,9 +542,13 @@ def be_rank(rank, train, args, port, started):
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
-    train(args, started)
+    code = 0
+    try:
+        train(args, started)
+    except KeyboardInterrupt:  # of which the parent need not know
+        code = INTERRUPTED
     sys.stdout and sys.stdout.flush()
-    os._exit(0)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
+    os._exit(code)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
 
 
 @functools.cache

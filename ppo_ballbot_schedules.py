@@ -399,7 +399,7 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
         cost += (not agent.commanded) * args.drift_cost * obs["vel"][:, 0] ** 2
         if not agent.commanded and args.heading_cost:
             heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
-            cost += args.heading_cost * heading**2
+            cost += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
         rewards[step] = reward - args.frame_skip * cost
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):

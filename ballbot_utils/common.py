@@ -114,7 +114,7 @@ def check_conditions(args: Conditions) -> None:
     for name in ("terrain_amplitude", "push_interval"):
         value = getattr(args, name)
         need(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0")
-    for name, high in (("terrain_amplitude", 100), ("wheel_damping", 1e6)):
+    for name, high in (("terrain_amplitude", 100), ("wheel_damping", 1e6), ("seed", 1e18), ("terrain_seed", 1e18)):
         value = getattr(args, name)
         need(value is None or value <= high, f"--{name.replace('_', '-')} is {value}: give {high:,.0f} or less")
     shortest = 2 * PUSH_STEPS * TIMESTEP
@@ -215,13 +215,13 @@ def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Pat
 def begin(envs: BallbotVectorEnv, seed: int, horizon: int) -> tuple[dict, dict]:
     """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
 
-    Up to 4000 steps nothing changes. For longer ones the starts are squeezed towards y = -18 m so that
-    at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small for that.
+    Up to 4000 steps nothing changes, nor with commands, which lead anywhere. For longer ones the starts are squeezed
+    towards y = -18 m so that at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small.
     """
     obs, info = envs.reset(seed=seed)
     limit = TERRAIN_EXTENT - 2 * EDGE
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
-    if latest < START_EXTENT:
+    if latest < START_EXTENT and envs.commands is None:
         x, y = info["position"][:, :2].T
         y = -limit + (y + START_EXTENT) / (2 * START_EXTENT) * (latest + limit)
         obs, info = envs.reset(options={"position": np.stack([x, y], 1)})

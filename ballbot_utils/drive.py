@@ -60,8 +60,7 @@ def check(args: Args) -> None:
     check_conditions(args)
     if args.plot:
         need(args.script, "--plot needs --script")
-        need(args.plot.suffix == ".png", f"--plot is {args.plot}: give a name ending in .png")
-        need_file("--plot", args.plot, args.overwrite, ".png", ".svg")
+        need_file("--plot", args.plot, args.overwrite, ".png")
         try:
             import matplotlib  # noqa: F401
         except ImportError:

@@ -257,11 +257,9 @@ def main(args: Args) -> None:
     need(args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}")
     if args.render:
         check_display()
-    else:
-        check_video(args.video)
-    if args.render:
         render(policy, args, task)
     else:
+        check_video(args.video)
         video(policy, args, task)
 
 

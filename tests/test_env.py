@@ -153,6 +153,8 @@ def test_step_needs_reset():
     with pytest.raises(gym.error.ResetNeeded):
         make().step(np.zeros((3, 3)))
     with pytest.raises(gym.error.ResetNeeded):
+        make().get_state()
+    with pytest.raises(gym.error.ResetNeeded):
         BallbotEnv("flat", cameras=False).step(np.zeros(3))
 
 

@@ -240,6 +240,8 @@ def test_long_episodes_start_further_back():
     assert np.array_equal(x, drawn[:, 0]) and y.min() >= -18 and -4 < y.max() <= -2
     np.testing.assert_allclose(y, np.interp(drawn_y, [-10, 10], [-18, -2]))
     assert not torch.equal(envs.frames, frames) and envs.new_frames.all()
+    anywhere = gym.make_vec("Ballbot-v0", num_envs=50, goal="command", **PERLIN)  # where commands lead
+    assert np.array_equal(common.begin(anywhere, 0, 10_000)[1]["position"], drawn)
 
 
 def test_long_episodes_by_the_edge_are_counted():
@@ -369,6 +371,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
     ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed means nothing on --terrain flat"),
     ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
+    ({"seed": 2**64}, "--seed is 18446744073709551616: give 1,000,000,000,000,000,000 or less"),
     ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give 100 or less"),
     ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
     ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),

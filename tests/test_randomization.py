@@ -34,6 +34,7 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
         if step == 40:
             state = many.get_state()
             again.set_state(state)
+            assert again.new_frames.all()
             for name in ("latency", "_relief"):
                 drawn = state["drawn"] | {name: state["drawn"][name] + 10**6}
                 with pytest.raises(ValueError, match=f"{name.strip('_')} is not as these environments have it"):
@@ -54,7 +55,7 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
 
 def test_off_is_as_if_there_were_none():
     results = []
-    for randomization in (None, {}, dict.fromkeys(set(ALL) - {"push_interval"}, 0)):
+    for randomization in (None, {}, dict.fromkeys(set(ALL) - {"push_interval"}, 0) | {"push_interval": 0.5}):
         envs = BallbotVectorEnv(2, "flat", camera_size=16, num_threads=1, randomization=randomization)
         rows = [envs.reset(seed=0), *(envs.step(action) for action in random_actions(10, 2, 0.5))]
         results.append({i: dict(enumerate((copied(row[0]), *row[1:]))) for i, row in enumerate(rows)})
@@ -73,12 +74,23 @@ def test_what_is_drawn():
         assert np.abs(drawn[name] - 1).max() <= ALL[name] and drawn[name].std() > 0.5 * ALL[name], name
     factors = 1 + ALL["terrain_amplitude"] * np.array([-0.8, -0.4, 0, 0.4, 0.8])
     np.testing.assert_allclose(np.unique(drawn["terrain_amplitude"]), factors)
+    ground = envs.model.geom_dataid[envs.model.geom("ground").id]
+    assert envs.model.hfield_size[ground][2] == pytest.approx(0.1)  # what they are drawn around
     assert set(drawn["latency"]) == {0, 1, 2, 3}
     for name, longest in (("tilt", math.radians(ALL["tilt"])), ("velocity", ALL["velocity"])):
         length, angle = np.linalg.norm(drawn[name], axis=1), np.arctan2(*drawn[name].T)
         assert 0.9 * longest < length.max() <= longest and np.abs(length.mean() - longest / 2) < 0.1 * longest
         assert angle.std() == pytest.approx(2 * math.pi / 12**0.5, rel=0.1)
     assert not np.array_equal(envs.reset()[1]["randomization"]["mass"], drawn["mass"])  # each episode's own
+
+
+def test_an_action_that_is_no_number_ends_the_episode_even_if_it_is_to_come_late():
+    envs = make(3, latency=2)
+    envs.reset(seed=0)
+    obs, rewards, terminations, *_ = envs.step(np.array([[0, 0, 0], [np.nan, 0, 0], [0, 0, 0]], np.float32))
+    assert terminations.tolist() == [False, True, False] and np.isfinite(rewards).all()
+    assert all(np.isfinite(value).all() for value in obs.values())
+    assert all(np.isfinite(envs.step(np.zeros((3, 3), np.float32))[1]).all() for _ in range(5))
 
 
 def test_a_start_is_the_one_that_is_told():

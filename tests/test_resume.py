@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ballbot_runs
 import ppo_ballbot as ppo
 from ballbot_runs import check, load_run, save
 from ballbot_utils import plot
@@ -151,10 +152,11 @@ def test_a_run_goes_on_with_as_many_processes_or_not_at_all(uninterrupted, tmp_p
     assert "is of a run on 2 processes, here are 4: give it as many" in output.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_says_how_to_go_on(number, tmp_path):
+@pytest.mark.parametrize("number, handler", [(signal.SIGINT, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN),
+                                             (signal.SIGTERM, signal.SIG_IGN)])  # fmt: skip
+def test_interrupted_run_says_how_to_go_on(number, handler, tmp_path):
     def disposition():  # with nohup and &, SIGINT is ignored: SIGTERM has to work all the same
-        signal.signal(signal.SIGINT, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, handler)
 
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=disposition, start_new_session=True)  # fmt: skip
@@ -182,8 +184,11 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
     assert plot.read(short)[0]["total_timesteps"] == "512"
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
-    monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --resume runs/short --total-timesteps 10000000".split())
-    assert ppo.parse().total_timesteps // 128 == 10_000_000 // 128 and ppo.parse() != ppo.Args(resume="runs/short")
+    for argv, total in ((" --total-timesteps 10000000", 10_000_000), ("", 512)):
+        monkeypatch.setattr(sys, "argv", ("ppo_ballbot.py --resume runs/short" + argv).split())
+        args = ppo.parse()
+        ballbot_runs.begin(args, 0.0, ppo.Args, ppo.Agent)
+        assert args.total_timesteps == total
 
 
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
