@@ -317,11 +317,11 @@ def stop_rule(curves: list[dict[str, Curve]], ended: bool, found: bool) -> tuple
     stalled = [stalled_for(*run[RETURN]) for run in curves]
     last = min(run[RETURN][0][-1] for run in curves)
     returns = [np.interp(last, *run[RETURN]) for run in curves]
-    reached = []  # the better of the last 100 episodes of training and the last evaluation
+    reached = []  # of the last evaluation, or while there is none of the last 100 episodes of training
     for run in curves:
         pairs = [(run[a][1][-1], run[b][1][-1]) for a, b in ((RETURN, LENGTH), (EVAL_RETURN, EVAL_LENGTH))
                  if len(run[a][1]) and len(run[b][1])]  # fmt: skip
-        reached.append(max(pairs, key=lambda pair: (pair[0] > TARGET_RETURN and pair[1] > TARGET_LENGTH, pair)))
+        reached.append(pairs[-1])
     plateau = min(stalled) >= PLATEAU_STEPS
     consistent = len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
     targets = all(a > TARGET_RETURN and b > TARGET_LENGTH for a, b in reached)

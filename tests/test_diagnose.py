@@ -239,10 +239,13 @@ def test_stop_rule():
     assert judge(rising_low) == ([False] * 3, "not yet: go on")
     assert judge(rising_low, ended=True)[1] == "not yet: repeat it with more --total-timesteps"
     assert "what is wrong" in judge(rising_low, found=True)[1]
-    # The last evaluation may meet the targets too.
+    # Where there is an evaluation, it is the one that counts.
     evaluated = run_curves(flat - 5, long) | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([101.0])),
                                               diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([3950.0]))}  # fmt: skip
     assert judge(evaluated)[0] == [True, False, True]
+    fell = good | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([60.0])),
+                   diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([2300.0]))}  # fmt: skip
+    assert judge(fell)[0] == [True, False, False]
 
 
 def test_seeds_are_judged_together(runs, tmp_path, capsys):
