@@ -607,7 +607,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                 views.flags.writeable = False
             self._frame_views = {f"depth_{i}": views[:, i : i + 1] for i in (0, 1)}
         self._terrain = dict(terrain=terrain, terrain_seed=terrain_seed, terrain_amplitude=terrain_amplitude)
-        self._painters = [(None, 1)] * num_envs  # and the factors on their hills
+        self._painters = [None] * num_envs
         self._pictures = [(None, None)] * num_envs  # when each was drawn, and the picture
 
     # Gymnasium's interface
@@ -757,9 +757,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         wrong = unlike(state, self.get_state())
         if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"
-        for name, high in (("latency", self.randomization.get("latency", 0)), ("_relief", NUM_RELIEFS - 1)):
-            drawn = state["drawn"].get(name) if self.randomization and not wrong else None
-            if drawn is not None and not 0 <= drawn.min() <= drawn.max() <= high:
+        drawn = {} if wrong else state.get("drawn", {})
+        for name, high in (("latency", self.randomization.get("latency")), ("_relief", NUM_RELIEFS - 1)):
+            if name in drawn and not 0 <= drawn[name].min() <= drawn[name].max() <= high:
                 wrong = name.strip("_")
         try:
             for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
@@ -800,10 +800,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return tuple(self._picture(i) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs) -> None:
-        for painter, _ in self._painters:
-            if painter is not None:
-                painter.close()
-        self._painters = [(None, 1)] * self.num_envs
+        for painter in filter(None, self._painters):
+            painter.close()
+        self._painters = [None] * self.num_envs
 
     # What both environments share
 
@@ -1055,20 +1054,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         due, picture = self._pictures[i]
         if due == self._clock[i] // PICTURE_STEPS:
             return picture
-        place, (painter, drawn_relief) = self._position[i, :2], self._painters[i]
-        relief = 1 if self._relief is None else self._relief[i]
-        if painter is None or not painter.covers(place) or relief != drawn_relief:
+        place, terrain, painter = self._position[i, :2], self._terrain, self._painters[i]
+        if self._relief is not None:  # the hills that are drawn
+            terrain = terrain | {"terrain_amplitude": terrain["terrain_amplitude"] * self._relief[i]}
+        if painter is None or not painter.covers(place, **terrain):
             if painter is not None:
                 painter.close()
-            terrain = self._terrain | {"terrain_amplitude": self._terrain["terrain_amplitude"] * relief}
             try:
-                painter = Painter(480, 640, [place - 2, place + 2], 0, **terrain)
+                self._painters[i] = painter = Painter(480, 640, [place - 2, place + 2], 0, **terrain)
             except Exception as error:  # whatever the platform's OpenGL raises
                 raise RuntimeError(
                     'render_mode="rgb_array" needs OpenGL, training does not: without a display install a renderer '
                     "(Debian: apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or MUJOCO_GL=egl on a GPU"
                 ) from error
-        self._painters[i] = painter, relief
         picture = painter.picture(self.batch.qpos[i], self.arrows(i))
         picture.flags.writeable = False
         self._pictures[i] = self._clock[i] // PICTURE_STEPS, picture
@@ -1346,12 +1344,11 @@ def make_model(
         heights = perlin_terrain(terrain_seed)
         for k, relief in enumerate(reliefs):
             extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain_amplitude * relief, 0.1]
-            spec.add_hfield(name=f"terrain_{k}" if k else "terrain", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES,
+            spec.add_hfield(name=f"terrain_{k}", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES,
                             size=extent, userdata=heights.ravel())  # fmt: skip
         ground = spec.geom("ground")
         ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
-        middle = len(reliefs) // 2
-        ground.hfieldname = f"terrain_{middle}" if middle else "terrain"
+        ground.hfieldname = f"terrain_{len(reliefs) // 2}"
         # The ball touches several cells at once: with that many contacts sparse is a fifth faster, to the same result.
         spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
     return spec.compile()
@@ -1428,13 +1425,13 @@ class Painter:
         self._data = mujoco.MjData(self._model)
         self._renderer = mujoco.Renderer(self._model, height, width)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_FOG] = True
-        self._low, self._high = np.min(places, 0), np.max(places, 0)
+        self._low, self._high, self._terrain = np.min(places, 0), np.max(places, 0), terrain
         if terrain.get("terrain") == "flat":
             self._low, self._high = -np.inf, np.inf
 
-    def covers(self, place):
-        """Whether a robot at `place` (2,), m, is among the places it was made for."""
-        return ((self._low <= place) & (place <= self._high)).all()
+    def covers(self, place, **terrain):
+        """Whether a robot at `place` (2,), m, is among the places it was made for, on the same terrain."""
+        return terrain == self._terrain and ((self._low <= place) & (place <= self._high)).all()
 
     def picture(self, qpos, arrows):
         """The RGB picture, uint8 (height, width, 3), of the robot at `qpos`; `arrows` as `make_arrows` gives them."""

@@ -23,7 +23,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from itertools import chain
 from multiprocessing import resource_tracker
@@ -467,19 +467,20 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
 
     A run's flags go there and to config.json, again if it goes on for more steps.
     """
+    flags = asdict(args)
     if args.track:
         import wandb
 
         name = args.run_name.replace("/", "__")  # a study's trials lie in its folder
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity or None, name=name)
-        wandb.init(**names, dir=run_dir, id=name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(**names, dir=run_dir, id=name, resume="allow", config=flags, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
     if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
-        settings = {key: value for key, value in vars(args).items() if key not in ("run_name", "config", "resume")}
+        settings = {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
         part = run_dir / "config.json.part"
         part.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(part, run_dir / "config.json")
-        rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
     return writer
 

@@ -65,7 +65,7 @@ def body_frame(obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     forward = torch.sqrt(rotation[0][0] ** 2 + rotation[1][0] ** 2).clamp(min=1e-6)
     heading = [rotation[1][0] / forward, rotation[0][0] / forward]  # sine and cosine
     result = {"orientation": torch.stack([*rotation[2][:2], *heading], 1)}
-    for key in obs.keys() & {"vel", "command"}:
+    for key in [key for key in ("vel", "command") if key in obs]:
         axes, seen = range(obs[key].shape[1]), obs[key].unbind(1)  # a command has no z
         result[key] = torch.stack([sum(rotation[row][column] * seen[row] for row in axes) for column in axes], 1)
     return result

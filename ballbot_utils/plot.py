@@ -116,16 +116,18 @@ def group_runs(hyperparameters: list[dict[str, str]]) -> list[list[int]]:
     return list(groups.values())
 
 
+def as_flag(name: str, value: str) -> str:
+    """A setting as a command line has it."""
+    name = name.replace("_", "-")
+    return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}")
+
+
 def differing_flags(hyperparameters: list[dict[str, str]]) -> list[list[str]]:
     """For each group's hyperparameters, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
     names = [name for name in dict.fromkeys(name for params in hyperparameters for name in params)
              if name not in IGNORED and len({params.get(name) for params in hyperparameters}) > 1]  # fmt: skip
 
-    def flag(name, value):
-        name = name.replace("_", "-")
-        return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}")
-
-    return [[flag(name, params[name]) for name in names if name in params] for params in hyperparameters]
+    return [[as_flag(name, params[name]) for name in names if name in params] for params in hyperparameters]
 
 
 def common_grid(curves: list[Curve], num: int = 500) -> Curve:

@@ -429,14 +429,13 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
     objective, hold, total = search.args.objective, search.args.hold, search.base["total_timesteps"]
     run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
     command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
-    evaluations, known, value, interval = [], 0, math.nan, search.base["eval_interval"]
+    evaluations, met, known, value, interval = [], None, 0, math.nan, search.base["eval_interval"]
     with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
         for line in lines:
             if time.time() > search.deadline:
                 trial.set_user_attr("lost", "the budget was spent")
                 raise TimeUp
             show(study, search)
-            met = objective == "steps-to-target" and first_met(evaluations, hold)
             # After an evaluation comes, perhaps, what it met; the line after that when its checkpoint is on the disk.
             if met and line and not line.startswith("targets met"):
                 for step in range(known + interval, total + 1, interval):  # among others it counts at later steps too
@@ -450,12 +449,12 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
                 raise Failed(f"not finite: {line}")
             before = evaluations[-1][0] if evaluations else 0
             evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
+            met = objective == "steps-to-target" and first_met(evaluations, hold)
             if evaluations[-1][0] > before:  # the final policy's may be the second at its step: one is reported
                 known = evaluations[-1][0] // interval * interval if steps else total  # the same for all batch sizes
                 value = statistics.median([*scores, score(objective, evaluations, total, hold)])
                 trial.report(value, len(scores) * total + known)
-                done = objective == "steps-to-target" and first_met(evaluations, hold)
-                if steps and not done and trial.should_prune():
+                if steps and not met and trial.should_prune():
                     raise optuna.TrialPruned
     if not evaluations:
         raise Failed("no evaluation in its output")
@@ -844,13 +843,8 @@ def steps_of(args: Args, module: ModuleType) -> dict[str, dict[str, dict[str, An
 
 def as_flags(settings: dict[str, Any]) -> str:
     """Settings as words of a command line."""
-    words = []
-    for name, value in settings.items():
-        word = name.replace("_", "-")
-        text = f"{value:g}" if isinstance(value, float) else value
-        words.append(
-            {True: f"--{word}", False: f"--no-{word}"}[value] if isinstance(value, bool) else f"--{word} {text}"
-        )
+    words = (plot.as_flag(name, f"{value:g}" if isinstance(value, float) else str(value))
+             for name, value in settings.items())  # fmt: skip
     return " ".join(words)
 
 

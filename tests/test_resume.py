@@ -187,8 +187,11 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
     for argv, total in ((" --total-timesteps 10000000", 10_000_000), ("", 512)):
         monkeypatch.setattr(sys, "argv", ("ppo_ballbot.py --resume runs/short" + argv).split())
         args = ppo.parse()
-        ballbot_runs.begin(args, 0.0, ppo.Args, ppo.Agent)
+        _, run, _ = ballbot_runs.begin(args, 0.0, ppo.Args, ppo.Agent)
         assert args.total_timesteps == total
+        ballbot_runs.open_log(args, short, run).close()
+        monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/short/config.json".split())
+        assert ppo.parse().total_timesteps == 10_000_000  # which the second does not write again
 
 
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
