@@ -101,7 +101,7 @@ class Args:
     points: int = 3
     """values of a range for grid and one-at-a-time"""
     budget_minutes: float = math.inf
-    """end after this time; a trial cut short is tried again by the next command"""
+    """end after this time; a trial cut short goes on by the next command, with its first seed that is not finished"""
     pruner: Literal["median", "hyperband", "none"] = "median"
     """end bad trials early: their best so far below the median of others at equal steps, or by Hyperband"""
     warmup_steps: int = 0
@@ -402,8 +402,8 @@ def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float
             raise TimeUp
         text = json.dumps(as_config(search.settings(params)), indent=2) + "\n"
         write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
-        results = {}
-        for seed in search.seeds:
+        results = {int(seed): value for seed, value in trial.user_attrs.get("results", {}).items()}  # if tried again
+        for seed in search.seeds[len(results) :]:
             try:
                 results[seed] = run_seed(trial, search, study, seed, list(results.values()))
             except Failed as error:
@@ -534,10 +534,13 @@ def root(search: Search) -> str:
 
 
 def again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Try a lost trial's parameters again."""
+    """Try a lost trial's parameters again, from the first seed that it did not finish."""
     trial = copy(trial)
-    trial.user_attrs = {}  # they are of its process
-    optuna.storages.RetryHeartbeatStaleTrialCallback()(study, trial)
+    results = trial.user_attrs.get("results", {})
+    known = len(results) * study.user_attrs["settings"]["base"]["total_timesteps"]
+    trial.intermediate_values = {step: value for step, value in trial.intermediate_values.items() if step <= known}
+    trial.user_attrs = {"results": results}  # the others are of its process
+    optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, trial)
 
 
 def lost_numbers(trials: list[FrozenTrial]) -> set[int]:
@@ -738,8 +741,10 @@ def log_hparams(trial: FrozenTrial, search: Search) -> None:
 
 def trial_runs(trial: FrozenTrial, search: Search) -> list[Path]:
     """The folders of a trial's runs that have a log."""
-    runs = [search.folder / f"trial-{trial.number}-seed-{seed}" for seed in search.seeds]
-    return [run for run in runs if any(run.glob(plot.EVENT_FILES))]
+    numbers = [trial.number, *reversed(trial.system_attrs.get("retry_history", []))]  # of tries, the newest first
+    runs = [[search.folder / f"trial-{number}-seed-{seed}" for number in numbers] for seed in search.seeds]
+    runs = [[run for run in tries if any(run.glob(plot.EVENT_FILES))] for tries in runs]
+    return [tries[0] for tries in runs if tries]
 
 
 def draw_curves(trials: list[tuple[str, FrozenTrial]], search: Search, path: Path) -> None:

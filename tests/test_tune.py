@@ -381,6 +381,22 @@ def test_interrupt_then_the_same_command(capfd):
     assert len(started()) == 4  # the interrupted one twice
 
 
+def test_finished_seeds_of_a_trial_cut_short_are_kept():
+    words = ["--strategy", "grid", "--space", "clip-coef=0.1", "norm-adv=false,true", "--trials", "1"]
+    words += ["--seeds", "1", "2", "3"]
+    process = begin(*words, "--", "--seconds", "1")
+    wait_for(lambda: len(started()) == 2)
+    process.kill()
+    process.communicate()
+    run(*words, flags=["--seconds", "1"])
+    run(*words, "--study", "whole", flags=["--seconds", "0"])
+    ours, whole = (load(name).trials[-1] for name in ("tune-grid", "whole"))
+    names = [name for name, _ in started()]
+    assert names[:4] == [f"tune-grid/trial-{run}" for run in ("0-seed-1", "0-seed-2", "1-seed-2", "1-seed-3")]
+    assert ours.user_attrs["results"] == whole.user_attrs["results"] == {"1": 90.1, "2": 90.2, "3": 90.3}
+    assert ours.value == whole.value == 90.2 and ours.intermediate_values == whole.intermediate_values
+
+
 def test_two_workers_one_killed():
     words = ["--strategy", "grid", "--space", "clip-coef=0.01:0.04", "--points", "4", "--seeds", "1"]
     words += ["--pruner", "none", "--", "--seconds", "1.5"]
