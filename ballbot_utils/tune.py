@@ -779,7 +779,7 @@ def draw_study(study: optuna.Study, search: Search) -> list[str]:
     with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna changes the style of all that comes after
         warnings.simplefilter("ignore", UserWarning)  # of axes with one value
         for name, picture in kinds.items():
-            axes = np.ravel(picture(study))
+            axes = np.ravel(picture(study, target_name=search.args.objective))
             figure = axes[0].figure
             figure.set_size_inches(max(8, 4 * len(axes)), 5)
             if name in ("slices", "interactions"):  # numbers and names that would lie on each other
