@@ -940,27 +940,32 @@ def write_report(
         f"{base['total_timesteps']:,} steps each, `{args.script.name}`. Each step keeps its best change if that is "
         "better than what was kept before.", "", f"Changes kept: {flags}", "",
     ]  # fmt: skip
+
+    def in_table(label: str, values: list[float], note: str) -> str:
+        ends = sorted(values, reverse=direction(args.objective) == "minimize")
+        seeds = f"{say(statistics.median(ends))} | {say(ends[0])} to {say(ends[-1])}" if values else " | "
+        return f"| {label} | {seeds} | {note} |"
+
+    kept = []  # the values of what is kept, step by step
     for number, step in enumerate(dict.fromkeys(row["step"] for row in rows), 1):
         lines += [f"## {number}. {step.capitalize()}", "",
                   f"| tried | median {args.objective} | seeds, worst to best |  |",
                   "| --- | --- | --- | --- |"]  # fmt: skip
-        for row in rows:
-            if row["step"] == step:
-                values = sorted(row["values"], reverse=direction(args.objective) == "minimize")
-                median = say(statistics.median(values)) if values else ""
-                ends = f"{say(values[0])} to {say(values[-1])}" if values else ""
-                note = "**kept**" if row["kept"] and step != "baseline" else row["note"].replace("|", "/")
-                lines.append(f"| `{row['label']}` | {median} | {ends} | {note} |")
+        tried = [row for row in rows if row["step"] == step]
+        if kept and step != "validation":
+            lines.append(in_table("as before", kept[-1], ""))
+        for row in tried:
+            note = "**kept**" if row["kept"] and step != "baseline" else row["note"].replace("|", "/")
+            lines.append(in_table(f"`{row['label']}`", row["values"], note))
+        kept += [row["values"] for row in tried if row["kept"]]
         lines.append("")
     validated = {row["label"]: row["values"] for row in rows if row["step"] == "validation"}
-    baseline = next((row["values"] for row in rows if row["step"] == "baseline"), [])
-    kept = [row["values"] for row in rows if row["kept"] and row["step"] != "baseline"]
     lines += ["## Result", ""]
     if validated.get("baseline") and validated.get("winner"):
         fresh = " These seeds took no part in the choice." if not set(GUIDE_SEEDS) & set(args.seeds) else ""
         lines.append(verdict(args, validated["baseline"], validated["winner"]) + fresh)
-    elif baseline and kept:
-        lines.append(verdict(args, baseline, kept[-1]) + " These are the seeds that the choice was made by, which "
+    elif len(kept) > 1:
+        lines.append(verdict(args, kept[0], kept[-1]) + " These are the seeds that the choice was made by, which "
                      "flatters the winner.")  # fmt: skip
     else:
         lines.append("Nothing was better than the baseline.")
@@ -971,7 +976,7 @@ def write_report(
 
 
 def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each step: the seeds as points, their median as a line, what was kept in colour."""
+    """A panel for each step: the seeds as points, their median as a line, what is kept in colour, and before dashed."""
     from matplotlib.figure import Figure
 
     steps = list(dict.fromkeys(row["step"] for row in rows if row["values"]))
@@ -980,12 +985,15 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
     widths = [sum(row["step"] == step and bool(row["values"]) for row in rows) for step in steps]
     figure = Figure(figsize=(max(6, 2 + 0.7 * sum(widths)), 4.5), layout="constrained")
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False, width_ratios=[n + 0.5 for n in widths])[0]
+    before = math.nan
     for ax, step in zip(axes, steps):
         shown_rows = [row for row in rows if row["step"] == step and row["values"]]
         for x, row in enumerate(shown_rows):
             color = plot.COLORS[1] if row["kept"] or row["label"] == "winner" else plot.COLORS[0]
             ax.plot([x] * len(row["values"]), row["values"], "o", ms=4, color=color, alpha=0.6)
             ax.hlines(statistics.median(row["values"]), x - 0.35, x + 0.35, color=color, lw=2)
+        ax.axhline(before if step != "validation" else math.nan, color="0.6", lw=1, ls="--")
+        before = next((statistics.median(row["values"]) for row in shown_rows if row["kept"]), before)
         ax.set_xticks(range(len(shown_rows)), [row["label"].replace(" --", "\n--") for row in shown_rows],
                       rotation=45, ha="right", size=7)  # fmt: skip
         ax.set_title(step, size=9)
@@ -993,7 +1001,7 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
         ax.grid(axis="y", color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(args.objective)
-    figure.suptitle("points: seeds; line: their median; orange: kept", size=9)
+    figure.suptitle("points: seeds; line: their median; orange: kept; dashed: what was kept before", size=9)
     write(path, partial(figure.savefig, dpi=200))
 
 
