@@ -552,17 +552,22 @@ def test_four_workers_on_postgresql_one_killed(postgresql):
     words += ["--pruner", "none", "--storage", postgresql, "--heartbeat", "1", "--", "--seconds", "1.5"]
     machines = [begin(*words, workers=2) for _ in range(2)]
     wait_for(lambda: len(started()) >= 4, 120)
-    trials = load("tune-grid", postgresql).trials
-    running = [trial for trial in trials if trial.state.name == "RUNNING" and "process" in trial.user_attrs]
-    victim = running[0]
-    assert len({trial.user_attrs["process"] for trial in running}) > 1
-    os.kill(int(victim.user_attrs["process"].split()[0]), signal.SIGKILL)
+    killed = None
+    while killed is None:
+        trials = load("tune-grid", postgresql).trials
+        running = [trial for trial in trials if trial.state.name == "RUNNING" and "process" in trial.user_attrs]
+        assert len({trial.user_attrs["process"] for trial in running}) > 1
+        worker = int(running[-1].user_attrs["process"].split()[0])
+        os.kill(worker, signal.SIGSTOP)  # its trial may just have ended
+        if load("tune-grid", postgresql).trials[running[-1].number].state.name == "RUNNING":
+            killed = running[-1].number
+        os.kill(worker, signal.SIGCONT if killed is None else signal.SIGKILL)
     for machine in machines:
         assert "8 of 8 trials, 0 pruned, 0 failed" in machine.communicate(timeout=120)[0]
     trials = load("tune-grid", postgresql).trials
     complete = sorted(trial.params["clip-coef"] for trial in trials if trial.state.name == "COMPLETE")
     assert complete == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
-    assert trials[victim.number].state.name == "FAIL"
+    assert trials[killed].state.name == "FAIL"
 
 
 # Real runs
