@@ -392,6 +392,7 @@ def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float
     try:
         trial.set_user_attr("host", socket.gethostname())
         trial.set_user_attr("process", process_mark(os.getpid()))
+        study.sampler = make_sampler(search, trial.number)
         params = {name: suggest(trial, name, spec) for name, spec in search.space.items()}
         # Of workers that began at once, the later ones may be too many.
         numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
@@ -472,10 +473,6 @@ def as_config(settings: dict[str, Any]) -> dict[str, Any]:
 def open_study(search: Search) -> optuna.Study:
     """The Optuna study of a search, begun or joined; exits with one line where it cannot be."""
     args = search.args
-    samplers = {"random": optuna.samplers.RandomSampler,
-                "tpe": partial(optuna.samplers.TPESampler, n_startup_trials=args.startup_trials)}  # fmt: skip
-    order = zlib.crc32(search.name.encode())  # of a grid, the same in all workers
-    sampler = optuna.samplers.GridSampler(search.space, order) if search.grid else samplers[args.strategy]()
     interval, total = search.base["eval_interval"], search.base["total_timesteps"]
     pruner = {
         "median": lambda: optuna.pruners.MedianPruner(args.startup_trials, args.warmup_steps),
@@ -487,8 +484,8 @@ def open_study(search: Search) -> optuna.Study:
     for attempt in range(10):
         try:
             study = optuna.create_study(
-                study_name=search.name, storage=open_storage(search), sampler=sampler, pruner=pruner,
-                direction=direction(args.objective), load_if_exists=True,
+                study_name=search.name, storage=open_storage(search), sampler=make_sampler(search),
+                pruner=pruner, direction=direction(args.objective), load_if_exists=True,
             )  # fmt: skip
             break
         except Exception as error:  # SQLAlchemy and its drivers raise many kinds
@@ -514,6 +511,16 @@ def open_study(search: Search) -> optuna.Study:
         need(not wrong, f"study {search.name} was begun with other flags ({', '.join(wrong)}): give those again, or "
              "another --study")  # fmt: skip
     return study
+
+
+def make_sampler(search: Search, number: int = 0) -> optuna.samplers.BaseSampler:
+    """What chooses a trial's values. What it draws follows from the study's name and the trial's number."""
+    if search.grid:
+        return optuna.samplers.GridSampler(search.space, zlib.crc32(search.name.encode()))  # one order for all workers
+    seed = zlib.crc32(f"{search.name} {number}".encode())
+    if search.args.strategy == "random":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.args.startup_trials)
 
 
 def open_storage(search: Search) -> optuna.storages.BaseStorage:
@@ -992,7 +999,8 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
             color = plot.COLORS[1] if row["kept"] or row["label"] == "winner" else plot.COLORS[0]
             ax.plot([x] * len(row["values"]), row["values"], "o", ms=4, color=color, alpha=0.6)
             ax.hlines(statistics.median(row["values"]), x - 0.35, x + 0.35, color=color, lw=2)
-        ax.axhline(before if step != "validation" else math.nan, color="0.6", lw=1, ls="--")
+        if step != "validation":
+            ax.axhline(before, color="0.6", lw=1, ls="--")
         before = next((statistics.median(row["values"]) for row in shown_rows if row["kept"]), before)
         ax.set_xticks(range(len(shown_rows)), [row["label"].replace(" --", "\n--") for row in shown_rows],
                       rotation=45, ha="right", size=7)  # fmt: skip

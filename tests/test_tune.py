@@ -332,6 +332,22 @@ def test_searches_go_on_where_they_were(strategy, capfd):
         run(*words, "--trials", "6")
 
 
+@pytest.mark.parametrize("strategy, workers", [("random", "2"), ("tpe", "1")])
+def test_a_study_of_the_same_name_draws_the_same(strategy, workers, tmp_path, monkeypatch):
+    words = ["--strategy", strategy, "--space", "clip-coef=0.01:0.3", "norm-adv=true,false", "--startup-trials", "2",
+             "--pruner", "none"]  # fmt: skip
+    run(*words, "--study", "one", "--trials", "5")
+    run(*words, "--study", "two", "--trials", "5")
+    one, two = ({trial.number: trial.params for trial in load(study).trials} for study in ("one", "two"))
+    assert one != two
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("pretender.py", "elsewhere")
+    monkeypatch.chdir("elsewhere")
+    run(*words, "--study", "one", "--trials", "3", "--workers", workers)  # in two parts
+    run(*words, "--study", "one", "--trials", "5", "--workers", workers)
+    assert {trial.number: trial.params for trial in load("one").trials} == one
+
+
 def test_tpe_begins_with_the_flags_given_where_they_lie_in_the_space(monkeypatch):
     drawn = []
     monkeypatch.setattr(tune, "draw_curves", lambda trials, *_: drawn.append([label for label, _ in trials]))
