@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import mujoco
-import mujoco.batch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +25,15 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike
+
+try:
+    import mujoco
+    import mujoco.batch
+except (AttributeError, OSError, RuntimeError) as error:  # of OpenGL, which only pictures need
+    raise ImportError(
+        f"MuJoCo cannot use MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): unset it, or make it osmesa or egl and "
+        "install that (Debian: libosmesa6, or libegl1 and libgl1-mesa-dri)"
+    ) from None
 
 ASSETS = Path(__file__).resolve().parent / "ballbot_utils" / "assets"  # where a wheel has them
 if not ASSETS.is_dir():
@@ -512,7 +519,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         try:
             torch.empty(0, device=torch.device(device))
         except (RuntimeError, TypeError, AssertionError):  # a string that is no device, no string, no GPU
-            need(False, "device", device, 'a device that PyTorch finds here, such as "cpu" or "cuda"')
+            need(False, "device", device, 'a device that PyTorch finds here, such as "cpu"')
         need(render_mode in (None, "rgb_array"), "render_mode", render_mode, 'None or "rgb_array"')
         modes = [value for mode in AutoresetMode for value in (mode, mode.value)]
         need(autoreset_mode in modes, "autoreset_mode", autoreset_mode, '"SameStep", "NextStep" or "Disabled"')

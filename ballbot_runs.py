@@ -124,12 +124,15 @@ def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dic
     start, _ = early.parse_known_args()
     settings = {}
     if start.config:
+        flag = f"--config {start.config}"
         try:
             if not Path(start.config).is_file():
                 raise ValueError("there is no such file")
             settings = typed(translated(json.loads(Path(start.config).read_bytes())), kind)
         except (OSError, ValueError, AttributeError, OverflowError, RecursionError, TypeError) as error:
-            stop(f"--config {start.config} is not a run's config.json: {error}")
+            stop(f"{flag} is not a run's config.json: {error}")
+        if start.preset and start.preset != settings.get("preset", start.preset):
+            stop(f"{flag} has all flags of its own, so that --preset {start.preset} would do nothing: give one of them")
     preset = start.preset or settings.get("preset", "")
     args = tyro.cli(kind, default=replace(kind(), **presets.get(preset, {}) | settings))
     if args.resume and args != kind(resume=args.resume, total_timesteps=args.total_timesteps):
@@ -337,19 +340,20 @@ def fitting(run: dict, kind: type, network: Callable) -> tuple[nn.Module, Any]:
 
     `network` makes an Agent of Args. Flags that the checkpoint lacks have their defaults, but for NEEDED ones.
     """
-    if "frame_skip" not in run["args"]:
+    model, settings = run["model"], run["args"]
+    if "frame_skip" not in settings:
         raise ValueError("was trained on the robot before its rollers were mended, which spun up at speed: train anew")
-    missing = [name for name in NEEDED if name not in run["args"]]
+    missing = [name for name in NEEDED if name not in settings]
     if missing:
         raise ValueError(f"has no {', '.join(missing)} in its args: it is of no version of this program")
-    args = kind(**typed({name: run["args"][name] for name in vars(kind()) if name in run["args"]}, kind))
+    args = kind(**typed({name: settings[name] for name in vars(kind()) if name in settings}, kind))
     wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        wrong = wrong or unlike(run["model"], network(args).state_dict(), "model")
+        wrong = wrong or unlike(model, network(args).state_dict(), "model")
     if wrong:
         raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
     agent = network(args)
-    agent.load_state_dict(dict(run["model"]))
+    agent.load_state_dict(dict(model))
     return agent, args
 
 
@@ -370,7 +374,10 @@ def load_run(path: Path, kind: type, network: Callable) -> dict:
         offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
         run = unsealed(path)
         _, args = fitting(run, kind, network)
+        if "optimizer" not in run:
+            raise ValueError("is a policy alone: --resume its run's folder, or give it to --init-from")
         if wrong := set(vars(args)) ^ set(run["args"]):
+            offer = ""  # of the same program
             raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
         check(args)
         return run | {"args": vars(args)}
@@ -379,19 +386,37 @@ def load_run(path: Path, kind: type, network: Callable) -> dict:
     stop(f"{path} {problem}{offer}")
 
 
+def judged(agent: nn.Module) -> dict:
+    """What a best.pt is like, of a policy like `agent`."""
+    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
+    evaluation = {"episodes": 1} | dict.fromkeys(keys, 0.0)
+    return dict(model=agent.state_dict(), args=..., global_step=1, eval=evaluation)
+
+
+def best_of(run: dict, folder: Path, agent: nn.Module) -> dict | None:
+    """The best policy so far of a `run` that goes on: its folder's best.pt, which the run's end may have chosen.
+
+    Where that is missing, damaged or newer than the checkpoint, it is the one that the checkpoint knows.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        best = unsealed(folder / "best.pt")
+        if not unlike(best, judged(agent)) and 0 < best["global_step"] <= run["global_step"]:
+            return best
+    return run["best"]
+
+
 def misfit(run: dict, args: Any, agent: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """What in a checkpoint has other keys, types or shapes than a run by its args would save; "" if nothing."""
     n = args.num_envs // args.num_processes
     state = dict(envs=..., proprio=torch.zeros(n, agent.num_proprio), depth=torch.zeros(n, agent.num_depth),
                  rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
-    policy = dict(model=agent.state_dict(), args=..., global_step=1)
+    policy = {key: value for key, value in judged(agent).items() if key != "eval"}
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
     fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
-    keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
     wrong = unlike(run, policy | dict(
         optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
-        best=None if best is None else policy | {"eval": {"episodes": 1} | dict.fromkeys(keys, 0.0)},
+        best=None if best is None else judged(agent),
         targets_met=None if met is None else "", ranks=[state] * args.num_processes,
     ))  # fmt: skip
     if wrong:
@@ -420,8 +445,12 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
     that has `started`, nothing is made or said.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, as a rank was lost
-    if restarted and not args.resume and (Path("runs") / args.run_name / "last.pt").is_file():
-        args.resume = str(Path("runs") / args.run_name)
+    if restarted and not args.resume:
+        folder = Path("runs") / args.run_name
+        if not began(args, folder):
+            stop(f"{folder} exists, and is of other flags: give another --run-name, or move it away")
+        if (folder / "last.pt").is_file():
+            args.resume = str(folder)
     run, weights, makes = None, {}, is_first() and started is None and not restarted
     if args.resume:
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
@@ -462,6 +491,21 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
     return run_dir, run, weights
 
 
+def as_config(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags as a run's config.json has them, and --config takes them."""
+    return {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
+
+
+def began(args: Any, folder: Path) -> bool:
+    """Whether a run's folder is of a run with these flags, empty or not there."""
+    any_number = {"num_processes": 0}  # of ranks: it is torchrun's
+    try:
+        before = json.loads((folder / "config.json").read_bytes()) | any_number
+        return before == json.loads(json.dumps(as_config(asdict(args)) | any_number))
+    except (OSError, ValueError, TypeError):
+        return not folder.exists() or not any(folder.iterdir())
+
+
 def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     """The writer of TensorBoard's events, with Weights & Biases beside it where they are wanted.
 
@@ -476,9 +520,8 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
         wandb.init(**names, dir=run_dir, id=name, resume="allow", config=flags, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
     if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
-        settings = {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
         part = run_dir / "config.json.part"
-        part.write_text(json.dumps(settings, indent=2) + "\n")
+        part.write_text(json.dumps(as_config(flags), indent=2) + "\n")
         os.replace(part, run_dir / "config.json")
         rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)

@@ -47,7 +47,7 @@ class Args:
     # start from one of the guide's configurations, from tuned, the best we know, or from robust, tuned randomized
     preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust"] = ""
     config: str = ""  # start from a run's config.json; flags given beside it win, as they do over --preset
-    # go on with a run, bit for bit: runs/<run name>, or a checkpoint in it. No other flags but more --total-timesteps
+    # go on with a run, bit for bit: runs/<run name>, or its last.pt or previous.pt. No flags but more --total-timesteps
     resume: str = ""
     init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with networks of the same flags
     seed: int = 1  # seed of networks, action noise, minibatches and start poses
@@ -612,7 +612,7 @@ def learn(args, run_dir, run, weights, started):
         agent.load_state_dict(dict(run["model"]))
         optimizer.load_state_dict(run["optimizer"])
         iteration, global_step, elapsed, seconds = (run[x] for x in ("iteration", "global_step", "elapsed", "seconds"))
-        best, targets_met = run["best"], run["targets_met"]
+        best, targets_met = ballbot_runs.best_of(run, run_dir, agent), run["targets_met"]
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
         observation = state["proprio"].to(device), state["depth"].to(device)

@@ -283,7 +283,8 @@ def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str
         "KL too small": kl_small(*kls),
         "not learning": stuck,
         "slow learning": None if unstable or stuck else slow(*returns),
-        "overfitting": overfitting(*returns, *curves[EVAL_RETURN]),
+        # of shorter episodes, what happens later is not seen in training
+        "overfitting": overfitting(*returns, *curves[EVAL_RETURN]) if plot.times(params) == 1 else None,
     }
     findings, chosen, remedy = [], {}, remedies(params)
     for name, text in evidence.items():
@@ -309,22 +310,26 @@ def stalled_for(steps: np.ndarray, returns: np.ndarray) -> float:
     return steps[-1] - at
 
 
-def stop_rule(curves: list[dict[str, Curve]], ended: bool, found: bool) -> tuple[dict[str, tuple[bool, str]], str]:
+def stop_rule(
+    curves: list[dict[str, Curve]], ended: bool, found: bool, short: bool = False
+) -> tuple[dict[str, tuple[bool, str]], str]:
     """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and a verdict.
 
-    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them.
+    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them; `short`: training
+    episodes are shorter than the task's, so that evaluations alone tell whether they meet the targets.
     """
     stalled = [stalled_for(*run[RETURN]) for run in curves]
     last = min(run[RETURN][0][-1] for run in curves)
     returns = [np.interp(last, *run[RETURN]) for run in curves]
     reached = []  # of the last evaluation, or while there is none of the last 100 episodes of training
     for run in curves:
-        pairs = [(run[a][1][-1], run[b][1][-1]) for a, b in ((RETURN, LENGTH), (EVAL_RETURN, EVAL_LENGTH))
+        pairs = [(run[a][1][-1], run[b][1][-1]) for a, b in ((RETURN, LENGTH), (EVAL_RETURN, EVAL_LENGTH))[short:]
                  if len(run[a][1]) and len(run[b][1])]  # fmt: skip
-        reached.append(pairs[-1])
+        reached += pairs[-1:]
     plateau = min(stalled) >= PLATEAU_STEPS
     consistent = len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
-    targets = all(a > TARGET_RETURN and b > TARGET_LENGTH for a, b in reached)
+    evaluated = len(reached) == len(curves)
+    targets = evaluated and all(a > TARGET_RETURN and b > TARGET_LENGTH for a, b in reached)
     conditions = {
         f"no improvement for {PLATEAU_STEPS:,} steps": (
             plateau, "so far " + ", ".join(f"{steps:,.0f}" for steps in stalled),
@@ -335,7 +340,8 @@ def stop_rule(curves: list[dict[str, Curve]], ended: bool, found: bool) -> tuple
             + (f"; give {SEEDS} to 5 seeds" if len(curves) < SEEDS else ""),
         ),
         f"targets met, return > {TARGET_RETURN} and length > {TARGET_LENGTH}": (
-            targets, ", ".join(f"{a:.1f} and {b:.0f}" for a, b in reached),
+            targets,
+            ", ".join(f"{a:.1f} and {b:.0f}" for a, b in reached) if evaluated else "not all are evaluated yet",
         ),
     }  # fmt: skip
     if targets:
@@ -375,6 +381,10 @@ def main(args: Args) -> None:
         evaluation = f", evaluation {curve[EVAL_RETURN][1][-1]:.1f}" if len(curve[EVAL_RETURN][1]) else ""
         lines.append(f"{run}: {step:,.0f} of {total:,.0f} steps, return {curve[RETURN][1][-1]:.1f}{evaluation}, "
                      f"length {curve[LENGTH][1][-1]:.0f}")  # fmt: skip
+        factor = plot.times(param)
+        if factor > 1:
+            lines.append(f"  training returns and lengths are {factor:.3g} times those of its episodes, which are of "
+                         f"{4000 / factor:.0f} steps")  # fmt: skip
         script = "ppo_ballbot_schedules.py" if "lr_schedule" in param else "ppo_ballbot.py"
         config = run / "config.json"
         config = f"--config {shlex.quote(str(config))}" if config.is_file() else "<the run's own flags>"
@@ -393,8 +403,9 @@ def main(args: Args) -> None:
             lines.append(f"  or start from the best that we know: python {script} --preset tuned")
     for group in plot.group_runs(params):
         conditions, verdict = stop_rule(
-            [curves[i] for i in group], all(ended[i] for i in group), any(findings[i] for i in group)
-        )
+            [curves[i] for i in group], all(ended[i] for i in group), any(findings[i] for i in group),
+            plot.times(params[group[0]]) > 1,
+        )  # fmt: skip
         names = [str(args.runs[i]) for i in group]
         rows = [{"name": name, "holds": bool(holds), "evidence": text} for name, (holds, text) in conditions.items()]
         report["stop"].append({"runs": names, "verdict": verdict, "conditions": rows})

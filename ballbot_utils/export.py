@@ -111,7 +111,7 @@ def largest_difference(path: Path, agent: Agent, envs: BallbotVectorEnv) -> tupl
 def main(args: Args) -> None:
     """Write the file, check it, and say by how much it differs."""
     need(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
-    need_file("the output", args.output, args.overwrite, ".onnx")
+    need_file("output", args.output, args.overwrite, ".onnx")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401

@@ -6,6 +6,7 @@ that the median seed took to them, go to a PNG and an SVG. Reads TensorBoard log
 written too.
 """
 
+import ast
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -75,13 +76,18 @@ def check(args: Args) -> tuple[Path, Path]:
     return files
 
 
+def times(hyperparameters: dict[str, str]) -> float:
+    """By how much a run's training episodes (--max-episode-steps) are shorter than the task's, of 4000 steps."""
+    return max(1, 4000 / int(hyperparameters.get("max_episode_steps", 4000)))
+
+
 def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[str, Curve]]:
     """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, minutes, values)}, arrays.
 
     There is one event file for each time that the run was started or resumed. Minutes count from the first
     start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
     ones before; of several values at one step (the last evaluation) the latest counts. Returns and lengths of training
-    episodes that are shorter than the task's 4000 steps (--max-episode-steps) are shown as so much longer.
+    episodes are `times` themselves.
     """
     hyperparameters, points, paused_at = {}, {tag: {} for tag in tags}, 0.0
     for file in sorted(run.glob(EVENT_FILES)):
@@ -101,7 +107,7 @@ def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[st
         steps, minutes, values = np.array([(s, *curve[s]) for s in sorted(curve)]).reshape(-1, 3).T
         minutes = np.maximum.accumulate(minutes)  # a clock may be set back
         if tag.startswith("charts/episodic"):
-            values *= 4000 / min(4000, int(hyperparameters.get("max_episode_steps", 4000)))
+            values *= times(hyperparameters)
         good = np.isfinite(values)
         curves[tag] = steps[good], minutes[good], values[good]
     return hyperparameters, curves
@@ -119,7 +125,9 @@ def group_runs(hyperparameters: list[dict[str, str]]) -> list[list[int]]:
 def as_flag(name: str, value: str) -> str:
     """A setting as a command line has it."""
     name = name.replace("_", "-")
-    return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}")
+    if value.startswith("{"):  # a dict, as --randomization's
+        value = " ".join(f"{key} {number}" for key, number in ast.literal_eval(value).items())
+    return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}".strip())
 
 
 def differing_flags(hyperparameters: list[dict[str, str]]) -> list[list[str]]:
@@ -214,7 +222,7 @@ def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float
         ax.set_xlim(left=0)
     axes[1, 0].xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
 
-    signs = [Line2D([], [], color="0.35", label="training: mean of the last 100 episodes")]
+    signs = [Line2D([], [], color="0.35", label="training: mean of the last 100 episodes, as if of 4000 steps")]
     if evaluated:
         signs.append(Line2D([], [], color="0.35", ls="", marker="o", label="evaluation: deterministic"))
     if any(len(runs) > 1 for runs in groups):
@@ -264,6 +272,10 @@ def main(args: Args) -> None:
                 median, low, high = median_and_band(values)[:, -1]
                 band = f" ({low:.1f} to {high:.1f})" if len(group) > 1 else ""
                 print(f"  {name} at {steps[-1]:,.0f} steps, {minutes[-1]:.1f} minutes: {median:.1f}{band}")
+        factor = times(hyperparameters[group[0]])
+        if factor > 1:
+            print(f"  note: training episodes are of {4000 / factor:.0f} steps; their returns and lengths are shown "
+                  f"{factor:.3g} times as large")  # fmt: skip
         ends = [curves[i][ROWS[0][1]][0][-1] for i in group]
         if min(ends) < 0.95 * max(ends):
             print(f"  note: drawn to where its shortest run ends, {runs[group[int(np.argmin(ends))]]}: "

@@ -401,7 +401,7 @@ def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float
         if numbers.index(trial.number) >= search.trials:
             trial.set_user_attr("lost", "one too many")
             raise TimeUp
-        text = json.dumps(as_config(search.settings(params)), indent=2) + "\n"
+        text = json.dumps(ballbot_runs.as_config(search.settings(params)), indent=2) + "\n"
         write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
         results = {int(seed): value for seed, value in trial.user_attrs.get("results", {}).items()}  # if tried again
         for seed in search.seeds[len(results) :]:
@@ -460,11 +460,6 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
     if not evaluations:
         raise Failed("no evaluation in its output")
     return score(objective, evaluations, total, hold)
-
-
-def as_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flags as the scripts take them by --config."""
-    return {key: value for key, value in settings.items() if key not in ("run_name", "config", "resume")}
 
 
 # A study
@@ -733,7 +728,10 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 def save_best(settings: dict[str, Any], folder: Path) -> None:
     """best.json, which both scripts take by --config."""
-    write(folder / "best.json", lambda part: part.write_text(json.dumps(as_config(settings), indent=2) + "\n"))
+    write(
+        folder / "best.json",
+        lambda part: part.write_text(json.dumps(ballbot_runs.as_config(settings), indent=2) + "\n"),
+    )
 
 
 def log_hparams(trial: FrozenTrial, search: Search) -> None:
@@ -927,11 +925,12 @@ def verdict(args: Args, before: list[float], after: list[float]) -> str:
     gain = -gain if direction(args.objective) == "minimize" else gain
     spread = max(max(values) - min(values) for values in (before, after))
     say = partial(shown, args.objective)
-    more = "more than" if gain > spread else "not more than"
+    more = f"That is {'' if gain > spread else 'not '}more than the seeds' spread, {say(spread)} from worst to best."
+    if len(before) == 1 or len(after) == 1:
+        more = "With one seed, nobody knows whether that is more than seeds differ by."
     better = "better" if gain >= 0 else "worse"
     return (f"The winner's median {args.objective} is {say(statistics.median(after))}, the baseline's "
-            f"{say(statistics.median(before))}: {better} by {say(abs(gain))}. That is {more} the seeds' spread, "
-            f"{say(spread)} from worst to best.")  # fmt: skip
+            f"{say(statistics.median(before))}: {better} by {say(abs(gain))}. {more}")  # fmt: skip
 
 
 def write_report(
@@ -1014,7 +1013,7 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
-    need(re.fullmatch(r"[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
+    need(re.fullmatch(r"(?!\.+$)[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
     args = replace(args, study=args.study or f"tune-{args.strategy}")
     need_from(args, 2, "points")
     need_from(args, 1, "hold", "workers", "heartbeat", "trials")

@@ -22,12 +22,12 @@ import torch
 import tyro
 
 try:
-    import mujoco
-except (AttributeError, OSError):  # MUJOCO_GL names a library that is not there
-    sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')}: its library is missing (Debian: apt-get install "
-             "libosmesa6 for osmesa, libegl1 and libgl1-mesa-dri for egl)")  # fmt: skip
+    from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows
+except ImportError as error:  # MUJOCO_GL names what is not there
+    sys.exit(f"error: {error}")
 
-from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows
+import mujoco
+
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,

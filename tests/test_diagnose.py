@@ -221,8 +221,8 @@ def run_curves(returns, lengths, end=3_000_000):
 
 
 def test_stop_rule():
-    def judge(*curves, ended=False, found=False):
-        conditions, verdict = diagnose.stop_rule(curves, ended, found)
+    def judge(*curves, ended=False, found=False, short=False):
+        conditions, verdict = diagnose.stop_rule(curves, ended, found, short)
         return [holds for holds, _ in conditions.values()], verdict
 
     flat, rising = np.r_[np.linspace(6, 102, 100), np.full(200, 102)], np.linspace(6, 105, 300)
@@ -246,6 +246,9 @@ def test_stop_rule():
     fell = good | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([60.0])),
                    diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([2300.0]))}  # fmt: skip
     assert judge(fell)[0] == [True, False, False]
+    # Of shorter training episodes, evaluations alone tell.
+    assert judge(good, short=True)[0] == judge(evaluated, good, short=True)[0] == [True, False, False]
+    assert judge(evaluated, short=True)[0] == [True, False, True]
 
 
 def test_seeds_are_judged_together(runs, tmp_path, capsys):
@@ -264,6 +267,25 @@ def test_seeds_are_judged_together(runs, tmp_path, capsys):
     assert out.count("nothing is wrong\n") == 3
     assert f"stop {logs[0]}, {logs[1]}, {logs[2]}? stop\n" in out and f"stop {runs('healthy')}? not yet" in out
     assert "[x] consistent across seeds: returns 105.0, 106.0, 107.0 at 3,000,000 steps\n" in out
+
+
+def test_short_training_episodes_are_told_and_not_compared(tmp_path, capsys):
+    for limit in (1000, 4000):
+        writer = SummaryWriter(tmp_path / str(limit))
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|max_episode_steps|{limit}|")
+        for step in (100_000, 200_000):
+            values = {diagnose.RETURN: 5, diagnose.LENGTH: 227, diagnose.KL: 0.01}
+            values |= {diagnose.EVAL_RETURN: 2, diagnose.EVAL_LENGTH: 228}
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+        writer.close()
+    diagnose.main(diagnose.Args((tmp_path / "1000",)))
+    out = capsys.readouterr().out
+    assert "training returns and lengths are 4 times those of its episodes, which are of 1000 steps" in out
+    assert "overfitting" not in out
+    diagnose.main(diagnose.Args((tmp_path / "4000",)))
+    out = capsys.readouterr().out
+    assert "times those" not in out and "overfitting: return in training and evaluation: 5.0 and 2.0" in out
 
 
 def test_resumed_log(tmp_path):

@@ -347,6 +347,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     assert "code, which is never run" in saved(**good | {"optimizer": code})
     assert not (tmp_path / "ran").exists()
     assert "is no checkpoint of ppo_ballbot.py" in saved(weights=torch.zeros(3))
+    assert "is no checkpoint of ppo_ballbot.py" in says(ballbot_env.ASSETS / "depth_encoder.pt")
     args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
     assert "was trained on the robot before its rollers were mended" in saved(**good | {"args": args})
     args = {key: value for key, value in good["args"].items() if key != "cameras"}

@@ -84,6 +84,8 @@ def test_groups_and_flags():
     assert plot.group_runs(runs) == [[0, 2], [1]]
     assert plot.differing_flags(runs[:2]) == [["--clip-coef 0.2", "--norm-adv"], ["--clip-coef 0.1", "--no-norm-adv"]]
     assert plot.differing_flags([runs[0], runs[2]]) == [[], []]
+    pushed = [{"randomization": "{}"}, {"randomization": "{'push': 1.0, 'mass': 0.1}"}]
+    assert plot.differing_flags(pushed) == [["--randomization"], ["--randomization push 1.0 mass 0.1"]]
 
 
 def test_read(tmp_path):
@@ -101,12 +103,16 @@ def test_read(tmp_path):
     assert [x.shape for x in curves[LENGTH]] == [(0,)] * 3
 
 
-def test_short_training_episodes_are_shown_as_the_task_s(tmp_path):
+def test_short_training_episodes_are_shown_as_the_task_s(tmp_path, capsys):
     _, curves = plot.read(write_run(tmp_path / "a", [25, 26], max_episode_steps=1000))
     assert curves[RETURN][2].tolist() == [100, 104] and curves[LENGTH][2].tolist() == [1000, 1040]
     assert curves[EVAL_RETURN][2].tolist() == [50, 60]
     _, curves = plot.read(write_run(tmp_path / "b", [25, 26], max_episode_steps=8000))
     assert curves[RETURN][2].tolist() == [25, 26]
+    for run, told in (("a", 1), ("b", 0)):
+        plot.main(plot.Args((tmp_path / run,), tmp_path / f"{run}.png"))
+        note = "note: training episodes are of 1000 steps; their returns and lengths are shown 4 times as large"
+        assert capsys.readouterr().out.count(note) == told
 
 
 def test_read_resumed(tmp_path):

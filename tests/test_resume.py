@@ -32,6 +32,12 @@ FLAGS = (
 ).split()
 
 
+SHORT = replace(
+    ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
+    total_timesteps=256, final_eval_episodes=1, learning_rate=1e-3,
+)  # fmt: skip
+
+
 def command(*flags):
     return [sys.executable, str(SCRIPT), *flags]
 
@@ -123,7 +129,8 @@ def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == 1
-            (line,) = error.strip().splitlines()
+            line = error.strip()
+            assert "\n" not in line, error
             assert line.startswith("error: a process of this run is gone") and line.endswith("--resume runs/run")
         flags = ["--resume", "runs/run"]
     assert kills == KILLS, f"the run was over after {kills} kills: make it longer"
@@ -171,10 +178,7 @@ def test_interrupted_run_says_how_to_go_on(number, handler, tmp_path):
 def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
     """At a constant rate, as one that was to have as many from the start: bit for bit."""
     monkeypatch.chdir(tmp_path)
-    args = replace(
-        ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
-        total_timesteps=256, final_eval_episodes=1, learning_rate=1e-3, run_name="short",
-    )  # fmt: skip
+    args = replace(SHORT, run_name="short")
     ppo.train(args)
     with pytest.raises(SystemExit, match="is of a run of 256 steps: give more --total-timesteps, or none"):
         ppo.train(ppo.Args(resume="runs/short", total_timesteps=128))
@@ -192,6 +196,53 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
         ballbot_runs.open_log(args, short, run).close()
         monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/short/config.json".split())
         assert ppo.parse().total_timesteps == 10_000_000  # which the second does not write again
+
+
+def test_going_on_keeps_the_best_policy_though_the_end_chose_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    returns = {256: 50.0, 512: 10.0}  # of the final policies; the checkpoint knows of no evaluation on the way
+
+    def evaluate(agent, args, episodes):
+        keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
+        step = 256 if torch.equal(agent.log_std, first["model"]["log_std"]) else 512
+        return {"episodes": episodes} | dict.fromkeys(keys, 0.0) | {"episodic_return": returns[step]}
+
+    run = ppo.train(replace(SHORT, run_name="run"))
+    first = torch.load(run / "last.pt", weights_only=True)
+    assert first["best"] is None and torch.load(run / "best.pt", weights_only=True)["global_step"] == 256
+    monkeypatch.setattr(ppo, "evaluate", evaluate)
+    ppo.train(ppo.Args(resume="runs/run", total_timesteps=512))
+    best = torch.load(run / "best.pt", weights_only=True)
+    assert (best["global_step"], best["eval"]["episodic_return"]) == (256, 50)
+    assert_equal(best["model"], first["model"])
+    # A best.pt that is damaged, or of later than the checkpoint, is not taken
+    for damage in (b"", (run / "best.pt").read_bytes()):
+        (run / "best.pt").write_bytes(damage)
+        known = first | {"global_step": 0 if damage else 256, "best": "the checkpoint's"}
+        assert ballbot_runs.best_of(known, run, ppo.Agent(SHORT)) == "the checkpoint's"
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SHORT, run_name="run")
+    run = ppo.train(replace(args))
+    kept = {file: file.read_bytes() for file in run.iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+    def begin(**flags):
+        flags = replace(args, **flags)
+        return flags, ballbot_runs.begin(flags, None, ppo.Args, ppo.Agent)
+
+    for flags in (dict(seed=2), dict(preset="tuned"), dict(total_timesteps=512)):
+        with pytest.raises(SystemExit, match="runs/run exists, and is of other flags: give another --run-name"):
+            begin(**flags)
+    assert {file: file.read_bytes() for file in run.iterdir()} == kept
+    flags, (_, checkpoint, _) = begin()
+    assert flags.resume == "runs/run" and checkpoint["global_step"] == 256
+    (run / "config.json").unlink()
+    with pytest.raises(SystemExit, match="is of other flags"):
+        begin()
+    assert begin(run_name="new")[1][1] is None  # lost before its folder was made
 
 
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
@@ -281,6 +332,11 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uni
     save(run / "last.pt", content)
     refuse(f"of another version: model is not as its flags imply; .*{offer}", "--resume", str(run), cwd=tmp_path)
     refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
+    shutil.copy(uninterrupted / "best.pt", run)
+    refuse("best.pt is a policy alone: --resume its run's folder", "--resume", str(run / "best.pt"), cwd=tmp_path)
+    content = torch.load(uninterrupted / "last.pt", weights_only=True)
+    save(run / "last.pt", content | {"args": content["args"] | {"lr_schedule": "linear"}})
+    refuse("of another program or version: its flags differ in lr_schedule$", "--resume", str(run), cwd=tmp_path)
     refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
 
 
@@ -327,8 +383,13 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     aggressive = parse("--preset", "aggressive", "--num-envs", "12")
     assert (aggressive.num_envs, aggressive.num_steps, aggressive.clip_coef) == (12, 1024, 0.2)
     config = str(uninterrupted / "config.json")
-    given = parse("--preset", "tuned", "--config", config, "--gamma", "0.97")
+    given = parse("--config", config, "--gamma", "0.97")
     assert (given.gamma, given.num_envs, given.norm_obs) == (0.97, 4, True)
+    with pytest.raises(SystemExit, match="so that --preset tuned would do nothing: give one of them"):
+        parse("--preset", "tuned", "--config", config)
+    (tmp_path / "part.json").write_text('{"gamma": 0.9}')
+    part = parse("--preset", "aggressive", "--config", str(tmp_path / "part.json"))
+    assert (part.gamma, part.num_envs) == (0.9, 16)
     robust = parse("--preset", "robust").randomization
     assert robust == ppo.PRESETS["robust"]["randomization"] and robust["push"] > 0
     pushed = parse("--preset", "robust", "--randomization", "push", "1.0", "latency", "2").randomization

@@ -203,6 +203,7 @@ def test_sizes_only_where_they_divide():
         (["--space", "clip-coef=0.1,0.2"], ["--learning-rate", "2"], "--learning-rate is 2.0"),
         (["--trials", "0"], [], "--trials is 0: give 1 or more"),
         (["--study", "a/b"], [], "--study is a/b"),
+        (["--study", ".."], [], "--study is .."),
         (["--strategy", "six-steps", "--trials", "3"], [], "--trials means nothing"),
         (["--strategy", "grid", "--points", "30", "--space", "clip-coef=0:1", "ent-coef=0:1", "init-log-std=0:1"], [],
          "the grid has 27,000 combinations"),
@@ -285,6 +286,12 @@ def test_equal_steps_are_those_of_equal_intervals():
     flags = ["--eval-interval", "240"]  # as where iterations are longer: evaluations come at 250, 500, ...
     run("--strategy", "grid", "--space", "clip-coef=0.1", "ent-coef=0.1,0.2", "--pruner", "none", flags=flags)
     assert set(load("tune-grid").trials[0].intermediate_values) == {240, 480, 720, 960}
+
+
+def test_one_seed_has_no_spread():
+    said = tune.verdict(tune.Args(), [80.0], [81.0])
+    assert said.endswith("better by 1.0. With one seed, nobody knows whether that is more than seeds differ by.")
+    assert "more than the seeds' spread, 1.0 from worst" in tune.verdict(tune.Args(), [80.0, 81.0], [90.0, 90.5])
 
 
 def test_flags_as_words():

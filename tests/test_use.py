@@ -58,7 +58,7 @@ def test_onnx_file(exported, monkeypatch):
     ]  # fmt: skip
     monkeypatch.chdir(folder)
     names = {}
-    exec(block("It needs no PyTorch then", fewer=("range(1000)", "range(30)")), names)
+    exec(block("The policy needs no PyTorch then", fewer=("range(1000)", "range(30)")), names)
     session = names["session"]
     assert session.get_modelmeta().custom_metadata_map["actions_per_second"] == "250"
     policy, obs = ppo.load_policy(folder / "run"), names["robot"].observation_space.sample()
@@ -122,8 +122,8 @@ def test_rl_zoo():
 
 
 def test_cleanrl(tmp_path):
-    """CleanRL's wrappers, in a script with the line that is changed."""
-    change, train = block("**CleanRL.**").splitlines()
+    """CleanRL's wrappers and its reading of ended episodes, in a script with the lines that are changed."""
+    *change, train = block("**CleanRL.**").splitlines()
     script = tmp_path / "ppo_continuous_action.py"
     script.write_text("""
 import gymnasium as gym, numpy as np
@@ -132,18 +132,26 @@ def thunk(name):
     env = gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(gym.wrappers.RecordEpisodeStatistics(env)))
     env = gym.wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10))
     return gym.wrappers.NormalizeReward(env)
-""")
-    subprocess.run(["bash", "-c", change], cwd=tmp_path, check=True)
-    names = {}
-    exec(script.read_text(), names)
-    name = train.split()[train.split().index("--env-id") + 1]
-    envs = gym.vector.SyncVectorEnv([lambda: names["thunk"](name)] * 2, autoreset_mode="SameStep")
+def run(args, lengths):
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: thunk(args.env_id) for i in range(args.num_envs)]
+    )
     obs, _ = envs.reset(seed=1)
     assert obs.shape == (2, 8208)
-    infos = {}
-    while "final_info" not in infos:
-        *_, infos = envs.step(np.zeros((2, 3), np.float32))
-    assert infos["final_info"]["episode"]["l"][infos["final_info"]["_episode"]].min() > 100
+    while not lengths:
+            obs, _, _, _, infos = envs.step(np.zeros((2, 3), np.float32))
+
+            if "final_info" in infos:
+                for info in infos["final_info"]:
+                    if info and "episode" in info:
+                        lengths.append(info["episode"]["l"])
+""")
+    subprocess.run(["bash", "-c", "\n".join(change)], cwd=tmp_path, check=True)
+    names, lengths = {}, []
+    exec(script.read_text(), names)
+    name = train.split()[train.split().index("--env-id") + 1]
+    names["run"](types.SimpleNamespace(env_id=name, num_envs=2), lengths)
+    assert 100 < min(lengths) <= max(lengths) < 4000
 
 
 def test_wheel(tmp_path):

@@ -59,6 +59,14 @@ def test_a_video_that_exists_is_kept(args, tmp_path):
     assert "film.gif exists: give --overwrite" in error_of(replace(args, video=film))
 
 
+def test_an_opengl_that_mujoco_does_not_know():
+    for module, start in (("ballbot_env", "ImportError: "), ("ballbot_utils.watch", "error: ")):
+        done = subprocess.run([sys.executable, "-c", f"import {module}"], env=os.environ | {"MUJOCO_GL": "foo"},
+                              capture_output=True, text=True)  # fmt: skip
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"{start}MuJoCo cannot use MUJOCO_GL=foo (invalid value") and "unset it" in last
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a display")
 def test_without_display_or_opengl(args, tmp_path, monkeypatch):
     for variable in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
