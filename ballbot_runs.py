@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import shlex
@@ -560,6 +561,7 @@ def interrupt(*_, last=[-9.0]):  # noqa: B006
 def start_ranks(train: Callable, args: Any, started: float) -> None:
     """Start this machine's ranks as torchrun does, and wait for their end: each calls `train(args, started)`."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logging.getLogger(mp.spawn.__module__).setLevel(logging.ERROR)  # which ranks it ends is not for users
     resource_tracker.ensure_running()  # it would let SIGINT through
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ranks hear of Ctrl-C once they can end by it
     ranks = mp.spawn(be_rank, (train, args, store.port, started), args.num_processes, join=False, daemon=True)
