@@ -87,7 +87,7 @@ def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[st
     There is one event file for each time that the run was started or resumed. Minutes count from the first
     start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
     ones before; of several values at one step (the last evaluation) the latest counts. Returns and lengths of training
-    episodes are `times` themselves.
+    episodes are multiplied by `times`.
     """
     hyperparameters, points, paused_at = {}, {tag: {} for tag in tags}, 0.0
     for file in sorted(run.glob(EVENT_FILES)):
