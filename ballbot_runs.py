@@ -262,7 +262,8 @@ def unsealed(path: Path) -> Any:
         raise ValueError("is missing" if not path.exists() else "is no file")
     data = path.read_bytes()
     whole = hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]
-    if not whole and (data[:2], data[-22:-18]) != (b"PK", b"PK\5\6"):  # which torch.save alone begins and ends with
+    bare = data[:2], data[-22:-18], data[-2:]  # as torch.save alone begins and ends, without a comment
+    if not whole and bare != (b"PK", b"PK\5\6", b"\0\0"):
         raise ValueError("is damaged, or not a checkpoint: its checksum is not that of its content")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

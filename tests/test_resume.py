@@ -360,6 +360,18 @@ def test_checkpoints_of_the_robot_before_it_was_mended_are_refused(tmp_path):
         load_run(tmp_path / "last.pt", ppo.Args, ppo.Agent)
 
 
+def test_a_checkpoint_of_before_has_no_checksum_and_one_cut_off_is_damage(tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    torch.save({"a": 1}, path)
+    assert ballbot_runs.unsealed(path) == {"a": 1} and "has no checksum" in capsys.readouterr().err
+    save(path, {"a": 1})
+    assert ballbot_runs.unsealed(path) == {"a": 1} and not capsys.readouterr().err
+    for end in (-1, -64, -65):  # at -64, what is left is all of the content
+        path.with_name("cut.pt").write_bytes(path.read_bytes()[:end])
+        with pytest.raises(ValueError, match="its checksum is not that of its content"):
+            ballbot_runs.unsealed(path.with_name("cut.pt"))
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save(path, {"a": 1})
