@@ -493,17 +493,18 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
     return run_dir, run, weights
 
 
-def as_config(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags as a run's config.json has them, and --config takes them."""
-    return {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
+def as_config(flags: dict[str, Any]) -> str:
+    """Flags as the text of a run's config.json, which --config takes."""
+    kept = {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
+    return json.dumps(kept, indent=2) + "\n"
 
 
 def began(args: Any, folder: Path) -> bool:
     """Whether a run's folder is of a run with these flags, empty or not there."""
     any_number = {"num_processes": 0}  # of ranks: it is torchrun's
     try:
-        before = json.loads((folder / "config.json").read_bytes()) | any_number
-        return before == json.loads(json.dumps(as_config(asdict(args)) | any_number))
+        before, now = (folder / "config.json").read_text(), as_config(asdict(args))
+        return json.loads(before) | any_number == json.loads(now) | any_number
     except (OSError, ValueError, TypeError):
         return not folder.exists() or not any(folder.iterdir())
 
@@ -523,7 +524,7 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
     if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
         part = run_dir / "config.json.part"
-        part.write_text(json.dumps(as_config(flags), indent=2) + "\n")
+        part.write_text(as_config(flags))
         os.replace(part, run_dir / "config.json")
         rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)

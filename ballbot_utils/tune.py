@@ -401,7 +401,7 @@ def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float
         if numbers.index(trial.number) >= search.trials:
             trial.set_user_attr("lost", "one too many")
             raise TimeUp
-        text = json.dumps(ballbot_runs.as_config(search.settings(params)), indent=2) + "\n"
+        text = ballbot_runs.as_config(search.settings(params))
         write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
         results = {int(seed): value for seed, value in trial.user_attrs.get("results", {}).items()}  # if tried again
         for seed in search.seeds[len(results) :]:
@@ -728,10 +728,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 def save_best(settings: dict[str, Any], folder: Path) -> None:
     """best.json, which both scripts take by --config."""
-    write(
-        folder / "best.json",
-        lambda part: part.write_text(json.dumps(ballbot_runs.as_config(settings), indent=2) + "\n"),
-    )
+    write(folder / "best.json", lambda part: part.write_text(ballbot_runs.as_config(settings)))
 
 
 def log_hparams(trial: FrozenTrial, search: Search) -> None:

@@ -203,9 +203,8 @@ def test_going_on_keeps_the_best_policy_though_the_end_chose_it(tmp_path, monkey
     returns = {256: 50.0, 512: 10.0}  # of the final policies; the checkpoint knows of no evaluation on the way
 
     def evaluate(agent, args, episodes):
-        keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
         step = 256 if torch.equal(agent.log_std, first["model"]["log_std"]) else 512
-        return {"episodes": episodes} | dict.fromkeys(keys, 0.0) | {"episodic_return": returns[step]}
+        return ballbot_runs.judged(agent)["eval"] | {"episodic_return": returns[step]}
 
     run = ppo.train(replace(SHORT, run_name="run"))
     first = torch.load(run / "last.pt", weights_only=True)
@@ -268,10 +267,7 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
 def test_a_randomized_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
-    args = replace(
-        ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
-        total_timesteps=384, final_eval_episodes=2, randomization=randomization, run_name="one",
-    )  # fmt: skip
+    args = replace(SHORT, total_timesteps=384, randomization=randomization, run_name="one")
     first = ppo.train(args)
     assert json.loads((first / "config.json").read_text())["randomization"] == randomization
     shutil.copytree(first, "runs/two")
