@@ -448,7 +448,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
       nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
     - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
-    - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
+    - `reset(seed)` seeds environment i with seed + i, as Gymnasium's vector environments do; a list gives each its own.
+      Seeds s and s + 1 then share all but one of their environments: `spawn_seeds` gives independent ones.
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
       terminated and counts it in `info["physics_errors"]`; the others go on.
     - With `randomization` each environment has what it draws for itself.
@@ -599,6 +600,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._everyone = np.ones(num_envs, bool)
         self._everyone.flags.writeable = False
         self.physics_errors = np.zeros(num_envs, int)
+        self.final_slopes = np.zeros((num_envs, 6), np.float32)
         self.render_seconds = 0.0  # spent on depth frames
         self._needs_reset = True
         self.new_frames = np.zeros(num_envs, bool)
@@ -660,6 +662,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             for i in ids:
                 final_obs[i] = {key: copied(value[i]) for key, value in obs.items()}
             final_info = of_some(infos, done)
+            self.final_slopes = self.slopes()
             self._reset(ids)
             obs = self._observe()
             # Of an ended episode the reward's terms are in final_info only
@@ -716,7 +719,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         """Slopes of the ground along x and y, (num_envs, 6) float32: under the ball, 0.3 m and 0.6 m on.
 
         On is towards the goal or the command. No sensor measures them: they are for a critic, in training alone
-        (asymmetric actor-critic, Pinto et al., arXiv 1710.06542).
+        (asymmetric actor-critic, Pinto et al., arXiv 1710.06542). After a step that ended episodes, `final_slopes`
+        holds the slopes at their final observations.
         """
         if self._heights is None:
             return np.zeros((self.num_envs, 6), np.float32)
@@ -1303,6 +1307,14 @@ def need(good: bool, name: str, value: Any, what: str) -> None:
 def is_number(value: Any, kinds: tuple = (int, float, np.number)) -> bool:
     """Whether it is a finite number, True and False being none."""
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def spawn_seeds(seed: int, n: int) -> list[int]:
+    """Seeds for `n` environments, independent of each other and of those that any other `seed` gives.
+
+    The first seeds of a longer list are those of a shorter one (`numpy.random.SeedSequence`).
+    """
+    return np.random.SeedSequence(seed).generate_state(n, np.uint64).tolist()
 
 
 def rotation_matrix(quaternion: np.ndarray) -> np.ndarray:

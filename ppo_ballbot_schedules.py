@@ -368,6 +368,18 @@ def ground_slopes(envs, agent):
     return torch.from_numpy(slopes).to(agent.log_std.device)
 
 
+def shaping_costs(obs, args):
+    """Costs (n,) of a physics step, which training subtracts from its reward, of a batch of observations."""
+    costs = args.spin_cost * obs["angular_vel"][:, 2] ** 2
+    if args.goal == "command":
+        return costs
+    costs += args.drift_cost * obs["vel"][:, 0] ** 2
+    if args.heading_cost:
+        heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
+        costs += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
+    return costs
+
+
 @torch.no_grad()
 def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     """Act `num_steps` times in every environment, from the observation `proprio` (envs, 15), `depth` (envs, 40).
@@ -387,7 +399,7 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
     for step in range(args.num_steps):
         progress(step)
         batch["proprio"][step], batch["depth"][step] = proprio, depth
-        batch["slopes"][step] = slopes = ground_slopes(envs, agent)
+        batch["slopes"][step] = ground_slopes(envs, agent)
         if "frames" in batch:
             batch["frames"][step] = envs.frames
         action = agent.actor(agent.features(proprio, depth)) + noise[step]
@@ -395,24 +407,22 @@ def rollout(envs, agent, args, proprio, depth, progress=lambda step: None):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         seconds += time.perf_counter() - now
-        cost = args.spin_cost * obs["angular_vel"][:, 2] ** 2
-        cost += (not agent.commanded) * args.drift_cost * obs["vel"][:, 0] ** 2
-        if not agent.commanded and args.heading_cost:
-            heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
-            cost += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
-        rewards[step] = reward - args.frame_skip * cost
+        costs = shaping_costs(obs, args)
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):
             episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
+            final = {key: value[None] for key, value in infos["final_obs"][i].items()}  # obs is the next episode's
+            costs[i] = shaping_costs(final, args)[0]
             value = torch.zeros(1, device=device)
-            if not terminations[i]:  # the final observation of an episode cut short is worth something
-                final = {key: value[None] for key, value in infos["final_obs"][i].items()}
+            if not terminations[i]:  # a truncated episode's final observation has a value
                 final_depth = depth[:1]
                 if agent.encoder is not None:
                     frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
                     final_depth = agent.encode(frames.to(device))
-                value = agent.value(agent.features(proprioception(final, agent), final_depth), slopes[[i]])
+                slopes = torch.from_numpy(envs.final_slopes[[i], : agent.num_slopes]).to(device)
+                value = agent.value(agent.features(proprioception(final, agent), final_depth), slopes)
             ends.append((step, i, value))
+        rewards[step] = reward - args.frame_skip * costs
         proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
 
     # One pass over the whole batch is cheaper than one a step
@@ -512,7 +522,7 @@ def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
     results = []  # (return, length, whether it fell)
     for start in range(mine.start, mine.stop, 100):
         envs = make_envs(args, min(mine.stop - start, 100), evaluation=True)
-        obs, _ = envs.reset(seed=1_000_000 + start)
+        obs, _ = envs.reset(seed=ballbot_env.spawn_seeds(1_000_000, episodes)[start : start + envs.num_envs])
         policy, running = Policy(agent, args), np.ones(envs.num_envs, bool)
         while running.any():
             obs, _, terminations, truncations, infos = envs.step(policy(obs))
@@ -639,7 +649,7 @@ def learn(args, run_dir, run, weights, started):
     if run is None:
         agent.load_state_dict(weights, strict=False)
         torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
-        obs, _ = envs.reset(seed=args.seed + num_envs * rank())
+        obs, _ = envs.reset(seed=ballbot_env.spawn_seeds(args.seed, args.num_envs)[num_envs * rank() :][:num_envs])
         depth = depth_features(envs, agent, torch.zeros(num_envs, agent.num_depth, device=device))
         observation = proprioception(obs, agent), depth
     else:

@@ -48,7 +48,7 @@ def test_gae_by_hand():
 class ScriptedEnvs:
     """Two environments whose `vel` counts steps; at step 1 the first terminates and the second is truncated."""
 
-    num_envs, new_frames = 2, np.zeros(2, bool)
+    num_envs, new_frames, final_slopes = 2, np.zeros(2, bool), np.zeros((2, 6), np.float32)
 
     def __init__(self):
         self.clock = 0
@@ -120,10 +120,14 @@ def test_costs_are_learnt_from_and_not_shown(body_frame):
         rewards.append(batch["rewards"])
         returns.append(episodes)
     assert returns[0] == returns[1] and returns[0]
-    envs = ppo.make_envs(args, 4)
+    envs, ends = ppo.make_envs(args, 4), 0
     envs.reset(seed=0)
-    for step in range(20):
-        obs, *_ = envs.step(batch["actions"][step].numpy())
+    for step in range(150):
+        obs, _, terminations, _, infos = envs.step(batch["actions"][step].numpy())
+        for i in np.flatnonzero(terminations):  # the cost is of the episode that ended, not of the next one's start
+            for key in ("orientation", "angular_vel", "vel"):
+                obs[key][i] = infos["final_obs"][i][key]
+            ends += 1
         cost = 0.1 * obs["angular_vel"][:, 2] ** 2 + 0.2 * obs["vel"][:, 0] ** 2
         headings = []
         for vector in obs["orientation"].astype(float):
@@ -133,6 +137,38 @@ def test_costs_are_learnt_from_and_not_shown(body_frame):
             headings.append(np.arctan2(matrix[3], matrix[0]))  # of the base's x axis
         cost += 0.3 * (np.array(headings) - 0.22) ** 2
         assert (rewards[0] - rewards[1])[step].numpy() == pytest.approx(2 * cost, abs=1e-5)
+    assert ends == len(returns[0])
+
+
+def test_a_truncated_episodes_value_is_of_its_final_slopes():
+    args = replace(SMALL, cameras=False, privileged_critic=True, num_steps=3, max_episode_steps=3)
+    agent, envs = ppo.Agent(args), ppo.make_envs(args, 4)
+    agent.critic = torch.nn.Linear(21, 1, bias=False)  # the value is 10 times the first slope
+    agent.critic.weight.data = torch.eye(21)[15:16]
+    obs, _ = envs.reset(seed=0)
+    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), torch.zeros(4, 0))
+    others = ppo.make_envs(replace(args, max_episode_steps=4), 4)  # which do not end there
+    others.reset(seed=0)
+    for actions in batch["actions"]:
+        others.step(actions.numpy())
+    assert batch["dones"][2].all() and len(np.unique(others.slopes()[:, 0])) == 4
+    assert batch["next_values"][2].numpy() == pytest.approx(10 * others.slopes()[:, 0], rel=1e-5)
+
+
+def test_adjacent_seeds_share_no_environment(monkeypatch):
+    """Neither in training nor in evaluations, and ranks together have the environments of one process."""
+    seeds = []
+    monkeypatch.setattr(ballbot_env.BallbotVectorEnv, "reset", lambda self, seed: seeds.append(seed) or 1 / 0)
+    for seed, rank, size in ((1, 0, 1), (2, 0, 1), (1, 0, 2), (1, 1, 2)):
+        monkeypatch.setattr(ppo, "rank", lambda: rank)  # noqa: B023
+        monkeypatch.setattr(ppo, "world_size", lambda: size)  # noqa: B023
+        with pytest.raises(ZeroDivisionError):
+            ppo.learn(replace(SMALL, seed=seed), None, None, {}, 0.0)
+    assert len({*seeds[0], *seeds[1]}) == 8 and seeds[2] + seeds[3] == seeds[0]
+    agent, first = ppo.Agent(SMALL), ballbot_env.spawn_seeds(1_000_000, 3)
+    with pytest.raises(ZeroDivisionError):
+        ppo.evaluate(agent, SMALL, 3)  # by the second of two ranks
+    assert seeds[4] == first[1:] and not {*first} & {*seeds[0], *seeds[1]}
 
 
 def test_log_prob_is_the_normal_density():
@@ -407,12 +443,8 @@ def test_four_ranks(tmp_path):
 def test_it_learns(tmp_path, monkeypatch):
     """Some 160,000 steps without cameras: clearly longer balance than at the start."""
     monkeypatch.chdir(tmp_path)
-    args = ppo.Args(
-        num_threads=1, cameras=False, num_envs=32, num_steps=128, minibatch_size=1024, learning_rate=5e-4,
-        clip_coef=0.2, gamma=0.998, gae_lambda=0.99, vf_coef=1.0, ent_coef=0.0, weight_decay=0.0, target_kl=0.02,
-        init_log_std=-0.5, norm_adv=True, norm_obs=True, norm_value=True, total_timesteps=163_840,
-        final_eval_episodes=4, run_name="run",
-    )  # fmt: skip
+    changes = dict(num_processes=1, num_threads=1, cameras=False, total_timesteps=163_840, max_episode_steps=4000)
+    args = ppo.Args(**ppo.PRESETS["tuned"] | changes, final_eval_episodes=4, run_name="run")
     log = EventAccumulator(str(ppo.train(args))).Reload()
     lengths = [event.value for event in log.Scalars("charts/episodic_length_mean100")]
     assert lengths[-1] > 1.25 * lengths[2], lengths
