@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -1309,6 +1309,20 @@ def is_number(value: Any, kinds: tuple = (int, float, np.number)) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def steepest_nearby(heights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from places (n, 2), m, to the terrain's largest slope (n,) within 1.1 m along x and y, or farther."""
+    cell, block = 2 * TERRAIN_EXTENT / (len(heights) - 1), 16
+    slopes = np.hypot(np.diff(heights, axis=0)[:, 1:], np.diff(heights, axis=1)[1:]) / cell
+    slopes = torch.from_numpy(slopes)[None, None]
+    blocks = F.max_pool2d(F.max_pool2d(slopes, block), 5, 1, 2)[0, 0].numpy()
+
+    def steepest(places):
+        column, row = ((places + TERRAIN_EXTENT) / (cell * block)).astype(int).clip(0, len(blocks) - 1).T
+        return blocks[row, column]
+
+    return steepest
+
+
 def spawn_seeds(seed: int, n: int) -> list[int]:
     """Seeds for `n` environments, independent of each other and of those that any other `seed` gives.
 
@@ -1547,20 +1561,30 @@ def one_thread():
 class DepthRenderer:
     """Planar depth of both cameras for any number of robots, with torch, without OpenGL.
 
-    Each pixel's ray is followed to where it meets the height field by the fixed-point iteration
-    t <- (h(x, y) - o_z) / d_z, with bilinear heights h; directions have unit component along the optical
-    axis, so t is the planar depth in m. A 16 times smaller image is solved first and its heights,
-    interpolated, start the full one. The robot's own parts move by less than a millimetre in the base frame: they
-    are one constant depth map per camera, and the nearer of the two counts.
+    Each pixel's ray is followed to its first crossing of the height field, which is bilinear between its nodes. Ray
+    directions have unit component along the optical axis, so that a point's parameter t is its planar depth in m.
+
+    A 16 times smaller image comes first: its rays are traced from the camera by steps that no terrain of a bounded
+    slope can be missed by (sphere tracing, Hart, 1996), and a Newton step ends them. The full image starts from its
+    inverse depths, which are linear in the image of a plane, and takes one Newton step. Where the terrain is steep, the
+    pixels that this moves by more than `tolerance` are near a silhouette, and are traced one by one.
+
+    The robot's own parts move by less than a millimetre in the base frame: they are one constant depth map per camera,
+    and the nearer of the two counts.
     """
 
-    coarse_steps, fine_steps = 4, 1
+    coarse_steps, pixel_steps = 4, 20  # of tracing, for the small image and for single pixels
+    tolerance = 0.02  # m
+    gentle = 0.4  # slope up to which the small image shows every hill
     chunk = 32  # robots rendered at a time: their images fit in a CPU core's cache
 
     def __init__(self, model, size, heights=None, device="cpu", num_threads=1):
         """`heights`: float32 (nodes, nodes) in m, or None for flat ground at z = 0."""
         self.size, self.device = size, torch.device(device)
-        self.heights = None if heights is None else torch.from_numpy(heights)[None, None].to(device)
+        self.heights = None
+        if heights is not None:
+            self.heights = torch.from_numpy(heights)[None, None].to(device)
+            self._steepest = steepest_nearby(heights)
         self._pool = None
         if num_threads > 1 and self.device.type == "cpu":
             self._pool = ThreadPoolExecutor(num_threads)
@@ -1614,16 +1638,15 @@ class DepthRenderer:
         return np.minimum(maps, MAX_DEPTH).astype(np.float32)
 
     @staticmethod
-    def _rays(axes, origin, pixels):
-        """By pixel of an image whose sides have `pixels` (0: the middle, ±1: the edges): slopes along x and y, 1 / that
-        along z, and the depth at which the ray meets z = 0; (2n, side, side) each."""
+    def _rays(axes, pixels):
+        """Directions along x, y and z, (2n, side, side) each, of the rays through an image's pixels.
+
+        The image's sides have `pixels` (0: the middle, ±1: the edges).
+        """
         right, up, forward = axes[:, :, 0, None], axes[:, :, 1, None], axes[:, :, 2, None]
         across = (right * pixels)[:, :, None]  # (2n, 3, 1, side)
         down = (forward - up * pixels)[:, :, :, None]  # (2n, 3, side, 1)
-        slope_x, slope_y, inverse_z = (down[:, k] + across[:, k] for k in range(3))
-        # Rays that rise never meet the ground: as nearly horizontal ones they meet it beyond MAX_DEPTH.
-        inverse_z.clamp_(max=-1e-3).reciprocal_()
-        return slope_x, slope_y, inverse_z, inverse_z * -origin[2]
+        return [down[:, k] + across[:, k] for k in range(3)]
 
     def lookup(self, grid):
         """Bilinear heights (n, h, w) at grid (2, n, h, w), x and y in units of TERRAIN_EXTENT."""
@@ -1632,17 +1655,32 @@ class DepthRenderer:
         heights = self.heights.expand(n, 1, -1, -1)
         return F.grid_sample(heights, points, padding_mode="border", align_corners=True).view(n, h, w)
 
-    def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps, relief):
-        """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
+    def _clearance(self, origin, direction, relief, t):
+        """Heights in m over the terrain of the rays' points at depths t (n, h, w); negative below it."""
         grid = torch.empty(2, *t.shape, device=self.device)
+        for k in (0, 1):
+            torch.addcmul(origin[k], direction[k], t, out=grid[k])
+        height = self.lookup(grid)
+        if relief is not None:
+            height *= relief
+        return torch.addcmul(origin[2], direction[2], t).sub_(height)
+
+    def _first_crossing(self, origin, direction, relief, steepest, steps):
+        """Depths (n, h, w) in m at which rays first meet the terrain, and 1 / their loss of clearance there.
+
+        `origin` and `direction` are x, y and z; `steepest` is the largest slope of the terrain.
+        """
+        x, y, z = direction
+        loss = torch.hypot(x, y).mul_(TERRAIN_EXTENT * steepest).sub_(z).clamp_(min=0.05)  # of clearance, at most
+        bound, t, probe = loss.reciprocal_(), torch.zeros_like(z), 0.02
         for _ in range(steps):
-            torch.addcmul(origin[0], slope_x, t, out=grid[0])
-            torch.addcmul(origin[1], slope_y, t, out=grid[1])
-            height = self.lookup(grid)
-            if relief is not None:
-                height *= relief
-            t = torch.addcmul(t_ground, height, inverse_z).clamp_(0, 1.2 * MAX_DEPTH)
-        return height, t
+            clearance = self._clearance(origin, direction, relief, t).clamp_(min=0.002)
+            t = torch.addcmul(t, clearance, bound)
+        t.clamp_(max=1.2 * MAX_DEPTH)
+        clearance = self._clearance(origin, direction, relief, t)
+        loss = (clearance - self._clearance(origin, direction, relief, t + probe)) / probe
+        inverse = loss.clamp_(min=0.05).reciprocal_()
+        return torch.addcmul(t, clearance, inverse), inverse
 
     def render(self, position, quaternion, relief=None):
         """Depth frames, float32 (n, 2, size, size), of bases at `position` (n, 3), `quaternion` (n, 4).
@@ -1671,21 +1709,47 @@ class DepthRenderer:
         origin[:, :, :2] *= 1 / TERRAIN_EXTENT
         axes = torch.from_numpy(axes.reshape(2 * n, 3, 3).astype(np.float32)).to(self.device)
         origin = torch.from_numpy(origin.reshape(2 * n, 3).astype(np.float32).T.copy()).to(self.device)
-        origin = origin.view(3, 2 * n, 1, 1)
-
-        if relief is not None:
-            relief = torch.from_numpy(relief.astype(np.float32)).to(self.device).repeat_interleave(2).view(2 * n, 1, 1)
-        rays = self._rays(axes, origin, self._pixels)
+        origin = origin.view(3, 2 * n, 1, 1).unbind()
+        direction = self._rays(axes, self._pixels)
         if self.heights is None:
-            depth = rays[-1].clamp_(min=0)
+            depth = -origin[2] / direction[2].clamp_(max=-1e-3)
         else:
-            coarse = self._rays(axes, origin, self.coarse_pixels)
-            height, _ = self._march(origin, *coarse, torch.full_like(coarse[0], 0.3), self.coarse_steps, relief)
-            height = self._interpolation @ height @ self._interpolation.T
-            start = torch.addcmul(rays[-1], rays[-2], height).clamp_(0, 1.2 * MAX_DEPTH)
-            _, depth = self._march(origin, *rays, start, self.fine_steps, relief)
-        depth = depth.view(n, 2, size, size)
+            steepest = self._steepest(position[:, :2]) * (1 if relief is None else relief)
+            steepest = torch.from_numpy(steepest.astype(np.float32)).to(self.device)
+            steepest = steepest.repeat_interleave(2).view(-1, 1, 1)
+            if relief is not None:
+                relief = torch.from_numpy(relief.astype(np.float32)).to(self.device)
+                relief = relief.repeat_interleave(2).view(-1, 1, 1)
+            depth = self._terrain_depth(axes, origin, direction, relief, steepest)
+        depth = depth.clamp_(min=0).view(n, 2, size, size)
         return torch.minimum(depth, self.self_depth, out=depth)
+
+    def _terrain_depth(self, axes, origin, direction, relief, steepest):
+        """Depths (2n, size, size) of the terrain alone."""
+        rays = origin, self._rays(axes, self.coarse_pixels), relief, steepest
+        depth, inverse = self._first_crossing(*rays, self.coarse_steps)
+        depth = self._enlarge(depth.clamp_(0.05, 1.2 * MAX_DEPTH).reciprocal_())
+        depth = depth.clamp_(min=1 / (1.2 * MAX_DEPTH)).reciprocal_()
+        change = self._clearance(origin, direction, relief, depth).mul_(self._enlarge(inverse))
+        depth += change
+        if not (steepest > self.gentle).any():
+            return depth
+        unsure = (change.abs_() > self.tolerance) & (steepest > self.gentle)
+        pixels = torch.from_numpy(np.flatnonzero(unsure.cpu().numpy())).to(self.device)
+        nearest = self.self_depth.view(-1)[pixels % self.self_depth.numel()] + 0.1  # beyond it they are hidden
+        pixels = pixels[depth.view(-1)[pixels] < nearest]
+        if len(pixels):
+            images = pixels // self.size**2
+            origin = [x.view(-1)[images][None, None] for x in origin]
+            direction = [x.view(-1)[pixels][None, None] for x in direction]
+            relief, steepest = (x if x is None else x.view(-1)[images] for x in (relief, steepest))
+            crossings, _ = self._first_crossing(origin, direction, relief, steepest, self.pixel_steps)
+            depth.view(-1)[pixels] = crossings.view(-1)
+        return depth
+
+    def _enlarge(self, image):
+        """The small image, interpolated: (2n, size // 4, size // 4) to (2n, size, size)."""
+        return self._interpolation @ image @ self._interpolation.T
 
 
 gym.register(

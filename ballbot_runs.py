@@ -172,6 +172,7 @@ def check(args: Any, world_size: int | None = None) -> float:
          "eval_episodes final_eval_episodes hidden_size"),
         (1, 1000, "frame_skip num_processes torch_threads pi_layers vf_layers"),
         (0, 1000, "num_threads"),
+        (0, 1e6, "save_interval"),
         (0, 1e18, "seed terrain_seed eval_terrain_seed"),
         (0, 1e6, "ent_coef vf_coef bound_coef weight_decay spin_cost drift_cost heading_cost wheel_damping "
          "log_std_lr_scale lr_end ent_end"),
@@ -417,7 +418,8 @@ def misfit(run: dict, args: Any, agent: nn.Module, optimizer: torch.optim.Optimi
     moments = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(parameters)}
     fresh, best, met = optimizer.state_dict(), run.get("best"), run.get("targets_met")
     wrong = unlike(run, policy | dict(
-        optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, seconds=0.0, finished=[(0.0, 1), ...],
+        optimizer=fresh | {"state": moments}, iteration=1, elapsed=0.0, startup=0.0, training=0.0,
+        finished=[(0.0, 1), ...],
         best=None if best is None else judged(agent),
         targets_met=None if met is None else "", ranks=[state] * args.num_processes,
     ))  # fmt: skip
@@ -426,7 +428,8 @@ def misfit(run: dict, args: Any, agent: nn.Module, optimizer: torch.optim.Optimi
     same, other = ([g | {"lr": 0.0} for g in o["param_groups"]] for o in (fresh, run["optimizer"]))
     steps = run["iteration"] * args.num_envs * args.num_steps * args.frame_skip
     good = same == other and 0 < (best or run)["global_step"] <= run["global_step"] == steps <= args.total_timesteps
-    return "" if good and 0 <= run["seconds"] <= run["elapsed"] < 1e9 else "its count of steps, time or optimizer"
+    times = 0 <= run["startup"] and 0 <= run["training"] and run["startup"] + run["training"] <= run["elapsed"] < 1e9
+    return "" if good and times else "its count of steps, time or optimizer"
 
 
 def going_on(run_dir: Path) -> str:

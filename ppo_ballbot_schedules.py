@@ -119,6 +119,7 @@ class Args:
     eval_interval: int = 500_000  # steps between deterministic evaluations
     eval_episodes: int = 16  # episodes of each
     final_eval_episodes: int = 100  # episodes of the one at the end
+    save_interval: float = 10.0  # seconds between checkpoints to resume from; the last iteration saves one too
     capture_video: bool = False  # film an episode at each, to runs/<run name>/videos; needs OpenGL
 
     # Weights & Biases
@@ -644,7 +645,8 @@ def learn(args, run_dir, run, weights, started):
     envs = make_envs(args, num_envs)
 
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
-    global_step = iteration = elapsed = seconds = 0  # s since the start; of these, in rollouts and updates
+    global_step = iteration = 0
+    elapsed = startup = training = 0.0  # s since the launch; of these, before the first step, and in iterations
     finished = deque(maxlen=100)  # (return, length) of the last episodes
     if run is None:
         agent.load_state_dict(weights, strict=False)
@@ -657,7 +659,9 @@ def learn(args, run_dir, run, weights, started):
             stop(f"{args.resume} is damaged or of another version: {wrong} is not as its flags imply")
         agent.load_state_dict(dict(run["model"]))
         optimizer.load_state_dict(run["optimizer"])
-        iteration, global_step, elapsed, seconds = (run[x] for x in ("iteration", "global_step", "elapsed", "seconds"))
+        iteration, global_step, elapsed, startup, training = (
+            run[name] for name in ("iteration", "global_step", "elapsed", "startup", "training")
+        )
         best, targets_met = ballbot_runs.best_of(run, run_dir, agent), run["targets_met"]
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
@@ -677,7 +681,8 @@ def learn(args, run_dir, run, weights, started):
         if best is not None:
             save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
-    bar = ballbot_runs.Progress(args.total_timesteps)
+    bar, saved = ballbot_runs.Progress(args.total_timesteps), time.perf_counter()
+    startup = startup or saved - started
 
     while iteration < num_iterations:
         iteration += 1
@@ -692,7 +697,7 @@ def learn(args, run_dir, run, weights, started):
         batch, observation, episodes, simulating = rollout(
             envs, agent, args, *observation,
             lambda step: bar.show(global_step + step * args.num_envs * args.frame_skip,  # noqa: B023
-                                  seconds + time.perf_counter() - start, finished),  # noqa: B023
+                                  elapsed - startup + time.perf_counter() - started, finished),
         )  # fmt: skip
         rendering += envs.render_seconds
         inferring = time.perf_counter() - start - simulating
@@ -719,12 +724,16 @@ def learn(args, run_dir, run, weights, started):
         if args.norm_obs:
             agent.update_obs_moments(batch["proprio"])
         spent = time.perf_counter() - start
-        seconds += spent
+        training += spent
 
         global_step += iteration_steps
-        state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
-                     cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
-        states, episodes = gather(state), chain(*gather(episodes, to_all=True))
+        # All ranks save a checkpoint when the first one's clock says so
+        due = iteration == num_iterations or time.perf_counter() > saved + args.save_interval
+        episodes, errors, due = zip(*gather((episodes, int(envs.physics_errors.sum()), due), to_all=True))
+        if due[0]:
+            state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
+                         cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
+            states, saved = gather(state), time.perf_counter()
         policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
         result, is_best = None, False
         if global_step // args.eval_interval > (global_step - iteration_steps) // args.eval_interval:
@@ -734,7 +743,8 @@ def learn(args, run_dir, run, weights, started):
         if rank() > 0:
             continue
 
-        for episodic_return, length, step in sorted(episodes, key=lambda episode: episode[2]):
+        clock = elapsed + time.perf_counter() - started
+        for episodic_return, length, step in sorted(chain(*episodes), key=lambda episode: episode[2]):
             at = global_step - iteration_steps + (step + 1) * args.num_envs * args.frame_skip
             writer.add_scalar("charts/episodic_return", episodic_return, at)
             writer.add_scalar("charts/episodic_length", length, at)
@@ -747,8 +757,9 @@ def learn(args, run_dir, run, weights, started):
             "charts/clip_coef": now.clip_coef,
             "charts/ent_coef": now.ent_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
-            "charts/SPS": global_step / seconds,
-            "charts/physics_errors": sum(state["envs"]["physics_errors"].sum().item() for state in states),
+            "charts/SPS": global_step / (clock - startup),
+            "SPS/train": global_step / training,
+            "charts/physics_errors": sum(errors),
         }
         scalars |= {f"SPS/{key}": iteration_steps / part for key, part in parts.items() if part}
         for key, values in zip(("return", "length"), zip(*finished)):
@@ -757,22 +768,22 @@ def learn(args, run_dir, run, weights, started):
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())
-        bar.show(global_step, seconds, finished, f", {'/'.join(parts)} {shares} %")
-        now = elapsed + time.perf_counter() - started
+        bar.show(global_step, clock - startup, finished, f", {'/'.join(parts)} {shares} %")
         if result:
             say(f"evaluation at {global_step:,} steps: {summary(result)}")
             if targets_met is None and all(reached(result)):
-                targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
+                targets_met = f"{global_step:,} steps, {int(clock) // 60} min {int(clock) % 60:02} s"
                 say(f"targets met after {targets_met}")
             if args.capture_video:
                 ballbot_runs.film(agent, args, run_dir, global_step)
         if is_best:
             save(run_dir / "best.pt", best)
-        save(run_dir / "last.pt", policy | dict(
-            optimizer=optimizer.state_dict(), iteration=iteration, best=best, targets_met=targets_met, elapsed=now,
-            seconds=seconds, finished=list(finished), ranks=states,
-        ), run_dir / "previous.pt" if good else None)  # fmt: skip
-        good = True
+        if due[0]:
+            save(run_dir / "last.pt", policy | dict(
+                optimizer=optimizer.state_dict(), iteration=iteration, best=best, targets_met=targets_met,
+                elapsed=clock, startup=startup, training=training, finished=list(finished), ranks=states,
+            ), run_dir / "previous.pt" if good else None)  # fmt: skip
+            good = True
 
     envs.close()
     policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)

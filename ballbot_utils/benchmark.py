@@ -164,7 +164,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
             batch.step()
 
     renderer, images = envs.renderer, 2 * min(num_envs, envs.renderer.chunk)
-    sides = [64] * renderer.fine_steps + [len(renderer.coarse_pixels)] * renderer.coarse_steps
+    sides = [64] + [len(renderer.coarse_pixels)] * (renderer.coarse_steps + 2)
     # Where the images of robots at random places look: some metre across
     places = torch.rand(2, images, 1, 1) - 0.5
     grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]

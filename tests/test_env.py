@@ -457,13 +457,13 @@ def test_slopes_are_those_of_the_ground_on_the_way(randomization):
 
 
 def random_poses(model, heights, n, rng):
-    """Robots on the terrain, tilted by up to 17°: qpos (n, nq) and the bases' rotation matrices (n, 3, 3)."""
+    """Robots on the terrain, tilted by up to 20°: qpos (n, nq) and the bases' rotation matrices (n, 3, 3)."""
     qpos = np.tile(model.qpos0, (n, 1))
     rotations = np.empty((n, 3, 3))
     base, ball = model.joint("base").qposadr[0], model.joint("ball").qposadr[0]
     for i in range(n):
         x, y = rng.uniform(-18, 18, 2)
-        direction, tilt, yaw = rng.uniform(-np.pi, np.pi), np.radians(rng.uniform(0, 17)), rng.uniform(-np.pi, np.pi)
+        direction, tilt, yaw = rng.uniform(-np.pi, np.pi), np.radians(rng.uniform(0, 20)), rng.uniform(-np.pi, np.pi)
         quat, matrix = np.empty(4), np.empty(9)
         lean = quaternion([math.cos(direction), math.sin(direction), 0], tilt)
         mujoco.mju_mulQuat(quat, lean, quaternion([0, 0, 1], yaw))
@@ -539,6 +539,24 @@ def test_depth_is_what_rays_measure(terrain, size):
     for bad in (tilted, expected[..., ::-1, :], expected[..., ::-1], expected[:, ::-1]):
         median, good = depth_errors(bad, expected, geoms, limit=0.01)
         assert median > 0.001 and good < 0.99
+
+
+@pytest.mark.parametrize("amplitude", [0.1, 0.2, 0.3, 0.5])
+def test_depth_is_of_the_first_crossing_on_high_hills(amplitude):
+    model, heights = make_model("perlin", 2, amplitude), perlin_terrain(2) * np.float32(amplitude)
+    qpos, rotations = random_poses(model, heights, 24, np.random.default_rng(3))
+    expected, geoms = ray_depth(model, qpos, rotations, 64)
+    base = model.joint("base").qposadr[0]
+    depth = DepthRenderer(model, 64, heights).render(qpos[:, base : base + 3], qpos[:, base + 3 : base + 7]).numpy()
+    _, good = depth_errors(depth, expected, geoms, limit=0.01)
+    assert good > 0.999
+
+
+def test_depth_of_a_robot_before_a_slope():
+    """The fixed-point iteration of an earlier version gave 0.000 m here."""
+    envs = BallbotVectorEnv(1, terrain_amplitude=0.3)
+    obs, _ = envs.reset(seed=0, options=dict(position=(-3.874, 5.613), tilt=(-0.0837, 0.1532)))
+    assert obs["depth_0"][0, 0, 63, 3] == pytest.approx(0.786, abs=0.001)
 
 
 def test_depth_of_a_moving_robot():

@@ -28,6 +28,7 @@ ITERATIONS = max(20, 6 * KILLS)
 FLAGS = (
     "--run-name run --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
     "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv --learning-rate 3e-4 --anneal-lr "
+    "--save-interval 0 "
     f"--total-timesteps {256 * ITERATIONS}"
 ).split()
 
@@ -53,7 +54,7 @@ def assert_same_end(run, other):
     """Bit for bit the same policies, optimizer, environments and generators, and the same curves."""
     for file in ("last.pt", "best.pt"):
         a, b = (torch.load(folder / file, weights_only=True) for folder in (run, other))
-        for name in ("seconds", "elapsed"):  # wall time
+        for name in ("elapsed", "startup", "training"):  # wall time
             a.pop(name, None), b.pop(name, None)
         assert_equal(a, b)
     curves = [EventAccumulator(str(folder)).Reload().Scalars("losses/value_loss") for folder in (run, other)]
@@ -416,3 +417,21 @@ def test_config_reproduces_the_run(uninterrupted, tmp_path):
     again, first = (torch.load(run / "last.pt", weights_only=True)["model"]
                     for run in (tmp_path / "runs" / "run", uninterrupted))  # fmt: skip
     assert_equal(again, first)
+
+
+def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saves = []
+    monkeypatch.setattr(ppo, "save", lambda path, *_: saves.append(path.name))
+    monkeypatch.setattr(ppo, "evaluate", lambda agent, args, episodes, evaluate=ppo.evaluate: (
+        time.sleep(1), evaluate(agent, args, episodes))[1])  # fmt: skip
+    started = time.perf_counter()
+    run = ppo.train(replace(SHORT, run_name="run", total_timesteps=512, eval_interval=256))
+    log = EventAccumulator(str(run)).Reload()
+    by_the_clock, iterations = (log.Scalars(tag)[-1] for tag in ("charts/SPS", "SPS/train"))
+    assert by_the_clock.step == iterations.step == 512
+    assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 2 < iterations.value  # 2 s of evaluations
+    assert saves.count("last.pt") == 1  # the end comes before 10 s are over
+    saves.clear()
+    ppo.train(replace(SHORT, run_name="often", total_timesteps=512, save_interval=0))
+    assert saves.count("last.pt") == 4
