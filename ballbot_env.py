@@ -315,6 +315,8 @@ class BallbotEnv(gym.Env):
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
+    `gym.make_vec` alone takes `num_envs`, `autoreset_mode` and `copy`: see `BallbotVectorEnv`.
+
       then `torch` tensors on that device instead of arrays; all else is as before.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
       which nothing else here does. `gym.make_vec` has `"rgb_array"` only. Arrows show goal or command (green), velocity
@@ -360,6 +362,7 @@ class BallbotEnv(gym.Env):
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
+            copy=False,  # `_single` does
 
     def reset(self, *, seed: int | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
@@ -450,8 +453,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         `gymnasium.error.ResetNeeded`.
     - `reset(options={"reset_mask": mask})`, bool (num_envs,), resets some environments, in any mode. The others stay as
       they are; of `info`, only what `_key` marks is told.
-    - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
-      nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
+    - `copy` (default True, as in `SyncVectorEnv`): what a step returns outlives the next one. With `copy=False`
+      `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs nothing, and a
+      new one replaces it. All else is fresh each step.
     - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
     - `reset(seed)` seeds environment i with seed + i; a list gives each its own.
     - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
@@ -509,7 +513,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                    "camera_rate": (camera_rate, "a rate above 0 Hz")}  # fmt: skip
         for name, (value, what) in above_0.items():
             need(is_number(value) and value > 0, name, value, what)
-        need(isinstance(cameras, bool), "cameras", cameras, "True or False")
+        for name, value in {"cameras": cameras, "copy": copy}.items():
+            need(isinstance(value, bool), name, value, "True or False")
         need(is_number(wheel_damping) and 0 <= wheel_damping <= 1e6, "wheel_damping", wheel_damping,
              "a damping of 0 N·m·s/rad or more, to 1e6")  # fmt: skip
         need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
@@ -519,6 +524,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
              'a direction (x, y) other than (0, 0), or "command"')  # fmt: skip
         weights = {"forward_reward_weight": forward_reward_weight, "ctrl_cost_weight": ctrl_cost_weight,
                    "healthy_reward": healthy_reward}  # fmt: skip
+        copy: bool = True,
         for name, value in weights.items():
             need(is_number(value), name, value, "a finite number")
         try:
@@ -650,6 +656,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def step(self, actions: ArrayLike) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+        self._copy = copy
+        self._made = set(self.__dict__)  # made anew in a copy
             return self._step_without_reset(actions)
         obs, rewards, terminations, truncations, infos = self._advance(actions)
         done = terminations | truncations
@@ -1047,7 +1055,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
         if self.frames is not None:
             age = (self._observed_at - self._frame_time) * TIMESTEP
-            obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
+            views = self._frame_views
+            obs |= {key: copied(view) for key, view in views.items()} if self._copy else views
+            obs |= {"relative_image_timestamp": age.astype(np.float32)[:, None]}
         if self.commands is not None:
             obs["command"] = self.commands.astype(np.float32)
         return obs

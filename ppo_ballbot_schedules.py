@@ -330,7 +330,7 @@ def make_envs(args, num_envs, evaluation=False):
         terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
         randomization=None if evaluation else args.randomization,
-        max_episode_steps=4000 if evaluation else args.max_episode_steps,
+        max_episode_steps=4000 if evaluation else args.max_episode_steps, copy=False,  # no frame is kept
         num_threads=args.num_threads or ballbot_runs.own_cores(),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
         goal="command" if args.goal == "command" else (0, 1),

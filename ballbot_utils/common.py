@@ -262,6 +262,7 @@ def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generator: torch.Gene
         new = torch.from_numpy(envs.new_frames.copy())
         noise = std * torch.randn(envs.frames[new].shape, generator=generator)
         envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
+        noisy |= {f"depth_{i}": envs.frames[:, i : i + 1].numpy() for i in (0, 1)}  # `obs` may have copies
     return noisy
 
 

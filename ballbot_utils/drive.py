@@ -94,7 +94,7 @@ def follow(
     Returns times (n,), s, commands (n, 2) and velocities (n, 2) after each action, m/s, and how it ended: "fell", "left
     the terrain" or "".
     """
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     obs, _ = begin(envs, args.seed, SHORT)
     ends = np.cumsum(commands[:, 0])

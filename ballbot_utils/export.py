@@ -120,7 +120,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     agent, train_args, steps = load(args.checkpoint)
     task = conditions(Conditions(), train_args, args.checkpoint)
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     metadata = {
         "run": str(args.checkpoint),
         "steps_trained": str(steps),

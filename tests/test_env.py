@@ -163,7 +163,7 @@ def test_docstring_matches_the_code():
     rows = [[cell.strip().strip("`") for cell in line[1:-1].split("|")] for line in doc.splitlines() if line[:1] == "|"]
     table = {row[0]: row for row in rows}
     for name, parameter in inspect.signature(BallbotVectorEnv).parameters.items():
-        if name in ("num_envs", "autoreset_mode"):
+        if name in ("num_envs", "autoreset_mode", "copy"):
             continue
         stated = table[name][2]
         if stated != "see below":
@@ -572,7 +572,7 @@ def test_observations_stay_in_their_space_when_lying_on_the_ground():
 
 @pytest.mark.parametrize("rate, interval", [(90, 6), (500, 1), (250, 2), (30, 17), (1000, 1)])
 def test_new_frames_come_at_the_cameras_rate(rate, interval):
-    envs = make(2, cameras=True, camera_rate=rate, camera_size=16)
+    envs = make(2, cameras=True, camera_rate=rate, camera_size=16, copy=False)
     obs, _ = envs.reset(seed=0)
     assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames.all()
     before, held = copied(obs), obs
@@ -652,13 +652,15 @@ def test_orientation_is_the_shortest_rotation():
     np.testing.assert_allclose(orientation, expected, atol=1e-3)
 
 
-def test_observations_can_be_kept():
-    """All but the frames, which are views, outlive the next step."""
-    envs = make(2, cameras=True, camera_size=16, max_episode_steps=10)
+@pytest.mark.parametrize("copied", [True, False])
+def test_observations_can_be_kept(copied):
+    """All outlives the next step, but for the frames with `copy=False`, which are views."""
+    kwargs = dict(cameras=True, camera_size=16, max_episode_steps=10)
+    envs = make(2, **kwargs) if copied else make(2, copy=False, **kwargs)
     kept = [envs.reset(seed=0)]
     kept += [envs.step(action) for action in random_actions(12, 2, 1.0)]
     kept = [(*returned[:-1], dict(returned[-1])) for returned in kept]
-    for returned in kept:
+    for returned in kept if not copied else ():
         for key in ("depth_0", "depth_1"):
             returned[0].pop(key)
     then = [copy.deepcopy(returned) for returned in kept]

@@ -223,6 +223,14 @@ def test_observation_noise():
 
 
 def test_drawn_actions():
+def test_noise_reaches_observations_that_are_copies():
+    for copied in (False, True):
+        envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
+        noisy = common.disturb(envs.reset(seed=0)[0], envs, 0.05, torch.Generator().manual_seed(0))
+        for i in (0, 1):
+            assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
+
+
     agent, _ = make_agent(cameras=False)
     drawn = evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT)
     assert equal(drawn, evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT))
