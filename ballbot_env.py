@@ -540,8 +540,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.randomization = checked_randomization(randomization, terrain, max_tilt)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
-        self.metadata["render_fps"] = round(1 / (TIMESTEP * frame_skip))  # a picture for each action
-        self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
+        fps = self.metadata["render_fps"] / frame_skip  # a picture for each action
+        self.metadata["render_fps"] = int(fps) if fps.is_integer() else fps  # gymnasium.utils.play wants an int
+        self.max_episode_steps = max_episode_steps if limited else math.inf  # actions
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
         self.goal = None if commanded else np.asarray(goal, dtype=float) / math.hypot(*goal)
         self.commands = np.zeros((num_envs, 2)) if commanded else None  # m/s

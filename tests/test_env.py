@@ -707,9 +707,9 @@ def test_reward(kwargs):
 @pytest.mark.parametrize("frame_skip", [2, 4, 7])
 def test_frame_skip_is_the_action_repeated(frame_skip):
     """Bit for bit, frames and the reward's terms included, to the physics step at which the episode ends."""
-    kwargs = dict(max_tilt=8.0, max_episode_steps=301, camera_size=16)
-    holding, single = BallbotEnv(frame_skip=frame_skip, **kwargs), BallbotEnv(**kwargs)
-    assert (holding.metadata["render_fps"], single.metadata["render_fps"]) == (round(500 / frame_skip), 500)
+    kwargs, limit = dict(max_tilt=8.0, camera_size=16), 340 // frame_skip  # actions
+    holding = BallbotEnv(frame_skip=frame_skip, max_episode_steps=limit, **kwargs)
+    single = BallbotEnv(max_episode_steps=limit * frame_skip, **kwargs)
     rng, ends = np.random.default_rng(0), []
     for episode in range(4):
         obs, _ = holding.reset(seed=episode)
@@ -763,8 +763,71 @@ def test_held_actions_end_at_4000_physics_steps():
         BallbotEnv("flat", frame_skip=10),
     ):
         env.reset(seed=0)
-        env.unwrapped._envs._steps[:] = 3980
-        assert [env.step(np.zeros(3))[3] for _ in range(2)] == [False, True]
+    begin = 10**6 if limit == -1 else last - 3
+    for env in (single, sync.envs[0]):
+        env._elapsed_steps, env.unwrapped._envs._steps[:] = begin, 4 * begin
+    ours._steps[:] = 4 * begin
+    for step in (1, 2, 3):
+        truncated = [bool(env.step(np.zeros(env.action_space.shape, np.float32))[3]) for env in environments]
+        assert truncated == [step == 3 and limit != -1] * len(environments)
+    for env in environments:
+        env.close()
+
+
+@pytest.mark.parametrize("frame_skip, fps", [(1, 500), (4, 125), (300, 5 / 3), (1000, 0.5), (2500, 0.2)])
+def test_render_fps_is_the_rate_of_actions(frame_skip, fps):
+    for environment in (BallbotEnv, BallbotVectorEnv):
+        rate = environment(terrain="flat", cameras=False, frame_skip=frame_skip).metadata["render_fps"]
+        assert rate == pytest.approx(fps) and type(rate) is type(fps)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda env: pickle.loads(pickle.dumps(env))}
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make_env", [gym.make, gym.make_vec])
+def test_a_copy_continues_bit_for_bit(make_env, copy_of):
+    randomization = {"push": 2.0, "push_interval": 0.1, "obs_noise": 0.01, "mass": 0.2, "latency": 3}
+    env = make_env("Ballbot-v0", max_tilt=4.0, max_episode_steps=40, frame_skip=2, camera_size=16, num_threads=1,
+                   randomization=randomization, **{"num_envs": 2} if make_env is gym.make_vec else {})  # fmt: skip
+    ends = 0
+
+    def play(env, steps):
+        nonlocal ends
+        rng, results = np.random.default_rng(steps), []
+        for _ in range(steps):
+            obs, rewards, terminations, truncations, _ = env.step(rng.uniform(-0.5, 0.5, env.action_space.shape))
+            ends += np.sum(terminations | truncations)
+            if env is not env.unwrapped and (terminations or truncations):
+                obs, _ = env.reset()
+            results.append(obs | {"reward": rewards, "terminated": terminations, "truncated": truncations})
+        return dict(enumerate(results))
+
+    again = copy_of(env)  # before the first reset
+    assert again.spec == env.spec
+    assert_same(env.reset(seed=3)[0], again.reset(seed=3)[0])
+    for steps in (25, 150):
+        assert_same(play(env, steps), play(again, steps))
+        again = copy_of(env)
+        assert_same(env.action_space.sample(), again.action_space.sample())
+    state, actions = env.unwrapped.get_state(), env.action_space.sample()
+    other = BallbotEnv(**env.spec.kwargs) if make_env is gym.make else copy_of(env)
+    other.reset(seed=9)
+    other.set_state(state)
+    for _ in range(2):
+        assert_same(env.unwrapped.step(actions)[0], other.step(actions)[0])
+        assert_same(env.unwrapped.reset()[0], other.reset()[0])
+    assert ends > 4, ends
+
+
+def test_a_copy_of_a_subclass():
+    class Heavy(BallbotVectorEnv):
+        def __init__(self, name):
+            super().__init__(2, "flat", cameras=False)
+            self.name = name
+
+    again = copy.deepcopy(Heavy("x"))
+    assert (type(again), again.name, again.num_envs) == (Heavy, "x", 2)
 
 
 def test_goal_changes_the_reward_alone():
