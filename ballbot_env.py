@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,12 @@ class BallbotEnv(gym.Env):
 
     ## Arguments
     All can be given to `gym.make` and `gym.make_vec`:
+    ## Saving and Copying
+    `copy.deepcopy` and `pickle` copy an environment, with its wrappers, at any time, and the copy continues bit for
+    bit. Windows and OpenGL's contexts are not copied. `env.unwrapped.get_state()` returns all that the future depends
+    on, and `env.unwrapped.set_state(state)` continues from there, in an environment made with the same arguments; what
+    Gymnasium's wrappers count, as `TimeLimit` does, is not in it. Both exist in `BallbotVectorEnv` too.
+
 
     ```python
     import gymnasium as gym
@@ -423,6 +431,22 @@ class BallbotEnv(gym.Env):
         self._viewer.sync()
         return None
 
+    def get_state(self) -> dict:
+        """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
+        return self._envs.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments; else ValueError."""
+        self._envs.set_state(state)
+        self.np_random = self._envs._rngs[0]
+
+    def __getstate__(self):
+        return self.__dict__ | {"model": None, "_viewer": None, "_data": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.model = self._envs.model
+
     def close(self) -> None:
         self._envs.close()
         if self._viewer is not None:
@@ -501,6 +525,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
+        self._arguments = deepcopy({name: value for name, value in locals().items() if name != "self"})
                  "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
         if max_episode_steps is not None:
             whole["max_episode_steps"] = max_episode_steps, 1
@@ -631,6 +656,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     # Gymnasium's interface
 
+        self._copy = copy
+        self._made = set(self.__dict__)  # made anew in a copy
     def reset(self, *, seed: int | Sequence | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start all episodes anew. Returns `(observation, info)`.
 
@@ -657,8 +684,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def step(self, actions: ArrayLike) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Hold `actions` for `frame_skip` steps. Returns `(obs, rewards, terminations, truncations, infos)`."""
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
-        self._copy = copy
-        self._made = set(self.__dict__)  # made anew in a copy
             return self._step_without_reset(actions)
         obs, rewards, terminations, truncations, infos = self._advance(actions)
         done = terminations | truncations
@@ -823,6 +848,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def close_extras(self, **kwargs) -> None:
         for painter in filter(None, self._painters):
             painter.close()
+    def __getstate__(self):
+        names = {"_rngs", "new_frames", "action_space", "single_action_space"}
+        names |= self.__dict__.keys() - self._made  # a subclass's, and what was set from outside
+        state = None if self._needs_reset else self.get_state()
+        return self._arguments, state, {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, pickled):
+        arguments, state, attributes = pickled
+        BallbotVectorEnv.__init__(self, **arguments)
+        if state is not None:
+            self.set_state(state)
+        self.__dict__.update(attributes)
+
         self._painters = [None] * self.num_envs
 
     # What both environments share

@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
