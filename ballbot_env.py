@@ -42,6 +42,7 @@ if not ASSETS.is_dir():
     ASSETS = Path(__file__).resolve().parent / "assets"
 
 TIMESTEP = 0.002  # s, of a physics step
+MAX_EPISODE_STEPS = 4000  # actions, by the registration
 MAX_TORQUE = 10.0  # N·m at |action| = 1
 BALL_RADIUS = 0.09  # m
 BASE_OVER_BALL = 0.1313  # m, base origin above the ball's centre when the robot rests upright on it
@@ -101,14 +102,14 @@ class BallbotEnv(gym.Env):
       anisotropic friction. Velocities under random torques agree within 5 %.
     - Depth images are computed without OpenGL (see Cameras).
 
-    `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
-
-    ## Action Space
     MuJoCo's height fields slow the ball down, even where they are level: it touches neighbouring cells, whose normals
     are tilted. A ball that rolls freely at 0.25 to 0.8 m/s is held back by 0.6 to 1.5 % of its weight, by direction and
     speed, and pushed sideways by up to 0.7 %; from 0.5 m/s it stops within 5 to 10 s. On the plane of `terrain="flat"`
     both are below 0.02 %.
 
+    `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
+
+    ## Action Space
     The action space is a `Box(-1, 1, (3,), float32)`: one command per motor. The torque on wheel i is -10 N·m times
     `action[i]`, about the wheel's axle (note the sign). Actions outside [-1, 1] are clipped.
 
@@ -252,10 +253,11 @@ class BallbotEnv(gym.Env):
     ### Truncation
     The episode is truncated when
 
-    1. it has lasted `max_episode_steps` (4000 steps, 8 s, unless given: see Arguments), or
+    1. it has lasted `max_episode_steps` actions (4000, 8 s at `frame_skip=1`, unless given: see Arguments), or
     2. the base's origin is less than 1 m from the terrain's edge, that is |x| or |y| > 19 m (on flat ground too).
 
-    With `frame_skip` an episode ends at the physics step, among those held, at which this happens.
+    With `frame_skip` an episode that terminates or comes too close to the edge ends at the physics step, among those
+    held, at which this happens.
 
     A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`, which may do so at its limit:
     test for termination first.
@@ -276,14 +278,14 @@ class BallbotEnv(gym.Env):
     `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
     (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
 
-    ## Arguments
-    All can be given to `gym.make` and `gym.make_vec`:
     ## Saving and Copying
     `copy.deepcopy` and `pickle` copy an environment, with its wrappers, at any time, and the copy continues bit for
     bit. Windows and OpenGL's contexts are not copied. `env.unwrapped.get_state()` returns all that the future depends
     on, and `env.unwrapped.set_state(state)` continues from there, in an environment made with the same arguments; what
     Gymnasium's wrappers count, as `TimeLimit` does, is not in it. Both exist in `BallbotVectorEnv` too.
 
+    ## Arguments
+    All can be given to `gym.make` and `gym.make_vec`:
 
     ```python
     import gymnasium as gym
@@ -302,7 +304,7 @@ class BallbotEnv(gym.Env):
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
     | `wheel_damping`         | **float**     | `0.4`      | N·m·s/rad | Damping of the wheels' hinges (paper: 0.8) |
     | `frame_skip`            | **int**       | `1`        | steps     | Physics steps that an action is held       |
-    | `max_episode_steps`     | **int, None** | see below  | steps     | Length at which an episode is truncated    |
+    | `max_episode_steps`     | **int, None** | see below  | actions   | Length at which an episode is truncated    |
     | `max_tilt`              | **float**     | `20.0`     | degrees   | Tilt above which an episode terminates     |
     | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, or `"command"`     |
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
@@ -313,18 +315,18 @@ class BallbotEnv(gym.Env):
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
 
+    `gym.make_vec` alone takes `num_envs`, `autoreset_mode` and `copy`: see `BallbotVectorEnv`.
+
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
-    - `frame_skip`: steps are physics steps of 2 ms everywhere, in `max_episode_steps` and in the lengths of episodes
-      too, so that numbers compare at any value of it.
-    - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts actions, 4000
-      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`: 4000 steps likewise,
-      `None` for no limit. The class `BallbotEnv` has no limit of its own unless it is given one (default `None`) or
-      holds its actions: with a `frame_skip` above 1 it ends at 4000 steps.
+    - `frame_skip`: steps are physics steps of 2 ms everywhere, in the lengths of episodes too, so that numbers compare
+      at any value of it. `max_episode_steps` alone counts actions.
+    - `max_episode_steps`: the argument of Gymnasium, with its meaning, in `gym.make` and in `gym.make_vec` in every
+      vectorization mode: it counts actions, -1 is no limit, and `None` is 4000, that of the registration. It does not
+      follow `frame_skip`: with `frame_skip=4` the 8 s of the task are `max_episode_steps=1000`, and the 4000 of the
+      registration are 32 s. The class `BallbotEnv`, made without `gym.make`, has no limit unless it is given one.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
-    `gym.make_vec` alone takes `num_envs`, `autoreset_mode` and `copy`: see `BallbotVectorEnv`.
-
       then `torch` tensors on that device instead of arrays; all else is as before.
     - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
       which nothing else here does. `gym.make_vec` has `"rgb_array"` only. Arrows show goal or command (green), velocity
@@ -346,15 +348,13 @@ class BallbotEnv(gym.Env):
         terrain: str = "perlin",
         *,
         frame_skip: int = 1,
-        max_episode_steps: int | None = None,
+        max_episode_steps: int | None = -1,
         num_threads: int = 1,
         render_mode: str | None = None,
         **kwargs,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode is {render_mode!r}: use None, "human" or "rgb_array"')
-        if max_episode_steps is None and frame_skip != 1:  # TimeLimit would count actions
-            max_episode_steps = 4000
         self._envs = BallbotVectorEnv(
             1,
             terrain,
@@ -362,6 +362,7 @@ class BallbotEnv(gym.Env):
             max_episode_steps=max_episode_steps,
             num_threads=num_threads,
             autoreset_mode=AutoresetMode.DISABLED,  # a single environment has none
+            copy=False,  # `_single` does
             **kwargs,
         )
         self.render_mode = render_mode
@@ -370,7 +371,6 @@ class BallbotEnv(gym.Env):
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
-            copy=False,  # `_single` does
 
     def reset(self, *, seed: int | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start an episode. Returns `(observation, info)`. `options` says where and how: see Starting State."""
@@ -512,7 +512,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         camera_rate: float = 90.0,
         wheel_damping: float = 0.4,
         frame_skip: int = 1,
-        max_episode_steps: int | None = 4000,
+        max_episode_steps: int | None = None,
         max_tilt: float = 20.0,
         goal: Sequence[float] | str = (0.0, 1.0),
         forward_reward_weight: float = 0.01,
@@ -523,14 +523,18 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        copy: bool = True,
     ) -> None:
-        whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
         self._arguments = deepcopy({name: value for name, value in locals().items() if name != "self"})
+        whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
                  "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
-        if max_episode_steps is not None:
-            whole["max_episode_steps"] = max_episode_steps, 1
+        if max_episode_steps is None:
+            max_episode_steps = MAX_EPISODE_STEPS
         for name, (value, low) in whole.items():
             need(is_number(value, (int, np.integer)) and value >= low, name, value, f"a whole number from {low} on")
+        limited = is_number(max_episode_steps, (int, np.integer)) and max_episode_steps >= 1
+        need(limited or max_episode_steps == -1, "max_episode_steps", max_episode_steps,
+             "a whole number from 1 on, or -1 for no limit")  # fmt: skip
         need(terrain in ("perlin", "flat"), "terrain", terrain, '"perlin" or "flat"')
         need(not is_number(terrain_amplitude) or terrain_amplitude <= 100, "terrain_amplitude", terrain_amplitude,
              "a height of 100 m or less")  # fmt: skip
@@ -549,7 +553,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
              'a direction (x, y) other than (0, 0), or "command"')  # fmt: skip
         weights = {"forward_reward_weight": forward_reward_weight, "ctrl_cost_weight": ctrl_cost_weight,
                    "healthy_reward": healthy_reward}  # fmt: skip
-        copy: bool = True,
         for name, value in weights.items():
             need(is_number(value), name, value, "a finite number")
         try:
@@ -653,11 +656,23 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._terrain = dict(terrain=terrain, terrain_seed=terrain_seed, terrain_amplitude=terrain_amplitude)
         self._painters = [None] * num_envs
         self._pictures = [(None, None)] * num_envs  # when each was drawn, and the picture
+        self._copy = copy
+        self._made = set(self.__dict__)  # made anew in a copy
 
     # Gymnasium's interface
 
-        self._copy = copy
-        self._made = set(self.__dict__)  # made anew in a copy
+    _spec = None
+
+    @property
+    def spec(self):
+        """The EnvSpec that `gym.make_vec` sets, with the `max_episode_steps` of these environments."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec):
+        limit = None if self.max_episode_steps == math.inf else self.max_episode_steps
+        self._spec = replace(spec, max_episode_steps=limit)
+
     def reset(self, *, seed: int | Sequence | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start all episodes anew. Returns `(observation, info)`.
 
@@ -833,6 +848,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._needs_reset = False
         self._pictures = [(None, None)] * self.num_envs
 
+    def __getstate__(self):
+        names = {"_rngs", "new_frames", "action_space", "single_action_space"}
+        names |= self.__dict__.keys() - self._made  # a subclass's, and what was set from outside
+        state = None if self._needs_reset else self.get_state()
+        return self._arguments, state, {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, pickled):
+        arguments, state, attributes = pickled
+        BallbotVectorEnv.__init__(self, **arguments)
+        if state is not None:
+            self.set_state(state)
+        self.__dict__.update(attributes)
+
     def arrows(self, i: int, force: ArrayLike | None = None) -> list[tuple]:
         """What `draw_arrows` shows of environment i: its goal, its velocity and a push, of `force` if it is given."""
         goal = self.goal if self.commands is None else self.commands[i]
@@ -848,19 +876,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def close_extras(self, **kwargs) -> None:
         for painter in filter(None, self._painters):
             painter.close()
-    def __getstate__(self):
-        names = {"_rngs", "new_frames", "action_space", "single_action_space"}
-        names |= self.__dict__.keys() - self._made  # a subclass's, and what was set from outside
-        state = None if self._needs_reset else self.get_state()
-        return self._arguments, state, {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, pickled):
-        arguments, state, attributes = pickled
-        BallbotVectorEnv.__init__(self, **arguments)
-        if state is not None:
-            self.set_state(state)
-        self.__dict__.update(attributes)
-
         self._painters = [None] * self.num_envs
 
     # What both environments share
@@ -1024,7 +1039,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if broken is not None:
             fell[broken, 0] = True
             self.physics_errors[broken] += 1
-        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps
+        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps * self.frame_skip
         outside = np.abs(self._held_position[:, :, :2]) > TERRAIN_EXTENT - EDGE
         if np.count_nonzero(outside):
             over |= outside.any(2)
@@ -1734,5 +1749,5 @@ gym.register(
     "Ballbot-v0",
     entry_point="ballbot_env:BallbotEnv",
     vector_entry_point="ballbot_env:BallbotVectorEnv",
-    max_episode_steps=4000,
+    max_episode_steps=MAX_EPISODE_STEPS,
 )

@@ -108,7 +108,7 @@ def follow(
         last = infos["final_obs"][0] if ended else {key: value[0] for key, value in obs.items()}
         rows.append((steps * TIMESTEP, *wanted, *last["vel"][:2]))
         if ended:
-            early = infos["episode"]["l"][0] < task["max_episode_steps"]
+            early = infos["episode"]["l"][0] < task["max_episode_steps"] * envs.frame_skip
             end = "fell" if terminations[0] else "left the terrain" if early else ""
             rows = np.array(rows)
             return rows[:, 0], rows[:, 1:3], rows[:, 3:], end

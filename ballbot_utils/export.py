@@ -103,7 +103,7 @@ def largest_difference(path: Path, agent: Agent, envs: BallbotVectorEnv) -> tupl
         )
         obs, _, terminations, truncations, _ = envs.step(actions)
         over, steps = terminations[0] or truncations[0], steps + 1
-        progress(f"checking: action {steps:,}", steps * envs.frame_skip / envs.max_episode_steps)
+        progress(f"checking: action {steps:,}", steps / envs.max_episode_steps)
     clear_progress()
     return worst, steps
 

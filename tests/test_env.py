@@ -734,11 +734,11 @@ def test_frame_skip_is_the_action_repeated(frame_skip):
                     assert value == pytest.approx(total[key], abs=1e-12), key
         ends.append((terminated, int(single._envs._steps[0])))
         assert holding._envs._steps[0] == single._envs._steps[0]  # the length is in physics steps
-    assert (False, 301) in ends and any(terminated for terminated, _ in ends), ends
+    assert (False, limit * frame_skip) in ends and any(terminated for terminated, _ in ends), ends
 
 
 def test_many_with_frame_skip_are_the_single_ones():
-    n, kwargs = 3, dict(SHORT, frame_skip=4, camera_size=16)
+    n, kwargs = 3, dict(SHORT, frame_skip=4, max_episode_steps=25, camera_size=16)
     many, singles = BallbotVectorEnv(n, num_threads=1, **kwargs), [BallbotEnv(**kwargs) for _ in range(n)]
     obs, _ = many.reset(seed=0)
     starts = [single.reset(seed=i)[0] for i, single in enumerate(singles)]
@@ -758,11 +758,16 @@ def test_many_with_frame_skip_are_the_single_ones():
     assert any(length % 4 for length in lengths) and 100 in lengths, lengths
 
 
-def test_held_actions_end_at_4000_physics_steps():
-    for env in (
-        gym.make("Ballbot-v0", terrain="flat", cameras=False, frame_skip=10),
-        BallbotEnv("flat", frame_skip=10),
-    ):
+@pytest.mark.parametrize("limit", [3, 1000, 5000, -1, None])
+def test_max_episode_steps_counts_actions_everywhere(limit):
+    kwargs = dict(terrain="flat", cameras=False, frame_skip=4, max_episode_steps=limit)
+    single = gym.make("Ballbot-v0", **kwargs)
+    modes = ("vector_entry_point", "sync") + ("async",) * (limit == 3)
+    ours, sync, *others = (gym.make_vec("Ballbot-v0", vectorization_mode=mode, **kwargs) for mode in modes)
+    last = 4000 if limit is None else limit
+    assert single.spec.max_episode_steps == ours.spec.max_episode_steps == (None if limit == -1 else last)
+    environments = [single, ours, sync, *others]
+    for env in environments:
         env.reset(seed=0)
     begin = 10**6 if limit == -1 else last - 3
     for env in (single, sync.envs[0]):
@@ -1060,6 +1065,7 @@ BAD = [
     (dict(camera_rate=0), "camera_rate is 0"),
     (dict(wheel_damping=-1), "wheel_damping is -1"),
     (dict(wheel_damping=math.nan), "wheel_damping is nan"),
+    (dict(max_episode_steps=-2), "max_episode_steps is -2: give a whole number from 1 on, or -1 for no limit"),
     (dict(frame_skip=0), "frame_skip is 0: give a whole number from 1 on"),
     (dict(frame_skip=2.5), r"frame_skip is 2\.5"),
     (dict(max_tilt=100), "max_tilt is 100: give an angle between 0 and 90 degrees"),

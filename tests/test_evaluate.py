@@ -183,7 +183,8 @@ def test_held_actions_are_counted_in_physics_steps():
     args = replace(ARGS, horizon=402)
     task = evaluate.conditions(args, train_args, "run") | {"terrain": "flat"}
     found = evaluate.run_episodes(evaluate.trained(agent), args, task)
-    assert task["frame_skip"] == 4 and (found["length"] == 402).all() and not found["fell"].any()
+    assert task["frame_skip"] == 4 and (found["length"] == 404).all()  # whole actions
+    assert not found["fell"].any()
     env = ballbot_env.BallbotEnv(**task)
     obs, _ = env.reset(seed=args.seed)
     total, effort, over = 0.0, [], False
@@ -222,7 +223,6 @@ def test_observation_noise():
     assert common.disturb(obs, envs, 0.0, generator) is obs
 
 
-def test_drawn_actions():
 def test_noise_reaches_observations_that_are_copies():
     for copied in (False, True):
         envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
@@ -231,6 +231,7 @@ def test_noise_reaches_observations_that_are_copies():
             assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
 
 
+def test_drawn_actions():
     agent, _ = make_agent(cameras=False)
     drawn = evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT)
     assert equal(drawn, evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT))
