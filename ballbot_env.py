@@ -671,7 +671,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     @spec.setter
     def spec(self, spec):
         limit = None if self.max_episode_steps == math.inf else self.max_episode_steps
-        self._spec = replace(spec, max_episode_steps=limit)
+        self._spec = spec and replace(spec, max_episode_steps=limit)
 
     def reset(self, *, seed: int | Sequence | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start all episodes anew. Returns `(observation, info)`.
