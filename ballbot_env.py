@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ if not ASSETS.is_dir():
     ASSETS = Path(__file__).resolve().parent / "assets"
 
 TIMESTEP = 0.002  # s, of a physics step
+MAX_EPISODE_STEPS = 4000  # actions, by the registration
 MAX_TORQUE = 10.0  # N·m at |action| = 1
 BALL_RADIUS = 0.09  # m
 BASE_OVER_BALL = 0.1313  # m, base origin above the ball's centre when the robot rests upright on it
@@ -98,6 +101,11 @@ class BallbotEnv(gym.Env):
     - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
       anisotropic friction. Velocities under random torques agree within 5 %.
     - Depth images are computed without OpenGL (see Cameras).
+
+    MuJoCo's height fields slow the ball down, even where they are level: it touches neighbouring cells, whose normals
+    are tilted. A ball that rolls freely at 0.25 to 0.8 m/s is held back by 0.6 to 1.5 % of its weight, by direction and
+    speed, and pushed sideways by up to 0.7 %; from 0.5 m/s it stops within 5 to 10 s. On the plane of `terrain="flat"`
+    both are below 0.02 %.
 
     `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
 
@@ -245,10 +253,11 @@ class BallbotEnv(gym.Env):
     ### Truncation
     The episode is truncated when
 
-    1. it has lasted `max_episode_steps` (4000 steps, 8 s, unless given: see Arguments), or
+    1. it has lasted `max_episode_steps` actions (4000, 8 s at `frame_skip=1`, unless given: see Arguments), or
     2. the base's origin is less than 1 m from the terrain's edge, that is |x| or |y| > 19 m (on flat ground too).
 
-    With `frame_skip` an episode ends at the physics step, among those held, at which this happens.
+    With `frame_skip` an episode that terminates or comes too close to the edge ends at the physics step, among those
+    held, at which this happens.
 
     A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`, which may do so at its limit:
     test for termination first.
@@ -268,6 +277,12 @@ class BallbotEnv(gym.Env):
 
     `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
     (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
+
+    ## Saving and Copying
+    `copy.deepcopy` and `pickle` copy an environment, with its wrappers, at any time, and the copy continues bit for
+    bit. Windows and OpenGL's contexts are not copied. `env.unwrapped.get_state()` returns all that the future depends
+    on, and `env.unwrapped.set_state(state)` continues from there, in an environment made with the same arguments; what
+    Gymnasium's wrappers count, as `TimeLimit` does, is not in it. Both exist in `BallbotVectorEnv` too.
 
     ## Arguments
     All can be given to `gym.make` and `gym.make_vec`:
@@ -289,7 +304,7 @@ class BallbotEnv(gym.Env):
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
     | `wheel_damping`         | **float**     | `0.4`      | N·m·s/rad | Damping of the wheels' hinges (paper: 0.8) |
     | `frame_skip`            | **int**       | `1`        | steps     | Physics steps that an action is held       |
-    | `max_episode_steps`     | **int, None** | see below  | steps     | Length at which an episode is truncated    |
+    | `max_episode_steps`     | **int, None** | see below  | actions   | Length at which an episode is truncated    |
     | `max_tilt`              | **float**     | `20.0`     | degrees   | Tilt above which an episode terminates     |
     | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, or `"command"`     |
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
@@ -300,13 +315,15 @@ class BallbotEnv(gym.Env):
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
 
+    `gym.make_vec` alone takes `num_envs`, `autoreset_mode` and `copy`: see `BallbotVectorEnv`.
+
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
-    - `frame_skip`: steps are physics steps of 2 ms everywhere, in `max_episode_steps` and in the lengths of episodes
-      too, so that numbers compare at any value of it.
-    - `max_episode_steps`: in `gym.make` it is Gymnasium's own argument: the wrapper `TimeLimit` counts actions, 4000
-      by the registration, -1 for no limit. `gym.make_vec` passes it on to `BallbotVectorEnv`: 4000 steps likewise,
-      `None` for no limit. The class `BallbotEnv` has no limit of its own unless it is given one (default `None`) or
-      holds its actions: with a `frame_skip` above 1 it ends at 4000 steps.
+    - `frame_skip`: steps are physics steps of 2 ms everywhere, in the lengths of episodes too, so that numbers compare
+      at any value of it. `max_episode_steps` alone counts actions.
+    - `max_episode_steps`: the argument of Gymnasium, with its meaning, in `gym.make` and in `gym.make_vec` in every
+      vectorization mode: it counts actions, -1 is no limit, and `None` is 4000, that of the registration. It does not
+      follow `frame_skip`: with `frame_skip=4` the 8 s of the task are `max_episode_steps=1000`, and the 4000 of the
+      registration are 32 s. The class `BallbotEnv`, made without `gym.make`, has no limit unless it is given one.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
@@ -331,15 +348,13 @@ class BallbotEnv(gym.Env):
         terrain: str = "perlin",
         *,
         frame_skip: int = 1,
-        max_episode_steps: int | None = None,
+        max_episode_steps: int | None = -1,
         num_threads: int = 1,
         render_mode: str | None = None,
         **kwargs,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode is {render_mode!r}: use None, "human" or "rgb_array"')
-        if max_episode_steps is None and frame_skip != 1:  # TimeLimit would count actions
-            max_episode_steps = 4000
         self._envs = BallbotVectorEnv(
             1,
             terrain,
@@ -347,6 +362,7 @@ class BallbotEnv(gym.Env):
             max_episode_steps=max_episode_steps,
             num_threads=num_threads,
             autoreset_mode=AutoresetMode.DISABLED,  # a single environment has none
+            copy=False,  # `_single` does
             **kwargs,
         )
         self.render_mode = render_mode
@@ -415,6 +431,22 @@ class BallbotEnv(gym.Env):
         self._viewer.sync()
         return None
 
+    def get_state(self) -> dict:
+        """All that the future depends on, as a dict of tensors, numbers and strings, for `set_state`."""
+        return self._envs.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Go on, bit for bit, from a `get_state` of an environment made with the same arguments; else ValueError."""
+        self._envs.set_state(state)
+        self.np_random = self._envs._rngs[0]
+
+    def __getstate__(self):
+        return self.__dict__ | {"model": None, "_viewer": None, "_data": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.model = self._envs.model
+
     def close(self) -> None:
         self._envs.close()
         if self._viewer is not None:
@@ -445,8 +477,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         `gymnasium.error.ResetNeeded`.
     - `reset(options={"reset_mask": mask})`, bool (num_envs,), resets some environments, in any mode. The others stay as
       they are; of `info`, only what `_key` marks is told.
-    - `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs
-      nothing, and a new one replaces it, so copy what is to outlive the next step. All else is fresh each step.
+    - `copy` (default True, as in `SyncVectorEnv`): what a step returns outlives the next one. With `copy=False`
+      `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs nothing, and a
+      new one replaces it. All else is fresh each step.
     - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
     - `reset(seed)` seeds environment i with seed + i, as Gymnasium's vector environments do; a list gives each its own.
       Seeds s and s + 1 then share all but one of their environments: `spawn_seeds` gives independent ones.
@@ -480,7 +513,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         camera_rate: float = 90.0,
         wheel_damping: float = 0.4,
         frame_skip: int = 1,
-        max_episode_steps: int | None = 4000,
+        max_episode_steps: int | None = None,
         max_tilt: float = 20.0,
         goal: Sequence[float] | str = (0.0, 1.0),
         forward_reward_weight: float = 0.01,
@@ -491,13 +524,18 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        copy: bool = True,
     ) -> None:
+        self._arguments = deepcopy({name: value for name, value in locals().items() if name != "self"})
         whole = {"num_envs": (num_envs, 1), "terrain_seed": (terrain_seed, 0), "camera_size": (camera_size, 8),
                  "frame_skip": (frame_skip, 1), "num_threads": (num_threads, 0)}  # fmt: skip
-        if max_episode_steps is not None:
-            whole["max_episode_steps"] = max_episode_steps, 1
+        if max_episode_steps is None:
+            max_episode_steps = MAX_EPISODE_STEPS
         for name, (value, low) in whole.items():
             need(is_number(value, (int, np.integer)) and value >= low, name, value, f"a whole number from {low} on")
+        limited = is_number(max_episode_steps, (int, np.integer)) and max_episode_steps >= 1
+        need(limited or max_episode_steps == -1, "max_episode_steps", max_episode_steps,
+             "a whole number from 1 on, or -1 for no limit")  # fmt: skip
         need(terrain in ("perlin", "flat"), "terrain", terrain, '"perlin" or "flat"')
         need(not is_number(terrain_amplitude) or terrain_amplitude <= 100, "terrain_amplitude", terrain_amplitude,
              "a height of 100 m or less")  # fmt: skip
@@ -505,7 +543,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                    "camera_rate": (camera_rate, "a rate above 0 Hz")}  # fmt: skip
         for name, (value, what) in above_0.items():
             need(is_number(value) and value > 0, name, value, what)
-        need(isinstance(cameras, bool), "cameras", cameras, "True or False")
+        for name, value in {"cameras": cameras, "copy": copy}.items():
+            need(isinstance(value, bool), name, value, "True or False")
         need(is_number(wheel_damping) and 0 <= wheel_damping <= 1e6, "wheel_damping", wheel_damping,
              "a damping of 0 N·m·s/rad or more, to 1e6")  # fmt: skip
         need(is_number(max_tilt) and 0 < max_tilt < 90, "max_tilt", max_tilt, "an angle between 0 and 90 degrees")
@@ -530,8 +569,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.randomization = checked_randomization(randomization, terrain, max_tilt)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
-        self.metadata["render_fps"] = round(1 / (TIMESTEP * frame_skip))  # a picture for each action
-        self.max_episode_steps = math.inf if max_episode_steps is None else max_episode_steps
+        fps = self.metadata["render_fps"] / frame_skip  # a picture for each action
+        self.metadata["render_fps"] = int(fps) if fps.is_integer() else fps  # gymnasium.utils.play wants an int
+        self.max_episode_steps = max_episode_steps if limited else math.inf  # actions
         self._max_lean = math.sin(math.radians(max_tilt) / 2) ** 2  # x² + y² of the quaternion at the largest tilt
         self.goal = None if commanded else np.asarray(goal, dtype=float) / math.hypot(*goal)
         self.commands = np.zeros((num_envs, 2)) if commanded else None  # m/s
@@ -618,8 +658,22 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._terrain = dict(terrain=terrain, terrain_seed=terrain_seed, terrain_amplitude=terrain_amplitude)
         self._painters = [None] * num_envs
         self._pictures = [(None, None)] * num_envs  # when each was drawn, and the picture
+        self._copy = copy
+        self._made = set(self.__dict__)  # made anew in a copy
 
     # Gymnasium's interface
+
+    _spec = None
+
+    @property
+    def spec(self):
+        """The EnvSpec that `gym.make_vec` sets, with the `max_episode_steps` of these environments."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec):
+        limit = None if self.max_episode_steps == math.inf else self.max_episode_steps
+        self._spec = spec and replace(spec, max_episode_steps=limit)
 
     def reset(self, *, seed: int | Sequence | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start all episodes anew. Returns `(observation, info)`.
@@ -797,6 +851,19 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             self.new_frames[:] = True
         self._needs_reset = False
         self._pictures = [(None, None)] * self.num_envs
+
+    def __getstate__(self):
+        names = {"_rngs", "new_frames", "action_space", "single_action_space"}
+        names |= self.__dict__.keys() - self._made  # a subclass's, and what was set from outside
+        state = None if self._needs_reset else self.get_state()
+        return self._arguments, state, {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, pickled):
+        arguments, state, attributes = pickled
+        BallbotVectorEnv.__init__(self, **arguments)
+        if state is not None:
+            self.set_state(state)
+        self.__dict__.update(attributes)
 
     def arrows(self, i: int, force: ArrayLike | None = None) -> list[tuple]:
         """What `draw_arrows` shows of environment i: its goal, its velocity and a push, of `force` if it is given."""
@@ -976,7 +1043,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if broken is not None:
             fell[broken, 0] = True
             self.physics_errors[broken] += 1
-        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps
+        over = self._steps[:, None] + self._step_numbers >= self.max_episode_steps * self.frame_skip
         outside = np.abs(self._held_position[:, :, :2]) > TERRAIN_EXTENT - EDGE
         if np.count_nonzero(outside):
             over |= outside.any(2)
@@ -1046,7 +1113,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         obs = {key: values[:, 3 * i : 3 * i + 3] for i, key in enumerate(PROPRIOCEPTION)}
         if self.frames is not None:
             age = (self._observed_at - self._frame_time) * TIMESTEP
-            obs |= self._frame_views | {"relative_image_timestamp": age.astype(np.float32)[:, None]}
+            views = self._frame_views
+            obs |= {key: copied(view) for key, view in views.items()} if self._copy else views
+            obs |= {"relative_image_timestamp": age.astype(np.float32)[:, None]}
         if self.commands is not None:
             obs["command"] = self.commands.astype(np.float32)
         return obs
@@ -1756,5 +1825,5 @@ gym.register(
     "Ballbot-v0",
     entry_point="ballbot_env:BallbotEnv",
     vector_entry_point="ballbot_env:BallbotVectorEnv",
-    max_episode_steps=4000,
+    max_episode_steps=MAX_EPISODE_STEPS,
 )

@@ -68,7 +68,8 @@ class Args:
     goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a velocity that is observed and changes
     frame_skip: int = 1  # physics steps of 2 ms that an action is held; steps are these everywhere but in --num-steps
     total_timesteps: int = 10_000_000  # steps to train for, all environments together
-    max_episode_steps: int = 4000  # length of training episodes, in shorter ones more starts; evaluations have 4000
+    # length of training episodes, rounded up to whole actions; in shorter ones more starts. Evaluations have 4000
+    max_episode_steps: int = 4000
     num_envs: int = 10  # environments stepped together, over all processes
 
     # PPO
@@ -307,12 +308,13 @@ def gather(thing, to_all=False):
 
 def make_envs(args, num_envs, evaluation=False):
     """`num_envs` environments of the training task, or of the evaluation's."""
+    max_steps = 4000 if evaluation else args.max_episode_steps
     return gym.make_vec(
         "Ballbot-v0", num_envs=num_envs, terrain=args.terrain, cameras=args.cameras, wheel_damping=args.wheel_damping,
         terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, frame_skip=args.frame_skip,
         randomization=None if evaluation else args.randomization,
-        max_episode_steps=4000 if evaluation else args.max_episode_steps,
+        max_episode_steps=-(-max_steps // args.frame_skip), copy=False,  # in actions; no frame is kept
         num_threads=args.num_threads or ballbot_runs.own_cores(),
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu",
         goal="command" if args.goal == "command" else (0, 1),

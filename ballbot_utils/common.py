@@ -27,7 +27,7 @@ class Conditions:
     """Flags on how episodes are played, for the programs that play some."""
 
     horizon: int = 4000
-    """steps at which an episode ends; 10000 is the paper's test of generalisation (fig. 7)"""
+    """steps at which an episode ends, up to whole actions; 10000 is the paper's test of generalisation (fig. 7)"""
     seed: int = 1_000_000
     """seed of start poses, pushes and noise; the default starts where ppo_ballbot.py's own evaluations do"""
     terrain: str | None = None
@@ -198,7 +198,7 @@ def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Pat
         "cameras": train_args.cameras,
         "wheel_damping": train_args.wheel_damping if args.wheel_damping is None else args.wheel_damping,
         "frame_skip": train_args.frame_skip,
-        "max_episode_steps": args.horizon,
+        "max_episode_steps": -(-args.horizon // train_args.frame_skip),  # actions
     }
     if train_args.goal == "command":
         task["goal"] = "command"
@@ -262,6 +262,7 @@ def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generator: torch.Gene
         new = torch.from_numpy(envs.new_frames.copy())
         noise = std * torch.randn(envs.frames[new].shape, generator=generator)
         envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
+        noisy |= {f"depth_{i}": envs.frames[:, i : i + 1].numpy() for i in (0, 1)}  # `obs` may have copies
     return noisy
 
 

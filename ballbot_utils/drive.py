@@ -94,7 +94,7 @@ def follow(
     Returns times (n,), s, commands (n, 2) and velocities (n, 2) after each action, m/s, and how it ended: "fell", "left
     the terrain" or "".
     """
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     obs, _ = begin(envs, args.seed, SHORT)
     ends = np.cumsum(commands[:, 0])
@@ -108,7 +108,7 @@ def follow(
         last = infos["final_obs"][0] if ended else {key: value[0] for key, value in obs.items()}
         rows.append((steps * TIMESTEP, *wanted, *last["vel"][:2]))
         if ended:
-            early = infos["episode"]["l"][0] < task["max_episode_steps"]
+            early = infos["episode"]["l"][0] < task["max_episode_steps"] * envs.frame_skip
             end = "fell" if terminations[0] else "left the terrain" if early else ""
             rows = np.array(rows)
             return rows[:, 0], rows[:, 1:3], rows[:, 3:], end

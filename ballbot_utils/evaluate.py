@@ -105,7 +105,8 @@ def run_episodes(policy: EpisodePolicy, args: Figures, task: dict[str, Any], tit
     is there instead of speed and distance. As in ppo_ballbot.evaluate every environment's first episode counts, and no
     other, so that short ones are not favoured.
     """
-    envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, copy=False,
+                        **task)  # fmt: skip
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     along = ("tracking_error",) if envs.goal is None else ("speed", "distance")
     names = ("return", "length", *along, "effort", "fell", "left")

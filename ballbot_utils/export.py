@@ -103,7 +103,7 @@ def largest_difference(path: Path, agent: Agent, envs: BallbotVectorEnv) -> tupl
         )
         obs, _, terminations, truncations, _ = envs.step(actions)
         over, steps = terminations[0] or truncations[0], steps + 1
-        progress(f"checking: action {steps:,}", steps * envs.frame_skip / envs.max_episode_steps)
+        progress(f"checking: action {steps:,}", steps / envs.max_episode_steps)
     clear_progress()
     return worst, steps
 
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     agent, train_args, steps = load(args.checkpoint)
     task = conditions(Conditions(), train_args, args.checkpoint)
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     metadata = {
         "run": str(args.checkpoint),
         "steps_trained": str(steps),

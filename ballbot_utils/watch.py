@@ -109,7 +109,7 @@ def render(
     """
     import mujoco.viewer
 
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     data = envs.batch.get_data(0)
     print("episodes follow one another until you close the window or press Ctrl-C")
     viewer = None
@@ -169,7 +169,7 @@ def check_video(path: Path, flag: str = "--video") -> None:
 def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
     """Write a video of one episode, in real time, the depth images in its corners."""
     fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
-    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     shots = []  # pose, depth images or None, arrows, caption
     base, force, pushed = envs.model.body("base").id, np.zeros(3), 0  # of the last push, and the step of it
     for step, total, end in episode(envs, policy, args, args.seed):

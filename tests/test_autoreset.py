@@ -10,7 +10,7 @@ from test_env import assert_same, copied, random_actions
 from ballbot_env import BallbotEnv, BallbotVectorEnv
 
 # Episodes that end at different steps, also while an action is held
-SHORT = dict(terrain="flat", max_tilt=3.0, max_episode_steps=70, camera_size=16, num_threads=1, frame_skip=2)
+SHORT = dict(terrain="flat", max_tilt=3.0, max_episode_steps=35, camera_size=16, num_threads=1, frame_skip=2)
 NOISY = dict(push=2.0, push_interval=0.1, obs_noise=0.01, mass=0.2, latency=3, tilt=1)
 
 

@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_docstring_matches_the_code():
     rows = [[cell.strip().strip("`") for cell in line[1:-1].split("|")] for line in doc.splitlines() if line[:1] == "|"]
     table = {row[0]: row for row in rows}
     for name, parameter in inspect.signature(BallbotVectorEnv).parameters.items():
-        if name in ("num_envs", "autoreset_mode"):
+        if name in ("num_envs", "autoreset_mode", "copy"):
             continue
         stated = table[name][2]
         if stated != "see below":
@@ -590,7 +591,7 @@ def test_observations_stay_in_their_space_when_lying_on_the_ground():
 
 @pytest.mark.parametrize("rate, interval", [(90, 6), (500, 1), (250, 2), (30, 17), (1000, 1)])
 def test_new_frames_come_at_the_cameras_rate(rate, interval):
-    envs = make(2, cameras=True, camera_rate=rate, camera_size=16)
+    envs = make(2, cameras=True, camera_rate=rate, camera_size=16, copy=False)
     obs, _ = envs.reset(seed=0)
     assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames.all()
     before, held = copied(obs), obs
@@ -670,13 +671,15 @@ def test_orientation_is_the_shortest_rotation():
     np.testing.assert_allclose(orientation, expected, atol=1e-3)
 
 
-def test_observations_can_be_kept():
-    """All but the frames, which are views, outlive the next step."""
-    envs = make(2, cameras=True, camera_size=16, max_episode_steps=10)
+@pytest.mark.parametrize("copied", [True, False])
+def test_observations_can_be_kept(copied):
+    """All outlives the next step, but for the frames with `copy=False`, which are views."""
+    kwargs = dict(cameras=True, camera_size=16, max_episode_steps=10)
+    envs = make(2, **kwargs) if copied else make(2, copy=False, **kwargs)
     kept = [envs.reset(seed=0)]
     kept += [envs.step(action) for action in random_actions(12, 2, 1.0)]
     kept = [(*returned[:-1], dict(returned[-1])) for returned in kept]
-    for returned in kept:
+    for returned in kept if not copied else ():
         for key in ("depth_0", "depth_1"):
             returned[0].pop(key)
     then = [copy.deepcopy(returned) for returned in kept]
@@ -723,9 +726,9 @@ def test_reward(kwargs):
 @pytest.mark.parametrize("frame_skip", [2, 4, 7])
 def test_frame_skip_is_the_action_repeated(frame_skip):
     """Bit for bit, frames and the reward's terms included, to the physics step at which the episode ends."""
-    kwargs = dict(max_tilt=8.0, max_episode_steps=301, camera_size=16)
-    holding, single = BallbotEnv(frame_skip=frame_skip, **kwargs), BallbotEnv(**kwargs)
-    assert (holding.metadata["render_fps"], single.metadata["render_fps"]) == (round(500 / frame_skip), 500)
+    kwargs, limit = dict(max_tilt=8.0, camera_size=16), 340 // frame_skip  # actions
+    holding = BallbotEnv(frame_skip=frame_skip, max_episode_steps=limit, **kwargs)
+    single = BallbotEnv(max_episode_steps=limit * frame_skip, **kwargs)
     rng, ends = np.random.default_rng(0), []
     for episode in range(4):
         obs, _ = holding.reset(seed=episode)
@@ -749,11 +752,11 @@ def test_frame_skip_is_the_action_repeated(frame_skip):
                     assert value == pytest.approx(total[key], abs=1e-12), key
         ends.append((terminated, int(single._envs._steps[0])))
         assert holding._envs._steps[0] == single._envs._steps[0]  # the length is in physics steps
-    assert (False, 301) in ends and any(terminated for terminated, _ in ends), ends
+    assert (False, limit * frame_skip) in ends and any(terminated for terminated, _ in ends), ends
 
 
 def test_many_with_frame_skip_are_the_single_ones():
-    n, kwargs = 3, dict(SHORT, frame_skip=4, camera_size=16)
+    n, kwargs = 3, dict(SHORT, frame_skip=4, max_episode_steps=25, camera_size=16)
     many, singles = BallbotVectorEnv(n, num_threads=1, **kwargs), [BallbotEnv(**kwargs) for _ in range(n)]
     obs, _ = many.reset(seed=0)
     starts = [single.reset(seed=i)[0] for i, single in enumerate(singles)]
@@ -773,14 +776,82 @@ def test_many_with_frame_skip_are_the_single_ones():
     assert any(length % 4 for length in lengths) and 100 in lengths, lengths
 
 
-def test_held_actions_end_at_4000_physics_steps():
-    for env in (
-        gym.make("Ballbot-v0", terrain="flat", cameras=False, frame_skip=10),
-        BallbotEnv("flat", frame_skip=10),
-    ):
+@pytest.mark.parametrize("limit", [3, 1000, 5000, -1, None])
+def test_max_episode_steps_counts_actions_everywhere(limit):
+    kwargs = dict(terrain="flat", cameras=False, frame_skip=4, max_episode_steps=limit)
+    single = gym.make("Ballbot-v0", **kwargs)
+    modes = ("vector_entry_point", "sync") + ("async",) * (limit == 3)
+    ours, sync, *others = (gym.make_vec("Ballbot-v0", vectorization_mode=mode, **kwargs) for mode in modes)
+    last = 4000 if limit is None else limit
+    assert single.spec.max_episode_steps == ours.spec.max_episode_steps == (None if limit == -1 else last)
+    environments = [single, ours, sync, *others]
+    for env in environments:
         env.reset(seed=0)
-        env.unwrapped._envs._steps[:] = 3980
-        assert [env.step(np.zeros(3))[3] for _ in range(2)] == [False, True]
+    begin = 10**6 if limit == -1 else last - 3
+    for env in (single, sync.envs[0]):
+        env._elapsed_steps, env.unwrapped._envs._steps[:] = begin, 4 * begin
+    ours._steps[:] = 4 * begin
+    for step in (1, 2, 3):
+        truncated = [bool(env.step(np.zeros(env.action_space.shape, np.float32))[3]) for env in environments]
+        assert truncated == [step == 3 and limit != -1] * len(environments)
+    for env in environments:
+        env.close()
+
+
+@pytest.mark.parametrize("frame_skip, fps", [(1, 500), (4, 125), (300, 5 / 3), (1000, 0.5), (2500, 0.2)])
+def test_render_fps_is_the_rate_of_actions(frame_skip, fps):
+    for environment in (BallbotEnv, BallbotVectorEnv):
+        rate = environment(terrain="flat", cameras=False, frame_skip=frame_skip).metadata["render_fps"]
+        assert rate == pytest.approx(fps) and type(rate) is type(fps)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda env: pickle.loads(pickle.dumps(env))}
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make_env", [gym.make, gym.make_vec])
+def test_a_copy_continues_bit_for_bit(make_env, copy_of):
+    randomization = {"push": 2.0, "push_interval": 0.1, "obs_noise": 0.01, "mass": 0.2, "latency": 3}
+    env = make_env("Ballbot-v0", max_tilt=4.0, max_episode_steps=40, frame_skip=2, camera_size=16, num_threads=1,
+                   randomization=randomization, **{"num_envs": 2} if make_env is gym.make_vec else {})  # fmt: skip
+    ends = 0
+
+    def play(env, steps):
+        nonlocal ends
+        rng, results = np.random.default_rng(steps), []
+        for _ in range(steps):
+            obs, rewards, terminations, truncations, _ = env.step(rng.uniform(-0.5, 0.5, env.action_space.shape))
+            ends += np.sum(terminations | truncations)
+            if env is not env.unwrapped and (terminations or truncations):
+                obs, _ = env.reset()
+            results.append(obs | {"reward": rewards, "terminated": terminations, "truncated": truncations})
+        return dict(enumerate(results))
+
+    again = copy_of(env)  # before the first reset
+    assert again.spec == env.spec
+    assert_same(env.reset(seed=3)[0], again.reset(seed=3)[0])
+    for steps in (25, 150):
+        assert_same(play(env, steps), play(again, steps))
+        again = copy_of(env)
+        assert_same(env.action_space.sample(), again.action_space.sample())
+    state, actions = env.unwrapped.get_state(), env.action_space.sample()
+    other = BallbotEnv(**env.spec.kwargs) if make_env is gym.make else copy_of(env)
+    other.reset(seed=9)
+    other.set_state(state)
+    for _ in range(2):
+        assert_same(env.unwrapped.step(actions)[0], other.step(actions)[0])
+        assert_same(env.unwrapped.reset()[0], other.reset()[0])
+    assert ends > 4, ends
+
+
+def test_a_copy_of_a_subclass():
+    class Heavy(BallbotVectorEnv):
+        def __init__(self, name):
+            super().__init__(2, "flat", cameras=False)
+            self.name = name
+
+    again = copy.deepcopy(Heavy("x"))
+    assert (type(again), again.name, again.num_envs) == (Heavy, "x", 2)
 
 
 def test_goal_changes_the_reward_alone():
@@ -1012,6 +1083,7 @@ BAD = [
     (dict(camera_rate=0), "camera_rate is 0"),
     (dict(wheel_damping=-1), "wheel_damping is -1"),
     (dict(wheel_damping=math.nan), "wheel_damping is nan"),
+    (dict(max_episode_steps=-2), "max_episode_steps is -2: give a whole number from 1 on, or -1 for no limit"),
     (dict(frame_skip=0), "frame_skip is 0: give a whole number from 1 on"),
     (dict(frame_skip=2.5), r"frame_skip is 2\.5"),
     (dict(max_tilt=100), "max_tilt is 100: give an angle between 0 and 90 degrees"),

@@ -183,7 +183,8 @@ def test_held_actions_are_counted_in_physics_steps():
     args = replace(ARGS, horizon=402)
     task = evaluate.conditions(args, train_args, "run") | {"terrain": "flat"}
     found = evaluate.run_episodes(evaluate.trained(agent), args, task)
-    assert task["frame_skip"] == 4 and (found["length"] == 402).all() and not found["fell"].any()
+    assert task["frame_skip"] == 4 and (found["length"] == 404).all()  # whole actions
+    assert not found["fell"].any()
     env = ballbot_env.BallbotEnv(**task)
     obs, _ = env.reset(seed=args.seed)
     total, effort, over = 0.0, [], False
@@ -220,6 +221,14 @@ def test_observation_noise():
     common.disturb(obs, envs, 0.05, generator)
     assert torch.equal(envs.frames, frames)
     assert common.disturb(obs, envs, 0.0, generator) is obs
+
+
+def test_noise_reaches_observations_that_are_copies():
+    for copied in (False, True):
+        envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
+        noisy = common.disturb(envs.reset(seed=0)[0], envs, 0.05, torch.Generator().manual_seed(0))
+        for i in (0, 1):
+            assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
 
 
 def test_drawn_actions():

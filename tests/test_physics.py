@@ -340,6 +340,15 @@ def test_without_motor_torque_the_energy_never_rises():
     assert energy_risen(0.5) > 0.05  # positive control
 
 
+def onto_height_field(spec, cells=20):
+    """Put a height field of zeros in place of the plane."""
+    half = cells / 2 * 10 / 292  # m; the reference's cells, and ours, are 10/292 m
+    nodes = np.zeros((cells + 1, cells + 1))
+    spec.add_hfield(name="flat", nrow=cells + 1, ncol=cells + 1, size=[half, half, 0.1, 0.1], userdata=nodes.ravel())
+    spec.geom("ground").type = mujoco.mjtGeom.mjGEOM_HFIELD
+    spec.geom("ground").hfieldname = "flat"
+
+
 def reference_model(ground, change=None):
     """The robot with the reference's wheel damping, on a plane or on a height field of zeros, and settled data."""
     reference = np.load(ROOT / "tests" / "data" / "aligned_capsule_rk4.npz")
@@ -347,13 +356,7 @@ def reference_model(ground, change=None):
     for i in WHEELS:
         spec.joint(f"wheel_{i}").damping = [0.8, 0, 0]
     if ground == "height field":
-        cells = 20
-        half = cells / 2 * 10 / 292  # m; the reference's cells are 10/292 m
-        size = [half, half, 0.1, 0.1]
-        nodes = np.zeros((cells + 1, cells + 1))
-        spec.add_hfield(name="flat", nrow=cells + 1, ncol=cells + 1, size=size, userdata=nodes.ravel())
-        spec.geom("ground").type = mujoco.mjtGeom.mjGEOM_HFIELD
-        spec.geom("ground").hfieldname = "flat"
+        onto_height_field(spec)
     if change:
         change(spec)
     model = spec.compile()
@@ -421,6 +424,35 @@ def test_what_differs_on_a_plane_is_what_the_height_field_pushes():
     forces added the plane agrees as well."""
     assert errors_against_reference(ground="plane")[1] > 0.25
     assert max(errors_against_reference(ground="plane", with_forces_of_height_field=True)) < 0.05
+
+
+def forces_on_a_rolling_ball(ground, speed=0.5, steps=200):
+    """Mean forces (8, 2) on a ball that rolls freely in 8 directions, along and across them, in its weight."""
+    spec = load()
+    for part in [*spec.actuators, *spec.pairs, spec.body("base")]:
+        spec.delete(part)
+    if ground == "height field":
+        onto_height_field(spec)
+    model = spec.compile()
+    settled, forces = mujoco.MjData(model), []
+    settled.qpos[2] = BALL_RADIUS
+    mujoco.mj_step(model, settled, nstep=300)
+    for angle in np.radians(range(0, 360, 45)):
+        along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+        data = mujoco.MjData(model)
+        data.qpos[:] = settled.qpos
+        data.qvel[:2], data.qvel[3:5] = speed * along, speed / BALL_RADIUS * across
+        mujoco.mj_step(model, data, nstep=steps)
+        acceleration = (data.qvel[:2] - speed * along) / (steps * model.opt.timestep)
+        forces.append(1.4 * acceleration @ np.stack([along, across], 1) / 9.81)  # 1.4: it spins up as well
+    return np.array(forces)
+
+
+def test_a_height_field_slows_a_rolling_ball_and_a_plane_does_not():
+    assert np.abs(forces_on_a_rolling_ball("plane")).max() < 0.0002
+    along, across = forces_on_a_rolling_ball("height field").T
+    assert -0.015 < along.min() and along.max() < -0.005, along
+    assert 0.003 < np.abs(across).max() < 0.008, across
 
 
 def test_another_integrator_does_not_agree_with_the_reference():

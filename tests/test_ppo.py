@@ -573,6 +573,13 @@ def test_new_units_of_the_critic_leave_its_values():
         assert not torch.allclose(agent.critic(x).squeeze(-1), before, atol=1)
 
 
+@pytest.mark.parametrize("frame_skip, actions, evaluated", [(1, 1000, 4000), (4, 250, 1000), (3, 334, 1334)])
+def test_lengths_of_episodes_are_rounded_up_to_whole_actions(frame_skip, actions, evaluated):
+    args = replace(SMALL, cameras=False, frame_skip=frame_skip, max_episode_steps=1000)
+    assert ppo.make_envs(args, 1).max_episode_steps == actions
+    assert ppo.make_envs(args, 1, evaluation=True).max_episode_steps == evaluated
+
+
 def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = replace(SMALL, cameras=False, frame_skip=4, num_steps=50, minibatch_size=50, total_timesteps=1700,

@@ -169,7 +169,7 @@ def test_latency_delays_what_the_motors_do_and_nothing_else(frame_skip):
 
 @pytest.mark.parametrize("frame_skip, lasts", [(1, 10), (4, 3), (25, 1)])
 def test_pushes_have_their_impulse_and_their_times(frame_skip, lasts):
-    envs = BallbotVectorEnv(4, "flat", cameras=False, frame_skip=frame_skip, max_tilt=80, max_episode_steps=None,
+    envs = BallbotVectorEnv(4, "flat", cameras=False, frame_skip=frame_skip, max_tilt=80, max_episode_steps=-1,
                             num_threads=1, randomization={"push": 0.5, "push_interval": 0.2})  # fmt: skip
     envs.reset(seed=0)
     base, forces, told, start = envs.model.body("base").id, [], [], envs.batch.qpos.copy()
