@@ -449,8 +449,9 @@ def best_of(run: dict, folder: Path, agent: nn.Module) -> dict | None:
     Where that is missing, damaged or newer than the checkpoint, it is the one that the checkpoint knows.
     """
     with contextlib.suppress(OSError, ValueError):
-        best = unsealed(folder / "best.pt")
-        if not unlike(best, judged(agent)) and 0 < best["global_step"] <= run["global_step"]:
+        best, like = unsealed(folder / "best.pt"), judged(agent)
+        fits = not unlike(best, like) or not unlike(best, like | {"ended_at": 1})  # a run that has ended says where
+        if fits and 0 < best["global_step"] <= run["global_step"]:
             return best
     return run["best"]
 
