@@ -44,6 +44,9 @@ from ballbot_env import ASSETS, checked_randomization, unlike
 # What a checkpoint's flags must say, of how its policy is played. All others are for training and have their defaults
 NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
           "wheel_damping", "frame_skip")  # fmt: skip
+# What must be as it was in the training of the policy that --init-from names
+NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "vf_layers", "norm_obs",
+                 "privileged_critic", "depth_scale")  # fmt: skip
 CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
 
@@ -116,7 +119,8 @@ def closed_output_ends() -> Iterator[None]:
 def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dict] = lambda settings: settings) -> Any:
     """A `kind`, a dataclass, from the command line: flags win over --config, which wins over --preset.
 
-    The config file's settings are `translated` into this program's flags first.
+    The config file's settings are `translated` into this program's flags first. Exits with one line where a flag on the
+    command line has no effect; the preset and the config file may hold such flags.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="")
@@ -135,11 +139,17 @@ def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dic
         if start.preset and start.preset != settings.get("preset", start.preset):
             stop(f"{flag} has all flags of its own, so that --preset {start.preset} would do nothing: give one of them")
     preset = start.preset or settings.get("preset", "")
-    args = tyro.cli(kind, default=replace(kind(), **presets.get(preset, {}) | settings))
+    default = replace(kind(), **presets.get(preset, {}) | settings)
+    args = tyro.cli(kind, default=default)
     if args.resume and args != kind(resume=args.resume, total_timesteps=args.total_timesteps):
         stop("--resume takes its flags from the run: give no others, but for more --total-timesteps")
     if args.resume and start.total_timesteps and args.total_timesteps == kind.total_timesteps:
         args.total_is_given = True  # though it is the default
+    if args.terrain == "flat" and args.randomization == default.randomization:  # a preset's is for hills
+        args.randomization = {key: value for key, value in args.randomization.items() if key != "terrain_amplitude"}
+    for name, reason in without_effect(args).items():
+        if getattr(args, name) != getattr(default, name):  # it was given on the command line
+            stop(f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
     return args
 
 
@@ -158,6 +168,44 @@ def typed(settings: dict, kind: type) -> dict:
         if choices and value not in choices:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give {', '.join(filter(None, choices))}")
     return values
+
+
+def without_effect(args: Any) -> dict[str, str]:
+    """The flags that change nothing beside the others, whatever their values, and the reason for each."""
+    schedules = {name: getattr(args, f"{name}_schedule", "") for name in ("lr", "clip", "ent")}  # "" without schedules
+    start = {"lr": args.learning_rate, "clip": args.clip_coef, "ent": args.ent_coef}
+    steps = args.num_envs * args.num_steps
+    size, gpus = int(os.environ.get("WORLD_SIZE", 0)), torch.cuda.device_count() if args.cuda else 0
+    table = [
+        (args.terrain == "flat", "terrain_seed terrain_amplitude eval_terrain_seed", "on --terrain flat"),
+        (args.terrain == "flat" and not args.init_from, "privileged_critic", "on --terrain flat, which has no slopes"),
+        (not args.cameras, "depth_scale freeze_encoder encoder_path", "with --no-cameras"),
+        (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
+        (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
+        (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),
+        (args.goal == "command", "drift_cost heading_cost", "with --goal command"),
+        (args.gamma == 0, "gae_lambda", "with --gamma 0"),
+        (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
+        (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),
+        (args.update_epochs == 1 and args.minibatch_size == steps, "clip_coef clip_vloss clip_schedule clip_end",
+         "in a single gradient step per iteration"),
+        (args.eval_interval > args.total_timesteps, "eval_episodes", "with --eval-interval above --total-timesteps"),
+        (not args.track, "wandb_project_name wandb_entity", "without --track"),
+        (not args.cuda, "torch_deterministic", "without --cuda: the CPU's algorithms are deterministic"),
+        (args.cuda, "torch_threads", "with --cuda, where the networks run on the GPU"),
+        (size and size != args.num_processes, "num_processes", f"here, as torchrun starts {size} processes"),
+        (not size and 0 < gpus < args.num_processes, "num_processes", f"above the number of GPUs, {gpus}"),
+        (schedules["lr"] == "guide" and args.learning_rate > 0, "lr_schedule", "unless --learning-rate is -1"),
+    ]  # fmt: skip
+    for name, schedule in schedules.items():
+        fixed, end = schedule not in ("linear", "cosine"), f"{name}_end"
+        table += [
+            (schedule and fixed, end, f"with --{name}-schedule {schedule}"),
+            (schedule and not fixed and getattr(args, end, 0) == start[name], f"{name}_schedule",
+             "where start and end are the same"),
+        ]  # fmt: skip
+    return {name: reason for holds, names, reason in reversed(table) if holds for name in names.split()
+            if name in vars(args)}  # fmt: skip
 
 
 def check(args: Any, world_size: int | None = None) -> float:
@@ -402,8 +450,9 @@ def best_of(run: dict, folder: Path, agent: nn.Module) -> dict | None:
     Where that is missing, damaged or newer than the checkpoint, it is the one that the checkpoint knows.
     """
     with contextlib.suppress(OSError, ValueError):
-        best = unsealed(folder / "best.pt")
-        if not unlike(best, judged(agent)) and 0 < best["global_step"] <= run["global_step"]:
+        best, like = unsealed(folder / "best.pt"), judged(agent)
+        fits = not unlike(best, like) or not unlike(best, like | {"ended_at": 1})  # a run that has ended says where
+        if fits and 0 < best["global_step"] <= run["global_step"]:
             return best
     return run["best"]
 
@@ -479,8 +528,8 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
         if args.init_from:
             policy, trained_by = policy_in(Path(args.init_from), kind, network)
             weights = policy.state_dict()
-            names = "cameras goal body_frame hidden_size pi_layers vf_layers norm_obs privileged_critic depth_scale"
-            differ = [name for name in names.split() if getattr(args, name) != getattr(trained_by, name)]
+            differ = [name for name in NETWORK_FLAGS if getattr(args, name) != getattr(trained_by, name)
+                      and name not in without_effect(args)]  # fmt: skip
             if differ:
                 stop(f"--init-from {args.init_from}: give {', '.join(differ)} as it was trained with")
         elif args.cameras and args.freeze_encoder:

@@ -604,10 +604,13 @@ def learning_rate_now(args, progress_remaining):
 
 
 def kl_adapted(learning_rate, approx_kl, target_kl):
-    """The learning rate after an update of this KL divergence (as in rsl_rl, arXiv 2109.11978)."""
+    """The learning rate after an update of this KL divergence (as in rsl_rl, arXiv 2109.11978).
+
+    It moves within 1e-5 and 1e-2; from outside it only moves towards them.
+    """
     if approx_kl > 2 * target_kl:
-        return max(learning_rate / 1.5, 1e-5)
-    return min(learning_rate * 1.5, 1e-2) if approx_kl < target_kl / 2 else learning_rate
+        return min(learning_rate, max(learning_rate / 1.5, 1e-5))
+    return max(learning_rate, min(learning_rate * 1.5, 1e-2)) if approx_kl < target_kl / 2 else learning_rate
 
 
 def train(args: Args, started: float | None = None) -> Path:
@@ -647,6 +650,7 @@ def learn(args, run_dir, run, weights, started):
     envs = make_envs(args, num_envs)
 
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
+    result = final_result = None  # the last iteration's evaluation, and that at the end of a run that has finished
     global_step = iteration = 0
     elapsed = startup = training = 0.0  # s since the launch; of these, before the first step, and in iterations
     finished = deque(maxlen=100)  # (return, length) of the last episodes
@@ -665,6 +669,10 @@ def learn(args, run_dir, run, weights, started):
             run[name] for name in ("iteration", "global_step", "elapsed", "startup", "training")
         )
         best, targets_met = ballbot_runs.best_of(run, run_dir, agent), run["targets_met"]
+        if best is not None and best.pop("ended_at", 0) == global_step and iteration == num_iterations:
+            final_result = best["eval"]
+        # Whether there was one, which is logged
+        result = global_step // args.eval_interval > (global_step - iteration_steps) // args.eval_interval
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
         observation = state["proprio"].to(device), state["depth"].to(device)
@@ -676,8 +684,11 @@ def learn(args, run_dir, run, weights, started):
         except (ValueError, RuntimeError) as error:
             stop(f"{args.resume} is damaged: {error}")
         started = time.perf_counter()
-    result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
-    gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
+    good = not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
+    final_result = gather(final_result, to_all=True)[0]  # all ranks have read the checkpoint; now rank 0 may write
+    if final_result:
+        say(f"{run_dir} has finished, with {summary(final_result)}: to go on, give more --total-timesteps")
+        return
     if rank() == 0:
         writer = ballbot_runs.open_log(args, run_dir, run)
         if best is not None:
@@ -803,7 +814,7 @@ def learn(args, run_dir, run, weights, started):
         if best["eval"]["episodic_return"] > final["eval"]["episodic_return"]:
             final = best
     if rank() == 0:
-        save(run_dir / "best.pt", final)
+        save(run_dir / "best.pt", final | {"ended_at": global_step})
         ballbot_runs.close_log(args, writer)
     on_return, on_length = ("reached" if yes else "missed" for yes in reached(final["eval"]))
     say(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "

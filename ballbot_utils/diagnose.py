@@ -6,30 +6,36 @@ entropy collapse or growth, a value function that lags, steps of the policy (KL 
 small. Each finding comes with its evidence and with flags to paste. Then it applies the guide's rule for when to
 stop, over all seeds: runs that differ only in their seed are judged together.
 
+A run whose training episodes are shorter than the task's, or that started from a given policy (--init-from), is judged
+by its evaluations: its training return does not measure progress. In a run that meets the targets nothing is wrong.
+
 Every finding is one function of a curve's steps and values; its threshold stands right above it. Where the guide
 has no number, the threshold is from logs of this project's own runs: healthy ones stay clear of it.
 """
 
+import ast
 import json
 import math
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+import ballbot_runs
+import ppo_ballbot_schedules
 from ballbot_utils import plot
 from ballbot_utils.common import command, need, need_file, write
 from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import Args as TrainArgs
 
 RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean100"
-EVAL_RETURN, EVAL_LENGTH = "eval/episodic_return", "eval/episodic_length"
+EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS = "eval/episodic_return", "eval/episodic_length", "eval/falls"
 KL, VALUE_LOSS, EXPLAINED = "losses/approx_kl", "losses/value_loss", "losses/explained_variance"
 STD = "charts/action_std"
-TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, KL, VALUE_LOSS, EXPLAINED, STD)
+TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS, KL, VALUE_LOSS, EXPLAINED, STD)
 WINDOW = 10  # iterations whose median smooths a curve
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -62,6 +68,22 @@ def read(run: Path) -> tuple[dict[str, str], dict[str, Curve]]:
     return hyperparameters, {tag: (steps, values) for tag, (steps, _, values) in curves.items()}
 
 
+def by_evaluations(params: dict[str, str]) -> bool:
+    """Whether evaluations alone measure a run's progress."""
+    return plot.times(params) > 1 or bool(params.get("init_from"))
+
+
+def last_result(curves: dict[str, Curve], evaluations_only: bool) -> tuple[float, float] | None:
+    """Return and length of the last evaluation, or while there is none those of training; None if neither counts."""
+    for tags in ((EVAL_RETURN, EVAL_LENGTH), (RETURN, LENGTH))[: 1 if evaluations_only else 2]:
+        if all(len(curves[tag][1]) for tag in tags):
+            return tuple(curves[tag][1][-1] for tag in tags)
+
+
+def meets_targets(result: tuple[float, float] | None) -> bool:
+    return result is not None and result[0] > TARGET_RETURN and result[1] > TARGET_LENGTH
+
+
 def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
     """Medians over WINDOW iterations (of a short curve, over a quarter of it), each at its window's last step."""
     if not len(values):
@@ -91,6 +113,16 @@ def not_learning(steps: np.ndarray, returns: np.ndarray) -> str | None:
             f"(at {steps[best]:,.0f}) in {steps[-1]:,.0f}")  # fmt: skip
 
 
+def evaluations_flat(steps: np.ndarray, returns: np.ndarray) -> str | None:
+    """Evaluations never rose above the first, which is not yet what standing still returns."""
+    if len(steps) < EVAL_TIMES or steps[-1] < LEARNING_AFTER:
+        return None
+    if returns.max() >= min(LEARNING_GAIN * returns[0], STANDING):
+        return None
+    return (f"evaluations return {returns[0]:.1f} at {steps[0]:,.0f} steps and never more than {returns.max():.1f} in "
+            f"{steps[-1]:,.0f}")  # fmt: skip
+
+
 # Means of 100 episodes of a healthy run fall by up to 20 % for a while. Of its value loss, the lowest ever and the
 # present one differ by a factor of 5 at most, once the first 60,000 steps are over; runs that diverge go far beyond.
 RETURN_DROP, VALUE_LOSS_GROWTH, VALUE_LOSS_AFTER = 0.25, 10, 60_000
@@ -107,6 +139,23 @@ def falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
         return None
     return (f"return {returns[best]:.1f} at {steps[best]:,.0f} steps, {returns[-1]:.1f} at {steps[-1]:,.0f}: "
             f"{100 * drop:.0f} % down")  # fmt: skip
+
+
+# Healthy runs have a single evaluation that is down by a quarter now and then, hardly ever two in a row or one that is
+# down by half.
+EVAL_DROP = 0.5
+
+
+def evaluations_falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
+    """The return of evaluations is down from its best: far in the last one, or in the last two."""
+    if len(steps) < 2 or returns.max() <= 0:
+        return None
+    best = returns.argmax()
+    drops = 1 - returns[best + 1 :][-EVAL_TIMES:] / returns[best]
+    if not len(drops) or (drops[-1] < EVAL_DROP and (len(drops) < EVAL_TIMES or min(drops) < RETURN_DROP)):
+        return None
+    return (f"evaluations return {returns[best]:.1f} at {steps[best]:,.0f} steps, {returns[-1]:.1f} at "
+            f"{steps[-1]:,.0f}: {100 * drops[-1]:.0f} % down")  # fmt: skip
 
 
 def value_loss_rising(steps: np.ndarray, losses: np.ndarray) -> str | None:
@@ -151,6 +200,25 @@ def overfitting(steps: np.ndarray, returns: np.ndarray, eval_steps: np.ndarray, 
     return "return in training and evaluation: " + ", ".join(
         f"{t:.1f} and {e:.1f} at {step:,.0f} steps" for t, e, step in zip(training, evaluation, eval_steps)
     )
+
+
+# A healthy run with short episodes may fall in all of its first evaluations, but then their returns rise.
+FALLS_ALL, LASTS = 0.99, 0.9
+
+
+def falls_unseen(
+    steps: np.ndarray, lengths: np.ndarray, eval_steps: np.ndarray, falls: np.ndarray, returns: np.ndarray
+) -> str | None:
+    """All episodes of evaluations end in a fall, and those of training last: it does not see why."""
+    if not len(steps) or min(len(falls), len(returns)) < EVAL_TIMES:
+        return None
+    length = np.interp(eval_steps[-EVAL_TIMES:], steps, lengths).min()
+    if falls[-EVAL_TIMES:].min() < FALLS_ALL or length < LASTS * 4000:
+        return None
+    if returns[-1] >= LEARNING_GAIN * returns[-EVAL_TIMES]:
+        return None
+    return (f"all episodes of the last {EVAL_TIMES} evaluations end in a fall, and those of training last for "
+            f"{length / 4000:.0%} of their limit")  # fmt: skip
 
 
 # Actions are in [-1, 1]. Healthy runs start from a standard deviation of 1 or 0.6 and have 0.35 to 0.4 when they
@@ -212,48 +280,68 @@ def kl_small(steps: np.ndarray, kls: np.ndarray) -> str | None:
 # The remedies: the guide's, as factors on the run's own values and within the guide's ranges.
 
 
-def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
-    """{finding: {flag: value}} for a run's hyperparameters, {name: text}."""
-    default = asdict(TrainArgs())
+def settings(params: dict[str, str]) -> TrainArgs:
+    """A run's flags, those of its script, from its hyperparameters, {name: text}; the others have their defaults."""
+    args = (ppo_ballbot_schedules.Args if "lr_schedule" in params else TrainArgs)()
+    read = {str: str, float: float}
+    texts = {name: params[name] for name in vars(args).keys() & params.keys()}
+    values = {name: read.get(type(getattr(args, name)), ast.literal_eval)(text) for name, text in texts.items()}
+    return replace(args, **values)
 
-    def value(name):
-        return float(params.get(name, default[name]))
+
+def accepted(args: TrainArgs, flags: dict[str, str]) -> dict[str, str]:
+    """Of `flags`, {flag: value}, those that the script takes beside its `args` and those before, and that change it."""
+    # Whatever this machine has
+    args, kept = replace(args, cuda=False, track=False, capture_video=False), {}
+    for flag, text in flags.items():
+        name = flag[2:].replace("-", "_")
+        kind = type(getattr(args, name))
+        changed = replace(args, **{name: True if kind is bool else kind(text)})
+        fixed = name in ballbot_runs.NETWORK_FLAGS and args.init_from
+        try:
+            ballbot_runs.check(changed)
+        except SystemExit:
+            continue
+        if not fixed and changed != args and name not in ballbot_runs.without_effect(changed):
+            args, kept = changed, kept | {flag: text}
+    return kept
+
+
+def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{finding: {flag: value}} for a run's hyperparameters, {name: text}: flags that its script accepts."""
+    args = settings(params)
+    schedule = getattr(args, "lr_schedule", "guide")
 
     def scaled(name, factor, low, high, zero=0.0):
         """`--flag` with the value times `factor`, within the range; {} where that would not move it that way."""
-        old = value(name)
+        old = getattr(args, name)
         new = min(max(old * factor, low), high) if old else zero
-        new = round(new) if isinstance(default[name], int) else float(f"{new:.2g}")
+        new = round(new) if isinstance(old, int) else float(f"{new:.2g}")
         moved = new > old if factor > 1 else new < old
         return {"--" + name.replace("_", "-"): f"{new:g}"} if moved else {}
 
     def learning_rate(factor):
-        if params.get("lr_schedule") == "kl":  # then it is set by the KL divergence
+        if schedule == "kl":  # then it is set by the KL divergence
             return scaled("target_kl", factor**0.5, 0.003, 0.05)
-        old = value("learning_rate")
-        new = float(f"{min(max((old if old > 0 else 1e-4) * factor, 1e-5), 1e-3):.2g}")
-        if old > 0 and (new > old) != (factor > 1):
-            return {}
-        constant = {"--lr-schedule": "constant"} if params.get("lr_schedule") == "guide" else {}
-        return {"--learning-rate": f"{new:g}"} | constant
+        old = args.learning_rate
+        start = old if old > 0 else 1e-4 if schedule == "guide" else 3e-4
+        new = float(f"{min(max(start * factor, 1e-5), 1e-3):.2g}")
+        return {"--learning-rate": f"{new:g}"} if (new > start) == (factor > 1) and new != start else {}
 
     def envs():
-        """10 to 16, as in the guide, then 32; where minibatches would not divide the batch, twice as many."""
-        old = int(value("num_envs"))
-        new = 16 if old < 16 else 32
-        if new * value("num_steps") % value("minibatch_size"):
-            new = 2 * old
-        return {"--num-envs": f"{new}"} if old < new <= 32 else {}
+        """10 to 16, as in the guide, then 32; where these are refused, twice as many."""
+        numbers = (16 if args.num_envs < 16 else 32, 2 * args.num_envs)
+        choices = ({"--num-envs": f"{n}"} for n in numbers if args.num_envs < n <= 32)
+        return next((choice for choice in choices if accepted(args, choice)), {})
 
     larger_clip, smaller_clip = scaled("clip_coef", 4 / 3, 0.01, 0.3), scaled("clip_coef", 3 / 4, 0.01, 0.3)
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
-    norm_adv = {} if params.get("norm_adv") == "True" else {"--norm-adv": ""}
-    norm_value = {} if params.get("norm_value") == "True" else {"--norm-value": ""}
-    guard = {"--target-kl": "0.02"} if value("target_kl") > 0.02 and params.get("lr_schedule") != "kl" else {}
+    norm_adv, norm_value = {"--norm-adv": ""}, {"--norm-value": ""}
+    guard = {"--target-kl": "0.02"} if args.target_kl > 0.02 and schedule != "kl" else {}
     smaller_net = scaled("hidden_size", 1 / 2, 64, 512)
-    small_std = {"--init-log-std": "-0.5"} if value("init_log_std") < -0.5 else {}
-    return {
+    small_std = {"--init-log-std": "-0.5"} if args.init_log_std < -0.5 else {}
+    found = {
         "unstable": learning_rate(1 / 10) | smaller_clip | more_value,
         "KL too large": learning_rate(1 / 10) | guard,
         "value function lagging": more_value | norm_value,
@@ -264,6 +352,8 @@ def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
         "slow learning": scaled("num_steps", 2, 1, 4096) | scaled("update_epochs", 2, 1, 10) | envs(),
         "overfitting": scaled("weight_decay", 5, 0, 0.1, zero=0.01) | more_entropy | smaller_net,
     }  # fmt: skip
+    found["falls in evaluations"] = {"--max-episode-steps": "4000"} if plot.times(params) > 1 else found["overfitting"]
+    return {name: accepted(args, flags) for name, flags in found.items()}
 
 
 def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str, str, str]]:
@@ -271,20 +361,29 @@ def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str
 
     A flag that a finding before has set to another value is left out.
     """
-    returns, kls, stds = curves[RETURN], curves[KL], curves[STD]
-    unstable = "; ".join(filter(None, (falling(*returns), value_loss_rising(*curves[VALUE_LOSS]))))
-    stuck = not_learning(*returns)
+    evaluations_only = by_evaluations(params)
+    if meets_targets(last_result(curves, evaluations_only)):
+        return []
+    training, evaluations, kls, stds = (curves[tag] for tag in (RETURN, EVAL_RETURN, KL, STD))
+    unstable = "; ".join(filter(None, (
+        None if evaluations_only else falling(*training), evaluations_falling(*evaluations),
+        value_loss_rising(*curves[VALUE_LOSS]),
+    )))  # fmt: skip
+    stuck = not_learning(*training)
+    if evaluations_only:
+        stuck = stuck and evaluations_flat(*evaluations)
     evidence = {
         "unstable": unstable,
         "KL too large": kl_large(*kls),
         "value function lagging": value_lagging(*curves[EXPLAINED]),
-        "entropy collapse": entropy_collapse(*stds, *curves[LENGTH]),
+        "entropy collapse": entropy_collapse(*stds, *curves[EVAL_LENGTH if evaluations_only else LENGTH]),
         "entropy growing": entropy_growing(*stds),
         "KL too small": kl_small(*kls),
         "not learning": stuck,
-        "slow learning": None if unstable or stuck else slow(*returns),
+        "slow learning": None if unstable or stuck else slow(*(evaluations if evaluations_only else training)),
         # of shorter episodes, what happens later is not seen in training
-        "overfitting": overfitting(*returns, *curves[EVAL_RETURN]) if plot.times(params) == 1 else None,
+        "overfitting": overfitting(*training, *evaluations) if plot.times(params) == 1 else None,
+        "falls in evaluations": falls_unseen(*curves[LENGTH], *curves[EVAL_FALLS], evaluations[1]),
     }
     findings, chosen, remedy = [], {}, remedies(params)
     for name, text in evidence.items():
@@ -311,37 +410,35 @@ def stalled_for(steps: np.ndarray, returns: np.ndarray) -> float:
 
 
 def stop_rule(
-    curves: list[dict[str, Curve]], ended: bool, found: bool, short: bool = False
+    curves: list[dict[str, Curve]], ended: bool, found: bool, evaluations_only: bool = False
 ) -> tuple[dict[str, tuple[bool, str]], str]:
     """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and a verdict.
 
-    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them; `short`: training
-    episodes are shorter than the task's, so that evaluations alone tell whether they meet the targets.
+    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them; `evaluations_only`:
+    only evaluations measure their progress.
     """
-    stalled = [stalled_for(*run[RETURN]) for run in curves]
-    last = min(run[RETURN][0][-1] for run in curves)
-    returns = [np.interp(last, *run[RETURN]) for run in curves]
-    reached = []  # of the last evaluation, or while there is none of the last 100 episodes of training
-    for run in curves:
-        pairs = [(run[a][1][-1], run[b][1][-1]) for a, b in ((RETURN, LENGTH), (EVAL_RETURN, EVAL_LENGTH))[short:]
-                 if len(run[a][1]) and len(run[b][1])]  # fmt: skip
-        reached += pairs[-1:]
-    plateau = min(stalled) >= PLATEAU_STEPS
-    consistent = len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
-    evaluated = len(reached) == len(curves)
-    targets = evaluated and all(a > TARGET_RETURN and b > TARGET_LENGTH for a, b in reached)
+    results = [last_result(run, evaluations_only) for run in curves]
+    evaluated = None not in results
+    progress = [run[EVAL_RETURN if evaluations_only else RETURN] for run in curves] if evaluated else []
+    stalled = [stalled_for(*curve) for curve in progress]
+    last = min((steps[-1] for steps, _ in progress), default=0)
+    returns = [np.interp(last, *curve) for curve in progress]
+    plateau = evaluated and min(stalled) >= PLATEAU_STEPS
+    consistent = evaluated and len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
+    targets = all(map(meets_targets, results))
+    missing = "not all are evaluated yet"
     conditions = {
         f"no improvement for {PLATEAU_STEPS:,} steps": (
-            plateau, "so far " + ", ".join(f"{steps:,.0f}" for steps in stalled),
+            plateau, "so far " + ", ".join(f"{steps:,.0f}" for steps in stalled) if evaluated else missing,
         ),
         "consistent across seeds": (
             consistent,
-            f"returns {', '.join(f'{value:.1f}' for value in returns)} at {last:,.0f} steps"
+            (f"returns {', '.join(f'{value:.1f}' for value in returns)} at {last:,.0f} steps" if evaluated else missing)
             + (f"; give {SEEDS} to 5 seeds" if len(curves) < SEEDS else ""),
         ),
         f"targets met, return > {TARGET_RETURN} and length > {TARGET_LENGTH}": (
             targets,
-            ", ".join(f"{a:.1f} and {b:.0f}" for a, b in reached) if evaluated else "not all are evaluated yet",
+            ", ".join(f"{a:.1f} and {b:.0f}" for a, b in results) if evaluated else missing,
         ),
     }  # fmt: skip
     if targets:
@@ -365,6 +462,10 @@ def main(args: Args) -> None:
             sys.exit(f"error: {run} has no finished episode in its log yet, or its log is damaged or foreign")
         if not hyperparameters:
             sys.exit(f"error: {run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+        try:
+            settings(hyperparameters)
+        except (ValueError, SyntaxError):
+            sys.exit(f"error: {run} has hyperparameters in its log that are not those of ppo_ballbot.py")
         params.append(hyperparameters)
         curves.append(curve)
 
@@ -385,6 +486,9 @@ def main(args: Args) -> None:
         if factor > 1:
             lines.append(f"  training returns and lengths are {factor:.3g} times those of its episodes, which are of "
                          f"{4000 / factor:.0f} steps")  # fmt: skip
+        if by_evaluations(param):
+            none = ", of which there is none yet" * (not len(curve[EVAL_RETURN][0]))
+            lines.append(f"  judged by its evaluations{none}")
         script = "ppo_ballbot_schedules.py" if "lr_schedule" in param else "ppo_ballbot.py"
         config = run / "config.json"
         config = f"--config {shlex.quote(str(config))}" if config.is_file() else "<the run's own flags>"
@@ -393,7 +497,7 @@ def main(args: Args) -> None:
             lines.append(f"      python {script} {config} {flags}" if flags else "      the guide goes no further")
             if name == "unstable" and (run / "best.pt").is_file():
                 lines.append(f"      the policy of its best evaluation is kept: {run}/best.pt")
-            if name == "overfitting":
+            if name == "overfitting" and (run / "best.pt").is_file():
                 lines.append("      the terrain, or the lack of action noise? python -m ballbot_utils.evaluate "
                              f"{shlex.quote(str(run))} --stochastic")  # fmt: skip
         if not found:
@@ -404,7 +508,7 @@ def main(args: Args) -> None:
     for group in plot.group_runs(params):
         conditions, verdict = stop_rule(
             [curves[i] for i in group], all(ended[i] for i in group), any(findings[i] for i in group),
-            plot.times(params[group[0]]) > 1,
+            by_evaluations(params[group[0]]),
         )  # fmt: skip
         names = [str(args.runs[i]) for i in group]
         rows = [{"name": name, "holds": bool(holds), "evidence": text} for name, (holds, text) in conditions.items()]

@@ -258,6 +258,12 @@ def check_space(
         for value in spec[:2] if isinstance(spec, tuple) else spec:
             why = refused(module, base | dict.fromkeys(key.split("+"), value))
             need(not why, f"--space {key.replace('_', '-')}: {why}")
+    for name in [] if hasattr(module, "check") else [name for key in space | sizes for name in key.split("+")]:
+        # Another parameter may give it an effect
+        bases = [base | dict.fromkeys(key.split("+"), value) for key, spec in (space | sizes).items()
+                 for value in (spec[:2] if isinstance(spec, tuple) else spec)]  # fmt: skip
+        reasons = [ballbot_runs.without_effect(module.Args(**settings)).get(name) for settings in [base, *bases]]
+        need(not all(reasons), f"--space {name.replace('_', '-')} has no effect {reasons[0]}")
     varied = {key.replace("_", "-"): spec for key, spec in space.items() if len(spec) > 1}
     options = {key: {str(v): dict.fromkeys(key.replace("-", "_").split("+"), v) for v in spec}
                for key, spec in varied.items() if "+" in key}  # fmt: skip

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import check
+from ballbot_runs import as_config, begin, check, save
 from ballbot_utils import diagnose
 
 # Learns, as far as 8 iterations go; each run below breaks one thing.
@@ -193,15 +193,44 @@ def test_remedies_of_the_guide():
     assert diagnose.remedies(at_the_end)["not learning"] == {}
 
 
-@pytest.mark.parametrize("script", (ppo, schedules))
-@pytest.mark.parametrize("preset", ppo.PRESETS)
-def test_remedies_are_flags(script, preset, monkeypatch):
-    """Every remedy, for every preset of both scripts, is accepted by the script."""
-    text = {key: str(value) for key, value in vars(script.Args(**script.PRESETS[preset])).items()}
-    for name, flags in diagnose.remedies(text).items():
-        words = " ".join(f"{flag} {value}" for flag, value in flags.items()).split()
-        monkeypatch.setattr(sys, "argv", ["ppo", "--preset", preset, *words])
-        check(script.parse())
+def configurations():
+    """Flags of both scripts, of which every remedy is tried."""
+    small = "--no-cameras --hidden-size 64 --pi-layers 1 --vf-layers 1"
+    odd = ("--num-envs 7 --num-steps 33 --minibatch-size 77 --total-timesteps 300", "--num-envs 16 --num-processes 16",
+           "--num-envs 30 --num-steps 100 --minibatch-size 1000 --num-processes 2", "--minibatch-size 1",
+           "--num-envs 2 --num-steps 128 --update-epochs 1", "--vf-coef 0 --gamma 0",
+           f"{small} --init-from policy.pt", f"{small} --init-from policy.pt --weight-decay 0 --max-episode-steps 500",
+           "--terrain flat --init-log-std -3 --log-std-lr-scale 0", "--max-episode-steps 500",
+           "--total-timesteps 20480 --update-epochs 20")  # fmt: skip
+    for script in (ppo, schedules):
+        yield from ((script, f"--preset {preset}".removesuffix("--preset ")) for preset in ppo.PRESETS)
+        yield from ((script, flags) for flags in odd)
+    for kind in ("guide", "constant", "linear", "cosine", "kl"):
+        for rate in ("-1", "1e-3", "1e-5"):
+            yield schedules, f"--lr-schedule {kind} --learning-rate {rate} --ent-coef 0"
+            yield schedules, f"--preset tuned --lr-schedule {kind} --learning-rate {rate}" * (kind != "guide")
+
+
+@pytest.mark.parametrize("script, flags", configurations())
+def test_every_remedy_is_accepted_and_changes_something(script, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def parse(*words):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *words])
+        return script.parse()
+
+    args = parse(*flags.split())
+    if args.init_from:
+        policy = {"model": script.Agent(args).state_dict(), "args": vars(args) | {"init_from": ""}, "global_step": 1}
+        save(tmp_path / "policy.pt", policy)
+    (tmp_path / "config.json").write_text(as_config(vars(args)))
+    before = vars(parse("--config", "config.json"))
+    text = {key: str(value) for key, value in vars(args).items()}
+    for name, remedy in diagnose.remedies(text).items():
+        after = parse("--config", "config.json", *" ".join(map(" ".join, remedy.items())).split())
+        changed = {key for key, value in vars(after).items() if value != before[key]}
+        assert changed == {flag[2:].replace("-", "_") for flag in remedy}, name
+        begin(after, 0.0, script.Args, script.Agent)
 
 
 def test_findings_do_not_contradict_each_other():
@@ -221,8 +250,8 @@ def run_curves(returns, lengths, end=3_000_000):
 
 
 def test_stop_rule():
-    def judge(*curves, ended=False, found=False, short=False):
-        conditions, verdict = diagnose.stop_rule(curves, ended, found, short)
+    def judge(*curves, ended=False, found=False, evaluations_only=False):
+        conditions, verdict = diagnose.stop_rule(curves, ended, found, evaluations_only)
         return [holds for holds, _ in conditions.values()], verdict
 
     flat, rising = np.r_[np.linspace(6, 102, 100), np.full(200, 102)], np.linspace(6, 105, 300)
@@ -246,9 +275,79 @@ def test_stop_rule():
     fell = good | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([60.0])),
                    diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([2300.0]))}  # fmt: skip
     assert judge(fell)[0] == [True, False, False]
-    # Of shorter training episodes, evaluations alone tell.
-    assert judge(good, short=True)[0] == judge(evaluated, good, short=True)[0] == [True, False, False]
-    assert judge(evaluated, short=True)[0] == [True, False, True]
+    # Of shorter training episodes or a given policy, evaluations alone tell.
+    assert judge(good, evaluations_only=True)[0] == judge(evaluated, good, evaluations_only=True)[0] == [False] * 3
+    assert judge(evaluated, evaluations_only=True)[0] == [False, False, True]
+    steps = np.linspace(0, 3e6, 13)
+    stalled = good | {diagnose.EVAL_RETURN: (steps, np.minimum(steps / 2e4, 60)),
+                      diagnose.EVAL_LENGTH: (steps, np.full(13, 2000.0))}  # fmt: skip
+    assert judge(stalled, evaluations_only=True)[0] == [True, False, False]
+    assert judge(stalled, stalled, stalled, evaluations_only=True)[0] == [True, True, False]
+
+
+def log(evaluations, falls=0.0, eval_length=3900.0, training=100.0, length=3900.0):
+    """Curves of a run: its evaluations every 250,000 steps, and a straight training curve."""
+    steps = np.arange(1, len(evaluations) + 1) * 250_000.0
+    returns = training if isinstance(training, tuple) else (training, training)
+    curves = {tag: line(0, 0, num=0) for tag in diagnose.TAGS}
+    curves |= {diagnose.RETURN: line(*returns, end=steps[-1]), diagnose.LENGTH: line(length, length, end=steps[-1]),
+               diagnose.KL: line(0.01, 0.01), diagnose.STD: line(0.5, 0.4)}  # fmt: skip
+    for tag, value in zip((diagnose.EVAL_RETURN, diagnose.EVAL_LENGTH, diagnose.EVAL_FALLS),
+                          (np.array(evaluations, float), eval_length, falls)):  # fmt: skip
+        curves[tag] = steps, np.broadcast_to(value, len(steps))
+    return curves
+
+
+SHORT, GIVEN, FULL = {"max_episode_steps": "1000"}, {"init_from": "runs/a"}, {}
+
+
+def found(params, curves):
+    return {name: (evidence, flags) for name, evidence, flags in diagnose.diagnose(params, curves)}
+
+
+def test_a_run_that_meets_the_targets_is_never_bad():
+    for params in (SHORT, GIVEN, FULL):
+        assert found(params, log([107] * 12)) == {}
+        worst = log([110, 30, 101], training=(110, 5), falls=1.0, eval_length=3001) | {
+            diagnose.KL: line(0.5, 0.5), diagnose.STD: line(1, 1.5), diagnose.EXPLAINED: line(0, 0),
+        }  # fmt: skip
+        assert found(params, worst) == {}
+        assert found(params, worst | {diagnose.EVAL_LENGTH: line(2999, 2999, num=3)})
+    assert (
+        found(FULL, log([107] * 12) | {diagnose.EVAL_RETURN: line(0, 0, num=0)} | {diagnose.RETURN: line(101, 101)})
+        == {}
+    )
+
+
+def test_evaluations_judge_short_episodes_and_a_given_policy():
+    for params in (SHORT, GIVEN):
+        evidence, _ = found(params, log([20, 60, 76, 28]))["unstable"]
+        assert evidence == "evaluations return 76.0 at 750,000 steps, 28.0 at 1,000,000: 63 % down"
+        assert "unstable" not in found(params, log([20, 60, 76, 50]))  # once may be chance
+        assert "unstable" in found(params, log([20, 60, 76, 50, 55]))
+        assert found(params, log([20, 60, 76, 28, 80, 85])) == {}  # a dip that is over
+        assert found(params, log([60, 70, 80, 90], training=(100, 60))) == {}  # training does not measure progress
+        flat = found(params, log([60, 61, 60, 59, 62, 60], training=90))
+        evidence, flags = flat["not learning"]
+        assert evidence == "evaluations return 60.0 at 250,000 steps and never more than 62.0 in 1,500,000"
+        assert "--hidden-size" not in flags and "--init-log-std" not in flags
+        assert "not learning" not in found(params, log([60, 61, 80, 90], training=90))
+        assert found(params, log([90, 91, 90, 92])) == {}
+        assert "slow learning" in found(params, log([60, 61, 60, 62, 61, 62], training=(5, 90)))
+    assert "unstable" in found(FULL, log([20, 60, 76, 28]))
+
+
+def test_falls_that_training_does_not_see():
+    name = "falls in evaluations"
+    evidence, flags = found(SHORT, log([70, 71, 70], falls=1.0, eval_length=2500))[name]
+    assert evidence == ("all episodes of the last 2 evaluations end in a fall, and those of training last for 98% of "
+                        "their limit")  # fmt: skip
+    assert flags == "--max-episode-steps 4000"
+    assert name in found(FULL, log([90, 91, 90], falls=1.0, eval_length=3000))
+    assert name not in found(SHORT, log([20, 51, 89], falls=np.array([1, 1, 0.3])))
+    assert name not in found(SHORT, log([20, 51], falls=1.0))  # it learns
+    assert name not in found(FULL, log([20, 20], falls=1.0, training=20, length=1000))  # training falls too
+    assert "unstable" in found(FULL, log([100, 90, 80, 70, 60], training=90))
 
 
 def test_seeds_are_judged_together(runs, tmp_path, capsys):

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ballbot_runs
 import ppo_ballbot as ppo
+import ppo_ballbot_schedules as schedules
 from ballbot_runs import check, load_run, save
 from ballbot_utils import plot
 
@@ -197,6 +198,34 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
         ballbot_runs.open_log(args, short, run).close()
         monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/short/config.json".split())
         assert ppo.parse().total_timesteps == 10_000_000  # which the second does not write again
+
+
+def evaluations(run):
+    """The steps of all evaluations in a run's log, those logged again too."""
+    logs = [EventAccumulator(str(file)).Reload() for file in run.glob("events*")]
+    tag = "eval/episodic_return"
+    return sorted(event.step for log in logs if tag in log.Tags()["scalars"] for event in log.Scalars(tag))
+
+
+@pytest.mark.parametrize("script, eval_interval", [(ppo, 256), (schedules, 10**9)])
+def test_a_run_that_has_finished_is_not_evaluated_again(script, eval_interval, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = {name: value for name, value in vars(SHORT).items() if name != "exp_name" and name in vars(script.Args())}
+    run = script.train(script.Args(**args | dict(eval_interval=eval_interval, eval_episodes=1, run_name="run")))
+    kept = {file: file.read_bytes() for file in run.iterdir()}
+    assert evaluations(run) == [256]
+    capsys.readouterr()
+    script.train(script.Args(resume="runs/run"))
+    assert "runs/run has finished, with return " in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in run.iterdir()} == kept
+    # One that was lost in its last evaluation has not finished: it is evaluated, and logged if it was not before
+    best = torch.load(run / "best.pt", weights_only=True)
+    (run / "best.pt").unlink()
+    script.train(script.Args(resume="runs/run"))
+    assert_equal(torch.load(run / "best.pt", weights_only=True), best)
+    assert evaluations(run) == ([256, 256] if eval_interval > 256 else [256])
+    script.train(script.Args(resume="runs/run", total_timesteps=384))  # with more steps it goes on
+    assert evaluations(run)[-1] == 384
 
 
 def test_going_on_keeps_the_best_policy_though_the_end_chose_it(tmp_path, monkeypatch):

@@ -44,6 +44,11 @@ def test_kl_adaptation_by_hand():
     assert schedules.kl_adapted(3e-4, 0.006, 0.01) == schedules.kl_adapted(3e-4, 0.019, 0.01) == 3e-4
     assert schedules.kl_adapted(1e-5, 1.0, 0.01) == 1e-5
     assert schedules.kl_adapted(1e-2, 0.0, 0.01) == 1e-2
+    # From outside its bounds it never moves against its direction
+    assert schedules.kl_adapted(2e-2, 0.0, 0.01) == 2e-2
+    assert schedules.kl_adapted(5e-6, 1.0, 0.01) == 5e-6
+    assert schedules.kl_adapted(3e-2, 1.0, 0.01) == pytest.approx(2e-2)
+    assert schedules.kl_adapted(4e-6, 0.0, 0.01) == pytest.approx(6e-6)
 
 
 @pytest.mark.parametrize(
