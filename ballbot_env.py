@@ -609,7 +609,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if cameras:
             self.renderer = DepthRenderer(self.model, camera_size, self._heights, device, self.batch.nthread)
             with one_thread():
-                self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
+                shape = num_envs, 2, camera_size, camera_size
+                self.frames = views = torch.full(shape, MAX_DEPTH, dtype=torch.float32, device=device)
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
             if views.device.type == "cpu":
                 views = views.numpy().view()
@@ -1634,7 +1635,7 @@ class DepthRenderer:
 
     def _march(self, origin, slope_x, slope_y, inverse_z, t_ground, t, steps, relief):
         """Fixed-point iteration from t; returns the heights last looked up and the depth they give."""
-        grid = torch.empty(2, *t.shape, device=self.device)
+        grid = t.new_empty(2, *t.shape)
         for _ in range(steps):
             torch.addcmul(origin[0], slope_x, t, out=grid[0])
             torch.addcmul(origin[1], slope_y, t, out=grid[1])
