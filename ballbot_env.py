@@ -1475,7 +1475,7 @@ def make_arrows(position, goal, velocity, force):
     Green for `goal` (2,), 0.5 m long for 1 m/s or a unit vector, white for `velocity` (3,), m/s, to the same scale, and
     red for a push by `force` (3,), N.
     """
-    above, higher, middle = (np.add(position, [0, 0, z]) for z in (0.36, 0.39, 0.15))
+    above, higher, rim = (np.add(position, [0, 0, z]) for z in (0.36, 0.4, 0.32))
     arrows = [
         (above, above + np.append(goal, 0) / 2, (0.1, 0.75, 0.2, 1)),
         (higher, higher + np.divide(velocity, 2), (1, 1, 1, 1)),
@@ -1483,7 +1483,7 @@ def make_arrows(position, goal, velocity, force):
     strength = np.linalg.norm(force)
     if strength > 0:
         direction, length = np.divide(force, strength), 0.2 + min(strength, 100) / 200
-        end = middle - 0.12 * direction  # on the tower's surface
+        end = rim - 0.12 * direction  # on the tower, where none is hidden behind it
         arrows.append((end - length * direction, end, (0.9, 0.1, 0.1, 1)))
     return arrows
 
@@ -1496,6 +1496,7 @@ def draw_arrows(scene, arrows):
             geom = scene.geoms[scene.ngeom]
             mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.zeros(9), np.array(colour, np.float32))
             mujoco.mjv_connector(geom, kind, 0.012, start, end)
+            geom.size[2] *= 2  # MuJoCo draws an arrow half as long
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR  # casts no shadow
             scene.ngeom += 1
 

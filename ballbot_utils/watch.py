@@ -1,10 +1,10 @@
 """Watch a trained policy: `python -m ballbot_utils.watch runs/a --render`, or `--video robot.mp4`.
 
 `--render` shows it in MuJoCo's viewer, episode after episode in real time, until the window is closed; it needs a
-display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners; it needs OpenGL and the
-packages of requirements-dev.txt. Arrows show the goal or the velocity commanded (green), the robot's velocity (white,
-to the same scale) and pushes (red). Conditions and disturbances are those of `python -m ballbot_utils.evaluate`, and so
-is the episode of each --seed.
+display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners and the command in its
+caption; it needs OpenGL and the packages of requirements-dev.txt. Arrows show the goal or the velocity commanded
+(green), the robot's velocity (white, to the same scale) and pushes (red). Conditions and disturbances are those of
+`python -m ballbot_utils.evaluate`, and so is the episode of each --seed.
 """
 
 import itertools
@@ -181,10 +181,12 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
             now = envs.batch.xfrc_applied[0, base, :3]
             if now.any() or step > pushed + PUSH_SHOWN:  # a push is shorter than a picture
                 force, pushed = now.copy(), step
-            speed, arrows = np.linalg.norm(envs.velocities[0, :2]), envs.arrows(0, force)
+            speed, arrows = f"{np.linalg.norm(envs.velocities[0, :2]):.2f} m/s", envs.arrows(0, force)
+            if envs.commands is not None:
+                speed += "    command {:+.2f} {:+.2f} m/s".format(*envs.commands[0])
         if end or (step - 1) * TIMESTEP * fps >= len(shots):
             fallen = "    fell" if end == "fell" else ""
-            caption = f"{step * TIMESTEP:.2f} s    {speed:.2f} m/s    return {total:.1f}{fallen}"
+            caption = f"{step * TIMESTEP:.2f} s    {speed}    return {total:.1f}{fallen}"
             shots.append((pose, frames, arrows, caption))
             progress(f"playing: step {step:,} of at most {args.horizon:,}", step / args.horizon)
 
