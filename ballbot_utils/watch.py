@@ -183,7 +183,7 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
                 force, pushed = now.copy(), step
             speed, arrows = f"{np.linalg.norm(envs.velocities[0, :2]):.2f} m/s", envs.arrows(0, force)
             if envs.commands is not None:
-                speed += "    command {:+.2f} {:+.2f} m/s".format(*envs.commands[0])
+                speed += "    command ({:+.2f}, {:+.2f}) m/s".format(*envs.commands[0])
         if end or (step - 1) * TIMESTEP * fps >= len(shots):
             fallen = "    fell" if end == "fell" else ""
             caption = f"{step * TIMESTEP:.2f} s    {speed}    return {total:.1f}{fallen}"

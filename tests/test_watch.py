@@ -170,7 +170,7 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
         (policy, _), task = watch.load(args.checkpoint), dict(terrain="flat", cameras=False, max_episode_steps=30)
         watch.video(watch.trained(policy), args, task | ({"goal": goal} if goal == "command" else {}))
     x, y = gym.make("Ballbot-v0", goal="command", cameras=False).reset(seed=3)[0]["command"]
-    assert np.hypot(x, y) > 0.01 and f"m/s    command {x:+.2f} {y:+.2f} m/s    return" in captions[0]
+    assert np.hypot(x, y) > 0.01 and f"m/s    command ({x:+.2f}, {y:+.2f}) m/s    return" in captions[0]
     assert "command" not in captions[-1]
 
 
