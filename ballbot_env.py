@@ -649,7 +649,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if cameras:
             self.renderer = DepthRenderer(self.model, camera_size, self._heights, device, self.batch.nthread)
             with one_thread():
-                self.frames = views = torch.full((num_envs, 2, camera_size, camera_size), MAX_DEPTH, device=device)
+                shape = num_envs, 2, camera_size, camera_size
+                self.frames = views = torch.full(shape, MAX_DEPTH, dtype=torch.float32, device=device)
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
             if views.device.type == "cpu":
                 views = views.numpy().view()
@@ -1557,7 +1558,7 @@ def make_arrows(position, goal, velocity, force):
     Green for `goal` (2,), 0.5 m long for 1 m/s or a unit vector, white for `velocity` (3,), m/s, to the same scale, and
     red for a push by `force` (3,), N.
     """
-    above, higher, middle = (np.add(position, [0, 0, z]) for z in (0.36, 0.39, 0.15))
+    above, higher, rim = (np.add(position, [0, 0, z]) for z in (0.36, 0.4, 0.32))
     arrows = [
         (above, above + np.append(goal, 0) / 2, (0.1, 0.75, 0.2, 1)),
         (higher, higher + np.divide(velocity, 2), (1, 1, 1, 1)),
@@ -1565,7 +1566,7 @@ def make_arrows(position, goal, velocity, force):
     strength = np.linalg.norm(force)
     if strength > 0:
         direction, length = np.divide(force, strength), 0.2 + min(strength, 100) / 200
-        end = middle - 0.12 * direction  # on the tower's surface
+        end = rim - 0.12 * direction  # on the tower, where none is hidden behind it
         arrows.append((end - length * direction, end, (0.9, 0.1, 0.1, 1)))
     return arrows
 
@@ -1578,6 +1579,7 @@ def draw_arrows(scene, arrows):
             geom = scene.geoms[scene.ngeom]
             mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.zeros(9), np.array(colour, np.float32))
             mujoco.mjv_connector(geom, kind, 0.012, start, end)
+            geom.size[2] *= 2  # MuJoCo draws an arrow half as long
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR  # casts no shadow
             scene.ngeom += 1
 
@@ -1726,7 +1728,7 @@ class DepthRenderer:
 
     def _clearance(self, origin, direction, relief, t):
         """Heights in m over the terrain of the rays' points at depths t (n, h, w); negative below it."""
-        grid = torch.empty(2, *t.shape, device=self.device)
+        grid = t.new_empty(2, *t.shape)
         for k in (0, 1):
             torch.addcmul(origin[k], direction[k], t, out=grid[k])
         height = self.lookup(grid)

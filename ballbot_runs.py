@@ -2,15 +2,18 @@
 
 What cannot be ends the program with one line, by `stop`. A run is a folder runs/NAME with config.json (the flags),
 TensorBoard's events, last.pt and previous.pt (checkpoints to go on from) and best.pt (the best policy so far). A
-checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no code in one is ever run.
+checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no code in one is ever run. It names the
+script that trained it, from which programs take the policy's classes (`script_for`).
 """
 
 import argparse
+import ast
 import contextlib
 import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -30,7 +33,8 @@ from itertools import chain
 from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from types import ModuleType
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -47,10 +51,25 @@ NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrai
 # What must be as it was in the training of the policy that --init-from names
 NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "vf_layers", "norm_obs",
                  "privileged_critic", "depth_scale")  # fmt: skip
-CLEAR_LINE = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
+SCRIPT_KEYS = ("script", "script_sha256")  # in checkpoints and config.json: a script's name, and its text's SHA-256
+INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
 
 
 # Output
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether the stream is a terminal on which a line can be replaced in place."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+CLEAR_LINE = "\r\x1b[K" if is_terminal(sys.stdout) else ""
+
+
+def escape_unprintable() -> None:
+    """Print a character that the output's encoding lacks, as ASCII lacks "·", as its escape sequence."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def is_first() -> bool:
@@ -133,7 +152,9 @@ def parse(kind: type, presets: dict[str, dict], translated: Callable[[dict], dic
         try:
             if not Path(start.config).is_file():
                 raise ValueError("there is no such file")
-            settings = typed(translated(json.loads(Path(start.config).read_bytes())), kind)
+            settings = json.loads(Path(start.config).read_bytes())
+            settings = {k: v for k, v in settings.items() if k not in SCRIPT_KEYS or type(v) is not str}
+            settings = typed(translated(settings), kind)
         except (OSError, ValueError, AttributeError, OverflowError, RecursionError, TypeError) as error:
             stop(f"{flag} is not a run's config.json: {error}")
         if start.preset and start.preset != settings.get("preset", start.preset):
@@ -399,23 +420,42 @@ def fitting(run: dict, kind: type, network: Callable) -> tuple[nn.Module, Any]:
         raise ValueError(f"has no {', '.join(missing)} in its args: it is of no version of this program")
     args = kind(**typed({name: settings[name] for name in vars(kind()) if name in settings}, kind))
     wrong = "size of the networks" * (max(args.hidden_size, 1000 * args.pi_layers, 1000 * args.vf_layers) > 10**6)
-    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        wrong = wrong or unlike(model, network(args).state_dict(), "model")
-    if wrong:
-        raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
-    agent = network(args)
+    with float32_by_default():
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            wrong = wrong or unlike(model, network(args).state_dict(), "model")
+        if wrong:
+            raise ValueError(f"is damaged or of another version: {wrong} is not as its flags imply")
+        agent = network(args)
     agent.load_state_dict(dict(model))
     return agent, args
 
 
-def policy_in(path: Path, kind: type, network: Callable) -> tuple[nn.Module, Any]:
-    """The Agent and the Args in a checkpoint, or in the best.pt of a run's folder; exits with one line if none are."""
-    path = path / "best.pt" if path.is_dir() else path
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """A block whose tensors are float32, whatever PyTorch's default is."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        return fitting(unsealed(path), kind, network)
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def policy_in(path: Path, kind: type) -> Any:
+    """The Policy in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none.
+
+    Its classes are those of the script that trained it, or of the script of the Args `kind` if it names none.
+    """
+    path, advice = path / "best.pt" if path.is_dir() else path, ": give runs/<run name>, or a checkpoint in it"
+    try:
+        content = unsealed(path)
+        script = script_for(content, path, kind=kind)
+        return script.Policy(*fitting(content, script.Args, script.Agent))
+    except ScriptError as error:
+        problem, advice = error, ""
     except Exception as error:
         problem = error if isinstance(error, ValueError) else "holds no policy of this program"
-    stop(f"{path} {problem}: give runs/<run name>, or a checkpoint in it")
+    stop(f"{path} {problem}{advice}")
 
 
 def load_run(path: Path, kind: type, network: Callable) -> dict:
@@ -423,10 +463,15 @@ def load_run(path: Path, kind: type, network: Callable) -> dict:
     other, offer = path.with_name("previous.pt" if path.name == "last.pt" else "last.pt"), ""
     try:
         offer = f"; {other} is there too: --resume {shlex.quote(str(other))}" if other.is_file() else ""
-        run = unsealed(path)
+        script, run = script_of(kind), unsealed(path)
+        if run.get("script", script["script"]) != script["script"]:
+            offer = ""
+            raise ValueError(f"was trained by {run['script']!r:.80}, not by {script['script']}: --resume it by that")
         _, args = fitting(run, kind, network)
         if "optimizer" not in run:
             raise ValueError("is a policy alone: --resume its run's folder, or give it to --init-from")
+        run = script | run  # older checkpoints name none
+        run["best"] = script | run["best"] if isinstance(run["best"], dict) else run["best"]
         if wrong := set(vars(args)) ^ set(run["args"]):
             offer = ""  # of the same program
             raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(wrong))}")
@@ -441,7 +486,7 @@ def judged(agent: nn.Module) -> dict:
     """What a best.pt is like, of a policy like `agent`."""
     keys = [key + end for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
     evaluation = {"episodes": 1} | dict.fromkeys(keys, 0.0)
-    return dict(model=agent.state_dict(), args=..., global_step=1, eval=evaluation)
+    return dict(model=agent.state_dict(), args=..., global_step=1, eval=evaluation) | dict.fromkeys(SCRIPT_KEYS, "")
 
 
 def best_of(run: dict, folder: Path, agent: nn.Module) -> dict | None:
@@ -450,7 +495,7 @@ def best_of(run: dict, folder: Path, agent: nn.Module) -> dict | None:
     Where that is missing, damaged or newer than the checkpoint, it is the one that the checkpoint knows.
     """
     with contextlib.suppress(OSError, ValueError):
-        best, like = unsealed(folder / "best.pt"), judged(agent)
+        best, like = {key: run[key] for key in SCRIPT_KEYS} | unsealed(folder / "best.pt"), judged(agent)
         fits = not unlike(best, like) or not unlike(best, like | {"ended_at": 1})  # a run that has ended says where
         if fits and 0 < best["global_step"] <= run["global_step"]:
             return best
@@ -489,6 +534,97 @@ def going_on(run_dir: Path) -> str:
     return "start anew, under another --run-name: there is no checkpoint yet"
 
 
+# Scripts
+
+
+class ScriptError(Exception):
+    """A checkpoint's script is missing or of no use."""
+
+
+def describe_script(path: Path) -> dict[str, str]:
+    """What a checkpoint says of the script that trained it: its name, and the SHA-256 of its text."""
+    return dict(zip(SCRIPT_KEYS, (path.name, hashlib.sha256(path.read_bytes()).hexdigest())))
+
+
+@functools.cache
+def script_of(kind: type) -> dict[str, str]:
+    """`describe_script` of the script that defines the Args `kind`, as it was at the first call."""
+    try:
+        return describe_script(Path(inspect.getfile(kind)))
+    except (OSError, TypeError):  # not defined in a file
+        return dict.fromkeys(SCRIPT_KEYS, "")
+
+
+def find_script(name: Any) -> Path | None:
+    """The file of a script that a checkpoint names, in the working directory or installed with this program, or None.
+
+    A checkpoint can hold any name: none leads out of the working directory, not by a link either.
+    """
+    if not isinstance(name, str) or not name.endswith(".py") or not name[:-3].isidentifier():
+        return None
+    path = Path(name).resolve()
+    if path.is_file() and path.is_relative_to(Path.cwd().resolve()):
+        return path
+    spec = importlib.util.find_spec(name[:-3]) if name in INSTALLED_SCRIPTS else None
+    return Path(spec.origin) if spec else None
+
+
+def import_script(path: Path) -> ModuleType:
+    """The module of a script that defines Args, Agent and Policy; raises ScriptError if it cannot be imported."""
+    path = path.resolve()
+    modules = (m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("__file__") == str(path))
+    module = next(modules, None)
+    if module is None:
+        name = f"{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"  # unlike that of any other file
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))  # for modules beside it
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[spec.name]
+            raise ScriptError(f"needs {path}, which cannot be imported: {type(error).__name__}: {error}") from None
+    missing = [name for name in ("Args", "Agent", "Policy") if not hasattr(module, name)]
+    if missing:
+        raise ScriptError(f"needs a script with {' and '.join(missing)}, which {path} lacks")
+    return module
+
+
+def script_for(content: dict, path: Path, script: Path | None = None, kind: type | None = None) -> ModuleType:
+    """The module with the classes of the checkpoint `content`, read from `path`; raises ScriptError if there is none.
+
+    It is that of the file `script`, if given, else that of the script that trained it. Older checkpoints name none:
+    they are taken as of the script that defines the Args `kind`, or of ppo_ballbot.py.
+    """
+    own = script_of(kind) if kind else {"script": "ppo_ballbot.py"}
+    name = content.get("script", own["script"])
+    if kind and not script and name == own["script"]:
+        module = sys.modules[kind.__module__]
+    else:
+        found = script or find_script(name)
+        if not found:
+            raise ScriptError(f"was trained by {name!r:.80}, which is no script in the working directory: "
+                              + ("put it there" if kind else "put it there, or give --script"))  # fmt: skip
+        module, own = import_script(found), describe_script(found)
+    warn_if_changed(content, path, own)
+    return module
+
+
+def warn_if_changed(content: dict, path: Path, script: dict[str, str]) -> None:
+    """Warn with one line if the checkpoint `content`, read from `path`, was trained by another text than `script`'s."""
+    if is_first() and content.get("script_sha256", script["script_sha256"]) != script["script_sha256"]:
+        same = content.get("script") == script["script"]
+        what = f"{script['script']} has changed since it trained" if same else f"{script['script']} did not train"
+        print(f"warning: {what} {path}", file=sys.stderr)
+
+
+def networks(script: ModuleType) -> dict[str, str]:
+    """The code that computes a script's policies, by name: its classes except Args, and `proprioception`."""
+    parts = [node for node in ast.parse(Path(script.__file__).read_bytes()).body if hasattr(node, "name")]
+    parts = [node for node in parts if isinstance(node, ast.ClassDef) or node.name == "proprioception"]
+    return {node.name: ast.dump(node) for node in parts if node.name != "Args"}
+
+
 # A run
 
 
@@ -506,11 +642,14 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
         if (folder / "last.pt").is_file():
             args.resume = str(folder)
     run, weights, makes = None, {}, is_first() and started is None and not restarted
+    script = script_of(kind)  # reads it before it can change
     if args.resume:
         path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
         run, run_dir = load_run(path, kind, network), path.parent
         given, before = args.total_timesteps, run["args"]["total_timesteps"]
         vars(args).update(run["args"] | {"resume": args.resume})
+        if started is None:
+            warn_if_changed(run, path, script)
         if given != kind.total_timesteps or hasattr(args, "total_is_given"):
             args.total_timesteps = given
             if given < before:
@@ -526,8 +665,12 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
     if run is None:
         memory = check(args, size)
         if args.init_from:
-            policy, trained_by = policy_in(Path(args.init_from), kind, network)
-            weights = policy.state_dict()
+            policy = policy_in(Path(args.init_from), kind)
+            weights, trained_by = policy.agent.state_dict(), policy.args
+            theirs, ours = (sys.modules[defined.__module__] for defined in (type(policy), kind))
+            if theirs is not ours and networks(theirs) != networks(ours):
+                stop(f"--init-from {args.init_from} was trained by {Path(theirs.__file__).name}, whose networks differ "
+                     "from this script's")  # fmt: skip
             differ = [name for name in NETWORK_FLAGS if getattr(args, name) != getattr(trained_by, name)
                       and name not in without_effect(args)]  # fmt: skip
             if differ:
@@ -546,17 +689,17 @@ def begin(args: Any, started: float | None, kind: type, network: Callable) -> tu
 
 
 def as_config(flags: dict[str, Any]) -> str:
-    """Flags as the text of a run's config.json, which --config takes."""
+    """Flags, and what `script_of` returns, as the text of a run's config.json, which --config takes."""
     kept = {key: value for key, value in flags.items() if key not in ("run_name", "config", "resume")}
     return json.dumps(kept, indent=2) + "\n"
 
 
 def began(args: Any, folder: Path) -> bool:
     """Whether a run's folder is of a run with these flags, empty or not there."""
-    any_number = {"num_processes": 0}  # of ranks: it is torchrun's
+    other = {"num_processes": 0} | dict.fromkeys(SCRIPT_KEYS, "")  # the number of ranks is torchrun's
     try:
         before, now = (folder / "config.json").read_text(), as_config(asdict(args))
-        return json.loads(before) | any_number == json.loads(now) | any_number
+        return json.loads(before) | other == json.loads(now) | other
     except (OSError, ValueError, TypeError):
         return not folder.exists() or not any(folder.iterdir())
 
@@ -564,7 +707,7 @@ def began(args: Any, folder: Path) -> bool:
 def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     """The writer of TensorBoard's events, with Weights & Biases beside it where they are wanted.
 
-    A run's flags go there and to config.json, again if it goes on for more steps.
+    A run's flags go there and to config.json, which names the script too, again if it goes on for more steps.
     """
     flags = asdict(args)
     if args.track:
@@ -576,7 +719,7 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1 if run else None)
     if run is None or run["args"]["total_timesteps"] != args.total_timesteps:
         part = run_dir / "config.json.part"
-        part.write_text(as_config(flags))
+        part.write_text(as_config(flags | script_of(type(args))))
         os.replace(part, run_dir / "config.json")
         rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
@@ -590,13 +733,13 @@ def close_log(args: Any, writer: SummaryWriter) -> None:
         sys.modules["wandb"].finish()
 
 
-def film(agent: nn.Module, args: Any, run_dir: Path, global_step: int) -> None:
+def film(policy: Any, run_dir: Path, global_step: int) -> None:
     """An episode on the evaluation terrain, as runs/<run name>/videos/<steps>.mp4."""
     from ballbot_utils import watch
 
     (run_dir / "videos").mkdir(exist_ok=True)
     flags = watch.Args(checkpoint=run_dir, video=run_dir / "videos" / f"{global_step}.mp4", overwrite=True)
-    watch.video(watch.trained(agent), flags, watch.conditions(flags, args, run_dir))
+    watch.video(watch.trained(policy), flags, watch.conditions(flags, policy.args, run_dir))
 
 
 # Processes
@@ -635,6 +778,7 @@ def start_ranks(train: Callable, args: Any, started: float) -> None:
 @closed_output_ends()
 def be_rank(rank, train, args, port, started):
     """What the processes do that `start_ranks` starts."""
+    escape_unprintable()
     # They are sent SIGINT when that process dies; nohup and & have it ignored
     signal.signal(signal.SIGINT, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -701,8 +845,7 @@ def main(parse: Callable[[], Any], train: Callable) -> None:
     """A program that trains by its command line: `train(parse())`, and one line where that ends too soon."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # a closed output's number is not for the files of a run
         pass
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
+    escape_unprintable()
     args, why = parse(), f"{CLEAR_LINE}stopped"
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)

@@ -525,7 +525,7 @@ def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
     results = []  # (return, length, whether it fell)
     for start in range(mine.start, mine.stop, 100):
         envs = make_envs(args, min(mine.stop - start, 100), evaluation=True)
-        obs, _ = envs.reset(seed=ballbot_env.spawn_seeds(1_000_000, episodes)[start : start + envs.num_envs])
+        obs, _ = envs.reset(seed=[1_000_000 + start + i for i in range(envs.num_envs)])
         policy, running = Policy(agent, args), np.ones(envs.num_envs, bool)
         while running.any():
             obs, _, terminations, truncations, infos = envs.step(policy(obs))
@@ -542,43 +542,66 @@ def evaluate(agent: Agent, args: Args, episodes: int) -> dict:
     return result
 
 
+def in_blocks(network, x, size):
+    """`network(x)`, on a CPU on `size` rows at a time: to the last bit, what a row gives depends on no other row."""
+    if x.is_cuda:
+        return network(x)
+    filled = torch.cat([x, x.new_zeros(-len(x) % size, *x.shape[1:])])
+    return torch.cat([network(block) for block in filled.split(size)])[: len(x)]
+
+
+def as_float32(value):
+    """A float32 array of an array, a list or a tensor; frames on a GPU stay there."""
+    if torch.is_tensor(value):
+        value = value.detach().float()
+        return value if value.is_cuda and value.ndim > 2 else value.cpu().numpy()
+    return np.asarray(value, np.float32)
+
+
 class Policy:
     """A trained policy as a function: `action = policy(obs)`.
 
-    Observations are those of `gym.make`, or of `gym.make_vec` with their leading axis; actions, float32 (3,) or (n, 3),
-    are clipped to [-1, 1], and drawn (by a torch `generator`, if given) unless `deterministic`. Frames are encoded when
-    they differ from those of the call before, so that it need not know of resets. `args` are those of the training: the
-    environment must have their `frame_skip` and `cameras`.
+    Observations are those of `gym.make`, or of `gym.make_vec` with their leading axis, as arrays, tensors or lists of
+    any type of number. Actions, float32 (3,) or (n, 3), are clipped to [-1, 1], and drawn unless `deterministic` (by a
+    torch `generator`, if given, or by a list with one for each environment). Frames are encoded when they differ from
+    those of the call before, so that it need not know of resets. `args` are those of the training: the environment must
+    have their `frame_skip` and `cameras`. On a CPU an environment's actions do not depend on how many there are.
     """
 
     def __init__(self, agent, args):
         self.agent, self.args = agent, args
-        self.frames, self.depth = None, torch.empty(0, agent.num_depth)  # of the call before, and their features
+        self.frames, self.depth = None, agent.log_std.new_empty(0, agent.num_depth)  # of the call before, its features
 
     @torch.no_grad()
-    def __call__(self, obs: dict, deterministic: bool = True, generator: torch.Generator | None = None) -> np.ndarray:
+    def __call__(self, obs: dict, deterministic: bool = True, generator=None) -> np.ndarray:
+        obs = {key: as_float32(value) for key, value in obs.items()}
         agent, single = self.agent, obs["vel"].ndim == 1
         obs = {key: value[None] for key, value in obs.items()} if single else obs
         if len(self.depth) != len(obs["vel"]):
-            self.frames, self.depth = None, torch.empty(len(obs["vel"]), agent.num_depth, device=agent.log_std.device)
+            self.frames, self.depth = None, agent.log_std.new_empty(len(obs["vel"]), agent.num_depth)
         if agent.encoder is not None:
             frames = obs["depth_0"], obs["depth_1"]
             right, left = (frame != old for frame, old in zip(frames, self.frames or (np.nan, np.nan)))
             new = right.any((1, 2, 3)) | left.any((1, 2, 3))
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
-                self.depth[torch.as_tensor(new)] = agent.encode(images)
+                self.depth[torch.as_tensor(new)] = in_blocks(agent.encode, images, 2)
                 self.frames = list(map(ballbot_env.copied, frames))
-        action = agent.actor(agent.features(proprioception(obs, agent), self.depth))
+        action = in_blocks(agent.actor, agent.features(proprioception(obs, agent), self.depth), 16)
         if not deterministic:
-            action += agent.log_std.exp() * torch.randn(action.shape, generator=generator).to(action.device)
+            each = [(generator, len(action))] if not isinstance(generator, list) else [(one, 1) for one in generator]
+            noise = [torch.randn(rows, 3, generator=one, dtype=torch.float32) for one, rows in each]
+            action += agent.log_std.exp() * torch.cat(noise).to(action.device)
         action = action.clamp(-1, 1).cpu().numpy()
         return action[0] if single else action
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none."""
-    return Policy(*ballbot_runs.policy_in(Path(path), Args, Agent))
+    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none.
+
+    Its class is that of the script that trained it. If that is not this one, it is imported from the working directory.
+    """
+    return ballbot_runs.policy_in(Path(path), Args)
 
 
 def reached(result):
@@ -634,6 +657,7 @@ def learn(args, run_dir, run, weights, started):
     """What each rank does for `train`, from the `weights` to start with, a part of them, or from a checkpoint `run`."""
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
     num_iterations, num_envs = args.total_timesteps // iteration_steps, args.num_envs // world_size()
+    script = ballbot_runs.script_of(Args)  # for checkpoints
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(args.torch_threads)
@@ -747,7 +771,7 @@ def learn(args, run_dir, run, weights, started):
             state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
                          cuda_rng=torch.cuda.get_rng_state() if args.cuda else None)  # fmt: skip
             states, saved = gather(state), time.perf_counter()
-        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
+        policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step, **script)
         result, is_best = None, False
         if global_step // args.eval_interval > (global_step - iteration_steps) // args.eval_interval:
             result = evaluate(agent, args, args.eval_episodes)
@@ -788,7 +812,7 @@ def learn(args, run_dir, run, weights, started):
                 targets_met = f"{global_step:,} steps, {int(clock) // 60} min {int(clock) % 60:02} s"
                 say(f"targets met after {targets_met}")
             if args.capture_video:
-                ballbot_runs.film(agent, args, run_dir, global_step)
+                ballbot_runs.film(Policy(agent, args), run_dir, global_step)
         if is_best:
             save(run_dir / "best.pt", best)
         if due[0]:
@@ -799,14 +823,14 @@ def learn(args, run_dir, run, weights, started):
             good = True
 
     envs.close()
-    policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
+    policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step, **script)
     final = copy.deepcopy(policy) | {"eval": evaluate(agent, args, args.final_eval_episodes)}
     say(f"final policy: {summary(final['eval'])}")
     if rank() == 0 and not result:
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
         if args.capture_video:
-            ballbot_runs.film(agent, args, run_dir, global_step)
+            ballbot_runs.film(Policy(agent, args), run_dir, global_step)
     if best is not None and best["global_step"] < global_step:
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)

@@ -427,7 +427,7 @@ def main(args: Args) -> None:
     text = machine() + "\n\n" + table(records, args)
     print("\n" + text)
     write(files[0], lambda part: draw(records, args).savefig(part, dpi=150))
-    write(files[1], lambda part: part.write_text(text))
+    write(files[1], lambda part: part.write_text(text, "utf-8"))
     settings = {key: value for key, value in asdict(args).items() if key not in ("output", "overwrite")}
     figures = json.dumps({"machine": machine(), "settings": settings, "records": records}, indent=1) + "\n"
     write(files[2], lambda part: part.write_text(figures))

@@ -29,7 +29,8 @@ class Conditions:
     horizon: int = 4000
     """steps at which an episode ends, up to whole actions; 10000 is the paper's test of generalisation (fig. 7)"""
     seed: int = 1_000_000
-    """seed of start poses, pushes and noise; the default starts where ppo_ballbot.py's own evaluations do"""
+    """seed of the first episode, its start pose, pushes and noise; the next ones have the next numbers. The default
+    starts where ppo_ballbot.py's own evaluations do"""
     terrain: str | None = None
     """ground: perlin or flat; default: that of training"""
     terrain_seed: int | None = None
@@ -54,6 +55,7 @@ class Conditions:
 @ballbot_runs.closed_output_ends()
 def command(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
     """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
+    ballbot_runs.escape_unprintable()
     called = Path(sys.argv[0])
     name = f"python -m {called.resolve().parent.name}.{called.stem}" if called.suffix == ".py" else called.name
     main(tyro.cli(flags, prog=name, **kwargs))
@@ -131,7 +133,7 @@ _progress_shown = 0.0
 def progress(line: str, share: float) -> None:
     """Show how far a long job is: in place on a terminal, else a line every half minute."""
     global _progress_shown
-    now, terminal = time.monotonic(), sys.stderr.isatty()
+    now, terminal = time.monotonic(), ballbot_runs.is_terminal(sys.stderr)
     if now - _progress_shown < (0.2 if terminal else 30):
         return
     _progress_shown = now
@@ -141,18 +143,22 @@ def progress(line: str, share: float) -> None:
 
 def clear_progress() -> None:
     """Wipe the line of progress off a terminal."""
-    if sys.stderr.isatty():
+    if ballbot_runs.is_terminal(sys.stderr):
         print(" " * 100, end="\r", file=sys.stderr, flush=True)
 
 
 # Policies
 
 Act = Callable[[dict], np.ndarray]  # observations, (n, ...), to actions, (n, 3)
-EpisodePolicy = Callable[[BallbotVectorEnv, torch.Generator], Act]  # as `play` wants it
+EpisodePolicy = Callable[[BallbotVectorEnv, list[torch.Generator]], Act]  # as `play` wants it
 
 
-def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
-    """The policy in a checkpoint, the args it was trained by and its steps; exits with one line on a bad file."""
+def load(path: Path, script: Path | None = None) -> tuple[ppo_ballbot.Policy, int]:
+    """The Policy in a checkpoint and its steps; exits with one line on a bad file.
+
+    Its classes are those of the script that trained it, or of the file `script`.
+    """
+    need(script is None or script.is_file(), f"--script is {script}: there is no such file")
 
     def must(good, problem):
         need(good, f"{path} {problem}")
@@ -164,26 +170,27 @@ def load(path: Path) -> tuple[ppo_ballbot.Agent, ppo_ballbot.Args, int]:
             need(path.exists(), f"{folder} has no best.pt (no evaluation yet?): {other}")
         must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
         content = ballbot_runs.unsealed(path)
-        agent, train_args = ballbot_runs.fitting(content, ppo_ballbot.Args, ppo_ballbot.Agent)
-        step = content.get("global_step", 0)
-    except (OSError, ValueError) as error:
+        module = ballbot_runs.script_for(content, path, script)
+        agent, train_args = ballbot_runs.fitting(content, module.Args, module.Agent)
+        policy, step = module.Policy(agent, train_args), content.get("global_step", 0)
+    except (OSError, ValueError, ballbot_runs.ScriptError) as error:
         must(False, getattr(error, "strerror", None) or error)
     except Exception:  # its content can be anything
-        must(False, "is no checkpoint of ppo_ballbot.py")
+        must(False, "is no checkpoint of ppo_ballbot.py or a copy")
     must(type(step) is int and 0 <= step < 2**63, "has a global_step that is no number of steps")
     for name, low, high in (("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
                             ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip
         value = getattr(train_args, name)
         must(low <= value <= high, f"has a {name} that is not from {low:g} to {high:g} in its args")
-    return agent, train_args, step
+    return policy, step
 
 
-def trained(agent: ppo_ballbot.Agent, stochastic: bool = False) -> EpisodePolicy:
+def trained(policy: ppo_ballbot.Policy, stochastic: bool = False) -> EpisodePolicy:
     """A trained policy for `play`; a stochastic one draws its actions."""
 
-    def start(envs, generator):
-        policy = ppo_ballbot.Policy(agent, None)
-        return lambda obs: policy(obs, not stochastic, generator)
+    def start(envs, generators):
+        act = type(policy)(policy.agent, policy.args)
+        return lambda obs: act(obs, not stochastic, generators)
 
     return start
 
@@ -212,13 +219,13 @@ def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Pat
     return task
 
 
-def begin(envs: BallbotVectorEnv, seed: int, horizon: int) -> tuple[dict, dict]:
-    """`envs.reset(seed)`, further back along y where a long episode could otherwise end at the terrain's edge.
+def begin(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict, dict]:
+    """`envs.reset(seed=seeds)`, further back along y where a long episode could otherwise end at the terrain's edge.
 
     Up to 4000 steps nothing changes, nor with commands, which lead anywhere. For longer ones the starts are squeezed
     towards y = -18 m so that at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small.
     """
-    obs, info = envs.reset(seed=seed)
+    obs, info = envs.reset(seed=seeds)
     limit = TERRAIN_EXTENT - 2 * EDGE
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
     if latest < START_EXTENT and envs.commands is None:
@@ -233,41 +240,46 @@ def play(
     obs: dict,
     policy: EpisodePolicy,
     args: Conditions,
-    rng: np.random.Generator,
-    generator: torch.Generator,
+    seeds: list[int],
 ) -> Iterator[tuple[int, np.ndarray, tuple]]:
     """Go on for ever from the first observations of new episodes, disturbed as `args` (Conditions) say.
 
-    `policy(envs, generator)` begins new episodes and returns a function from observations, a dict of (n, ...), to
-    actions (n, 3). After each step yields the physics steps so far, the actions, and what `envs.step` returned.
+    `policy(envs, generators)` begins new episodes and returns a function from observations, a dict of (n, ...), to
+    actions (n, 3). Each episode has generators of its own, from its seed in `seeds` (n), so that it is the same among
+    any number of others. After each step yields the physics steps so far, the actions, and what `envs.step` returned.
     """
-    act, steps = policy(envs, generator), 0
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # of noise and actions
+    rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # of pushes; default_rng(seed) draws the start
+    act, steps = policy(envs, generators), 0
     while True:
-        actions = act(disturb(obs, envs, args.obs_noise, generator))
-        push(envs, args, steps, rng)
+        actions = act(disturb(obs, envs, args.obs_noise, generators))
+        push(envs, args, steps, rngs)
         steps += envs.frame_skip
         result = envs.step(actions)
         obs = result[0]
         yield steps, actions, result
 
 
-def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generator: torch.Generator) -> dict:
-    """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place."""
+def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generators: list[torch.Generator]) -> dict:
+    """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place.
+
+    Each environment's is drawn by its own generator.
+    """
     if not std:
         return obs
-    noisy = dict(obs)
-    for key in ("orientation", "angular_vel", "vel", "motor_state"):
-        noisy[key] = obs[key] + std * torch.randn(obs[key].shape, generator=generator).numpy()
-    if envs.frames is not None and envs.new_frames.any():
-        new = torch.from_numpy(envs.new_frames.copy())
-        noise = std * torch.randn(envs.frames[new].shape, generator=generator)
-        envs.frames[new] = (envs.frames[new] + noise).clamp_(0, 1)
+    noisy, noise = dict(obs), std * torch.stack([torch.randn(4, 3, generator=generator) for generator in generators])
+    for k, key in enumerate(("orientation", "angular_vel", "vel", "motor_state")):
+        noisy[key] = obs[key] + noise[:, k].numpy()
+    for i in np.flatnonzero(envs.new_frames) if envs.frames is not None else ():
+        noise = std * torch.randn(envs.frames[i].shape, generator=generators[i])
+        envs.frames[i] = (envs.frames[i] + noise).clamp_(0, 1)
+    if envs.frames is not None:
         noisy |= {f"depth_{i}": envs.frames[:, i : i + 1].numpy() for i in (0, 1)}  # `obs` may have copies
     return noisy
 
 
-def push(envs: BallbotVectorEnv, args: Conditions, step: int, rng: np.random.Generator) -> None:
-    """Apply or end the push that is due before `step` (0 is the first of an episode).
+def push(envs: BallbotVectorEnv, args: Conditions, step: int, rngs: list[np.random.Generator]) -> None:
+    """Apply or end the push that is due before `step` (0 is the first of an episode), each by its own generator.
 
     Where actions are held, a push lasts as many of them as 20 ms need, at least one, and its impulse stays."""
     if not args.push:
@@ -276,7 +288,7 @@ def push(envs: BallbotVectorEnv, args: Conditions, step: int, rng: np.random.Gen
     phase = step // held % max(1, round(args.push_interval / TIMESTEP / held))
     lasts = -(-PUSH_STEPS // held)
     if phase == 0 and step > 0:
-        angle = rng.uniform(0, 2 * np.pi, envs.num_envs)
+        angle = np.array([rng.uniform(0, 2 * np.pi) for rng in rngs])
         direction = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
         envs.push(args.push / (lasts * held * TIMESTEP) * direction)
     elif phase == lasts:

@@ -3,9 +3,9 @@
 In MuJoCo's window the arrow keys change the velocity commanded, the upper one away from you (+y), and space stops; the
 window needs a display. Arrows over the robot show the command (green) and its velocity (white, to the same scale).
 
-`--script FILE` follows commands without a window, and prints how far the velocity is from them on average. Each line of
-the file is `seconds vx vy`, in m/s in the world's frame; `--plot FILE.png` shows velocity against command. Conditions
-and disturbances are those of `python -m ballbot_utils.evaluate`.
+`--commands FILE` follows commands without a window, and prints how far the velocity is from them on average. Each line
+of the file is `seconds vx vy`, in m/s in the world's frame; `--plot FILE.png` shows velocity against command.
+Conditions and disturbances are those of `python -m ballbot_utils.evaluate`.
 """
 
 from dataclasses import dataclass, replace
@@ -48,35 +48,38 @@ class Args(Conditions):
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
     """a checkpoint, a .pt file, or the folder of a run, whose best.pt is meant"""
     horizon: int = 30_000
-    """steps at which an episode in the window ends; with --script it ends with the script"""
-    script: Path | None = None
-    """file of commands to follow without a window, lines of `seconds vx vy`"""
+    """steps at which an episode in the window ends; with --commands it ends with them"""
+    commands: Path | None = None
+    """file of commands to follow without a window, lines of `seconds vx vy`; # begins a comment"""
     plot: Path | None = None
-    """file for a picture of velocity against command, .png; with --script"""
+    """file for a picture of velocity against command, .png; with --commands"""
+    script: Path | None = None
+    """the script that trained it; default: the one that it names, in the working directory"""
 
 
 def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
     if args.plot:
-        need(args.script, "--plot needs --script")
+        need(args.commands, "--plot needs --commands")
         need_file("--plot", args.plot, args.overwrite, ".png")
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             need(False, "--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if args.script:
-        need(args.script.is_file(), f"--script is {args.script}: there is no such file")
+    if args.commands:
+        need(args.commands.is_file(), f"--commands is {args.commands}: there is no such file")
 
 
 def read(path: Path) -> np.ndarray:
     """The commands in a file, (n, 3): seconds, and x and y of the velocity, m/s; exits with one line on a bad one."""
     rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
             continue
         try:
-            seconds, *velocity = map(float, line.split())
+            seconds, *velocity = map(float, words)
             good = len(velocity) == 2 and TIMESTEP <= seconds < 1e6 and max(map(abs, velocity)) <= 2
         except ValueError:
             good = False
@@ -95,14 +98,13 @@ def follow(
     the terrain" or "".
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
-    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
-    obs, _ = begin(envs, args.seed, SHORT)
+    obs, _ = begin(envs, [args.seed], SHORT)
     ends = np.cumsum(commands[:, 0])
     wanted = commands[0, 1:]
     envs.command([wanted])
     obs["command"][:] = wanted
     rows = []
-    for steps, _, result in play(envs, obs, policy, args, rng, generator):
+    for steps, _, result in play(envs, obs, policy, args, [args.seed]):
         obs, _, terminations, truncations, infos = result
         ended = terminations[0] or truncations[0]
         last = infos["final_obs"][0] if ended else {key: value[0] for key, value in obs.items()}
@@ -167,19 +169,20 @@ def by_keys(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    if args.script:
-        commands = read(args.script)
+    if args.commands:
+        commands = read(args.commands)
     else:
-        check_display("the window", "give --script FILE, which needs none")
+        check_display("the window", "give --commands FILE, which needs none")
     torch.set_num_threads(1)
-    agent, train_args, _ = load(args.checkpoint)
-    need(train_args.goal == "command", f"{args.checkpoint} was trained without commands: train one with --goal command")
-    if not args.script:
-        by_keys(trained(agent), replace(args, horizon=SHORT), conditions(args, train_args, args.checkpoint))
+    policy, _ = load(args.checkpoint, args.script)
+    commanded = policy.args.goal == "command"
+    need(commanded, f"{args.checkpoint} was trained without commands: train one with --goal command")
+    if not args.commands:
+        by_keys(trained(policy), replace(args, horizon=SHORT), conditions(args, policy.args, args.checkpoint))
         return
     args = replace(args, horizon=max(1, round(commands[:, 0].sum() / TIMESTEP)))
-    task = conditions(args, train_args, args.checkpoint)
-    times, wanted, velocities, end = follow(trained(agent), args, task, commands)
+    task = conditions(args, policy.args, args.checkpoint)
+    times, wanted, velocities, end = follow(trained(policy), args, task, commands)
     print(report(commands, times, np.linalg.norm(velocities - wanted, axis=1), end))
     if args.plot:
         write(args.plot, lambda part: draw(times, wanted, velocities).savefig(part, dpi=150))

@@ -3,8 +3,9 @@
 Every checkpoint plays episodes on terrain it was not trained on, and a table sets them side by side: return,
 length, speed and more, with 95 % bootstrap intervals, the guide's targets, and the gap between training and
 unseen terrain; for a policy that is given commands, their tracking error instead of speed. Longer episodes
-(`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a policy is;
-`python -m ballbot_utils.watch` shows one of them.
+(`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a policy is.
+Episode i has seed `--seed` + i, for all that is random in it: `python -m ballbot_utils.watch --seed` with that number,
+and the same conditions, shows it.
 
 --push J is a horizontal force on the base's centre of mass in a random direction, of impulse J (N·s) and 20 ms,
 every `--push-interval` seconds. 1 N·s changes the speed of the robot, 3.9 kg, by some 0.26 m/s.
@@ -46,8 +47,7 @@ from ballbot_utils.common import (
     trained,
     write,
 )
-from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Agent
-from ppo_ballbot import Args as TrainArgs
+from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Policy
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
 
@@ -61,7 +61,8 @@ class Figures(Conditions):
     num_threads: int = 0
     """CPU threads of the physics, 0: one per core"""
     json: str = ""
-    """file for all figures, every episode's too; - is standard output, and the table then goes to standard error"""
+    """file for all figures, those of each episode and its seed too; - is standard output, and the table then goes to
+    standard error"""
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Args(Figures):
     """checkpoints, .pt files, or folders of runs, whose best.pt is meant"""
     stochastic: bool = False
     """also draw actions from the policy instead of taking its mean, in columns of their own"""
+    script: Path | None = None
+    """the script that trained them; default: the one that each names, in the working directory"""
     allow_training_terrain: bool = False
     """permit a --terrain-seed that a checkpoint was trained on"""
     gap: bool = True
@@ -107,17 +110,17 @@ def run_episodes(policy: EpisodePolicy, args: Figures, task: dict[str, Any], tit
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=min(args.episodes, MAX_ENVS), num_threads=args.num_threads, copy=False,
                         **task)  # fmt: skip
-    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     along = ("tracking_error",) if envs.goal is None else ("speed", "distance")
     names = ("return", "length", *along, "effort", "fell", "left")
     rows, done, rounds = np.empty((args.episodes, len(names))), 0, -(-args.episodes // envs.num_envs)
     for round_ in range(rounds):
         first = round_ * envs.num_envs
-        obs, info = begin(envs, args.seed + first, args.horizon)
+        seeds = [args.seed + first + i for i in range(envs.num_envs)]
+        obs, info = begin(envs, seeds, args.horizon)
         start = info["position"][:, :2]
         effort, error, wanted = np.zeros(envs.num_envs), np.zeros(envs.num_envs), obs.get("command")
         running = first + np.arange(envs.num_envs) < args.episodes
-        for step, actions, result in play(envs, obs, policy, args, rng, generator):
+        for step, actions, result in play(envs, obs, policy, args, seeds):
             obs, _, terminations, truncations, infos = result
             effort += np.square(np.clip(actions, -1, 1)).sum(1)
             ended = np.flatnonzero((terminations | truncations) & running)
@@ -197,7 +200,8 @@ def column(
         "summary": summarise(episodes),
         "gap": None,
         "no_gap": "",
-        "per_episode": {key: values.tolist() for key, values in episodes.items()},
+        "per_episode": {"seed": [args.seed + i for i in range(args.episodes)]}
+        | {key: values.tolist() for key, values in episodes.items()},
     }
 
 
@@ -293,17 +297,15 @@ def notes(args: Figures, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(
-    args: Args, loaded: list[tuple[Path, Agent, TrainArgs, int]], tasks: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def evaluate(args: Args, loaded: list[tuple[Path, Policy, int]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evaluate every checkpoint; returns a list of dicts, one per column of the table."""
     results = []
     modes = (False, True) if args.stochastic else (False,)
-    for (path, agent, train_args, global_step), task in zip(loaded, tasks):
+    for (path, policy, global_step), task in zip(loaded, tasks):
+        train_args = policy.args
         for stochastic in modes:
             name = label(path, args.checkpoints)
-            policy = trained(agent, stochastic)
-            episodes = run_episodes(policy, args, task, name)
+            episodes = run_episodes(trained(policy, stochastic), args, task, name)
             result = column(name, args, task, episodes, global_step, stochastic) | {"checkpoint": str(path)}
             if not args.gap:
                 pass
@@ -313,7 +315,7 @@ def evaluate(
                 result["no_gap"] = "this is its training terrain"
             else:
                 there = task | {"terrain_seed": train_args.terrain_seed}
-                seen = run_episodes(policy, args, there, f"{name}, training terrain")["return"]
+                seen = run_episodes(trained(policy, stochastic), args, there, f"{name}, training terrain")["return"]
                 low, high = bootstrap_interval(seen, minus=episodes["return"])
                 mean = float(seen.mean() - episodes["return"].mean())
                 result["gap"] = {"training": float(seen.mean()), "mean": mean, "low": low, "high": high}
@@ -337,11 +339,11 @@ def main(args: Args) -> None:
     need(args.checkpoints, "no checkpoints given: give .pt files or folders of runs, runs/<name>")
     check(args)
     torch.set_num_threads(1)  # as in training, whose own evaluations then have the same figures to the last bit
-    loaded = [(path, *load(path)) for path in args.checkpoints]
-    tasks = [conditions(args, train_args, path) for path, _, train_args, _ in loaded]
-    for (path, _, train_args, _), task in zip(loaded, tasks):
+    loaded = [(path, *load(path, args.script)) for path in args.checkpoints]
+    tasks = [conditions(args, policy.args, path) for path, policy, _ in loaded]
+    for (path, policy, _), task in zip(loaded, tasks):
         seed = task.get("terrain_seed")
-        trained_on = train_args.terrain == "perlin" and seed == train_args.terrain_seed
+        trained_on = policy.args.terrain == "perlin" and seed == policy.args.terrain_seed
         need(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: give another "
              "--terrain-seed, or --allow-training-terrain")  # fmt: skip
     show(args, evaluate(args, loaded, tasks))

@@ -30,6 +30,8 @@ class Args:
     """file to write, .onnx"""
     overwrite: bool = False
     """replace a file that exists"""
+    script: Path | None = None
+    """the script that trained it; default: the one that it names, in the working directory"""
 
 
 class Exported(torch.nn.Module):
@@ -86,15 +88,15 @@ def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: P
     program.save(path, external_data=False)
 
 
-def largest_difference(path: Path, agent: Agent, envs: BallbotVectorEnv) -> tuple[float, int]:
-    """Play an episode by PyTorch; the largest difference of ONNX Runtime's actions, and the number of actions."""
+def largest_difference(path: Path, policy: Policy, envs: BallbotVectorEnv) -> tuple[float, int]:
+    """Play an episode by `policy`; the largest difference of ONNX Runtime's actions, and the number of actions."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
-    policy, worst, steps, over = Policy(agent, None), 0.0, 0, False
+    worst, steps, over = 0.0, 0, False
     obs, _ = envs.reset(seed=Conditions.seed)
     while not over:
         actions = policy(obs)
@@ -118,8 +120,8 @@ def main(args: Args) -> None:
     except ImportError as error:
         need(False, f"exporting needs {error.name}: pip install -r requirements-export.txt")
     torch.set_num_threads(1)
-    agent, train_args, steps = load(args.checkpoint)
-    task = conditions(Conditions(), train_args, args.checkpoint)
+    policy, steps = load(args.checkpoint, args.script)
+    task = conditions(Conditions(), policy.args, args.checkpoint)
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     metadata = {
         "run": str(args.checkpoint),
@@ -131,8 +133,8 @@ def main(args: Args) -> None:
     }
 
     def save_checked(part):
-        save(agent, envs.single_observation_space, metadata, part)
-        worst, actions = largest_difference(part, agent, envs)
+        save(policy.agent, envs.single_observation_space, metadata, part)
+        worst, actions = largest_difference(part, policy, envs)
         need(worst <= TOLERANCE, f"{args.output} is not written: actions differ from PyTorch's by {worst:.1e}")
         print(f"wrote {args.output}: {actions:,} actions of an episode differ from PyTorch's by at most {worst:.1e}")
 

@@ -53,6 +53,11 @@ def turned(vectors: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return np.stack([cos * x - sin * y, sin * x + cos * y], 1)
 
 
+def product(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The products (n, rows) of a matrix and `vectors` (n, columns), rounded the same for any n, as NumPy's are not."""
+    return (matrix * vectors[:, None]).sum(2)
+
+
 def fit(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """The matrix (outputs, inputs) that maps rows of `inputs` to rows of `outputs` with the least squares of errors."""
     return np.linalg.lstsq(inputs, outputs, rcond=None)[0].T
@@ -102,7 +107,7 @@ def regulator(
     `feedforward` (3, 2) is the action that a steady drive takes, by velocity in the robot's frame.
     """
 
-    def start(envs, generator=None):
+    def start(envs, generators=None):
         integrals, target, actions = np.zeros((envs.num_envs, 2)), np.zeros((envs.num_envs, 2)), 0
 
         def act(obs):
@@ -120,7 +125,7 @@ def regulator(
             error[:, 2] -= heading * share
             error[:, 6:8] -= wanted
             integrals += error[:, 6:8] * HOLD * TIMESTEP
-            return wanted @ feedforward.T - np.concatenate([error, integrals], 1) @ gain.T
+            return product(feedforward, wanted) - product(gain, np.concatenate([error, integrals], 1))
 
         return act
 

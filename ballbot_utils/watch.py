@@ -1,9 +1,10 @@
 """Watch a trained policy: `python -m ballbot_utils.watch runs/a --render`, or `--video robot.mp4`.
 
 `--render` shows it in MuJoCo's viewer, episode after episode in real time, until the window is closed; it needs a
-display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners; it needs OpenGL and the
-packages of requirements-dev.txt. Arrows show the goal or the velocity commanded (green), the robot's velocity (white,
-to the same scale) and pushes (red). Conditions and disturbances are those of `python -m ballbot_utils.evaluate`.
+display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners and the command in its
+caption; it needs OpenGL and the packages of requirements-dev.txt. Arrows show the goal or the velocity commanded
+(green), the robot's velocity (white, to the same scale) and pushes (red). Conditions and disturbances are those of
+`python -m ballbot_utils.evaluate`, and so is the episode of each --seed.
 """
 
 import itertools
@@ -64,6 +65,8 @@ class Args(Conditions):
     """file to write one episode to, .mp4 or .gif"""
     stochastic: bool = False
     """draw actions from the policy instead of taking its mean"""
+    script: Path | None = None
+    """the script that trained it; default: the one that it names, in the working directory"""
 
 
 def check(args: Args) -> None:
@@ -79,10 +82,9 @@ def episode(
 ) -> Iterator[tuple[int, float, str]]:
     """Play one episode in the one environment of `envs`. After each step yields its length and return so far, and how
     it ended: "fell", "did not fall", or "" while it goes on. `envs` then has the next one's start already."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    obs, _ = begin(envs, seed, args.horizon)
+    obs, _ = begin(envs, [seed], args.horizon)
     total = 0.0
-    for steps, _, (_, rewards, terminations, truncations, infos) in play(envs, obs, policy, args, rng, generator):
+    for steps, _, (_, rewards, terminations, truncations, infos) in play(envs, obs, policy, args, [seed]):
         total += rewards[0]
         if terminations[0] or truncations[0]:
             yield infos["episode"]["l"][0], total, "fell" if terminations[0] else "did not fall"
@@ -179,10 +181,12 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
             now = envs.batch.xfrc_applied[0, base, :3]
             if now.any() or step > pushed + PUSH_SHOWN:  # a push is shorter than a picture
                 force, pushed = now.copy(), step
-            speed, arrows = np.linalg.norm(envs.velocities[0, :2]), envs.arrows(0, force)
+            speed, arrows = f"{np.linalg.norm(envs.velocities[0, :2]):.2f} m/s", envs.arrows(0, force)
+            if envs.commands is not None:
+                speed += "    command ({:+.2f}, {:+.2f}) m/s".format(*envs.commands[0])
         if end or (step - 1) * TIMESTEP * fps >= len(shots):
             fallen = "    fell" if end == "fell" else ""
-            caption = f"{step * TIMESTEP:.2f} s    {speed:.2f} m/s    return {total:.1f}{fallen}"
+            caption = f"{step * TIMESTEP:.2f} s    {speed}    return {total:.1f}{fallen}"
             shots.append((pose, frames, arrows, caption))
             progress(f"playing: step {step:,} of at most {args.horizon:,}", step / args.horizon)
 
@@ -251,9 +255,9 @@ def encode(pictures: Iterable["Image.Image"], path: Path, fps: int) -> None:
 def main(args: Args) -> None:
     check(args)
     torch.set_num_threads(1)
-    agent, train_args, _ = load(args.checkpoint)
-    task, policy = conditions(args, train_args, args.checkpoint), trained(agent, args.stochastic)
-    held = train_args.frame_skip
+    loaded, _ = load(args.checkpoint, args.script)
+    task, policy = conditions(args, loaded.args, args.checkpoint), trained(loaded, args.stochastic)
+    held = loaded.args.frame_skip
     need(args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}")
     if args.render:
         check_display()

@@ -97,7 +97,7 @@ CHANGES = {
             "            features = features.transpose(0, 1).flatten(0, 1)\n"
         ),
         r"        self.agent, self.args = agent, args\n": r"\g<0>        self.memory = None" "\n",
-        r"        action = agent.actor\((agent.features\(.*self.depth\))\)\n": (
+        r"        action = .*(agent.features\(.*self.depth\)).*\n": (
             r"        features = \1" "\n"
             "        memory = self.memory or 2 * (torch.zeros(1, len(features), 64),)\n"
             "        hidden, self.memory = agent.remember(features[None], torch.zeros(1, len(features)), memory)\n"

@@ -29,7 +29,9 @@ def save_policy(path, goal="command"):
 @pytest.fixture
 def args(tmp_path):
     (tmp_path / "commands.txt").write_text("# a script\n0.1 0 0.4\n\n0.06 -0.2 0\n")
-    return drive.Args(checkpoint=save_policy(tmp_path / "policy.pt"), script=tmp_path / "commands.txt", terrain="flat")
+    return drive.Args(
+        checkpoint=save_policy(tmp_path / "policy.pt"), commands=tmp_path / "commands.txt", terrain="flat"
+    )
 
 
 def error_of(args):
@@ -41,9 +43,9 @@ def error_of(args):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"script": None, "plot": Path("a.png")}, "--plot needs --script"),
+    ({"commands": None, "plot": Path("a.png")}, "--plot needs --commands"),
     ({"plot": Path("a.gif")}, "give a name ending in .png"),
-    ({"script": Path("nowhere.txt")}, "--script is nowhere.txt: there is no such file"),
+    ({"commands": Path("nowhere.txt")}, "--commands is nowhere.txt: there is no such file"),
     ({"checkpoint": Path("nowhere.pt")}, "nowhere.pt does not exist"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
@@ -52,10 +54,15 @@ def test_bad_flags(args, change, message):
 
 @pytest.mark.parametrize("line", ["1 0", "1 0 north", "0 0 0.4", "1 0 2.1", "1 nan 0", "-1 0 0"])
 def test_bad_scripts(args, line):
-    args.script.write_text("1 0 0.4\n" + line)
+    args.commands.write_text("1 0 0.4\n" + line)
     assert f"commands.txt, line 2: {line!r}: give seconds vx vy" in error_of(args)
-    args.script.write_text("# nothing")
+    args.commands.write_text("# nothing")
     assert "has no commands" in error_of(args)
+
+
+def test_comments_and_a_byte_order_mark(args):
+    args.commands.write_bytes(b"\xef\xbb\xbf2 0 0.4  # ahead\r\n# \xff\n1.5 -0.1 0# left\n  #\n")
+    assert drive.read(args.commands).tolist() == [[2, 0, 0.4], [1.5, -0.1, 0]]
 
 
 def test_a_policy_trained_without_commands(args, tmp_path):
@@ -67,7 +74,7 @@ def test_a_policy_trained_without_commands(args, tmp_path):
 def test_without_display(args, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    assert "the window needs a display" in error_of(replace(args, script=None))
+    assert "the window needs a display" in error_of(replace(args, commands=None))
 
 
 def test_a_script_is_followed(args, capsys):
@@ -77,7 +84,7 @@ def test_a_script_is_followed(args, capsys):
     def policy(envs, generator):
         return lambda obs: seen.append(obs["command"][0].tolist()) or np.zeros((1, 3))
 
-    commands = drive.read(args.script)
+    commands = drive.read(args.commands)
     task = drive.conditions(replace(args, horizon=80), ppo.Args(goal="command", cameras=False, frame_skip=4), "policy")
     times, wanted, velocities, end = drive.follow(policy, args, task, commands)
     # 25 actions of 8 ms make 0.1 s (12.5 of them: the 13th ends after it), the rest 0.06 s
@@ -86,7 +93,7 @@ def test_a_script_is_followed(args, capsys):
     assert np.array(seen) == pytest.approx(wanted)
     assert velocities.shape == (20, 2) and np.abs(velocities).max() > 0
     errors = np.linalg.norm(velocities - wanted, axis=1)
-    plot = args.script.with_name("plot.png")
+    plot = args.commands.with_name("plot.png")
     drive.main(replace(args, plot=plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ import torch
 
 import ballbot_env
 import ppo_ballbot as ppo
-from ballbot_utils import common, evaluate
+from ballbot_utils import common, evaluate, watch
 
 ARGS = evaluate.Args(checkpoints=(), num_threads=1, episodes=3, horizon=600, seed=7)
 FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "frame_skip": 1, "max_episode_steps": 600}
@@ -51,7 +51,7 @@ def equal(a, b):
 
 def test_statistics_are_those_of_a_plain_loop():
     agent, _ = make_agent()
-    found = evaluate.run_episodes(evaluate.trained(agent), ARGS, PERLIN)
+    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, PERLIN)
     rows = []
     for seed in (7, 8, 9):
         env = gym.make("Ballbot-v0", **PERLIN)
@@ -82,7 +82,7 @@ def test_statistics_are_those_of_a_plain_loop():
 def test_tracking_error_is_that_of_a_plain_loop():
     agent, train_args = make_agent(cameras=False, goal="command", frame_skip=4)
     task = evaluate.conditions(ARGS, train_args, "run")
-    found = evaluate.run_episodes(evaluate.trained(agent), ARGS, task)
+    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, task)
     assert "speed" not in found
     for i, seed in enumerate((7, 8, 9)):
         env = gym.make("Ballbot-v0", **task)
@@ -110,7 +110,9 @@ def test_same_figures_as_the_training_scripts_own_evaluation():
     agent, train_args = make_agent(cameras=False)
     expected = ppo.evaluate(agent, train_args, 3)
     args = replace(ARGS, seed=1_000_000, horizon=4000)
-    found = evaluate.run_episodes(evaluate.trained(agent), args, evaluate.conditions(args, train_args, "run"))
+    found = evaluate.run_episodes(
+        evaluate.trained(ppo.Policy(agent, None)), args, evaluate.conditions(args, train_args, "run")
+    )
     assert found["return"].mean() == expected["episodic_return"]
     assert found["length"].mean() == expected["episodic_length"]
     assert found["fell"].mean() == expected["falls"]
@@ -119,11 +121,29 @@ def test_same_figures_as_the_training_scripts_own_evaluation():
 def test_more_episodes_than_environments(monkeypatch):
     agent, _ = make_agent(cameras=False)
     task = PERLIN | {"cameras": False}
-    at_once = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, episodes=5), task)
+    at_once = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task)
     monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
-    in_rounds = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, episodes=5), task)
+    in_rounds = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task)
     for key in at_once:
         np.testing.assert_allclose(in_rounds[key], at_once[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cameras, goal", [(False, "forward"), (True, "command")])
+def test_an_episode_is_the_same_among_any_number_and_in_watch(cameras, goal):
+    agent, train_args = make_agent(cameras=cameras, goal=goal, frame_skip=4, body_frame=True, init_log_std=-2.0)
+    policy = evaluate.trained(ppo.Policy(agent, train_args), stochastic=True)
+    args = replace(ARGS, push=0.3, push_interval=0.1, obs_noise=0.01, episodes=5)
+    task = evaluate.conditions(args, train_args, "run")
+    found = evaluate.run_episodes(policy, args, task)
+    fewer = evaluate.run_episodes(policy, replace(args, episodes=3), task)
+    later = evaluate.run_episodes(policy, replace(args, episodes=3, seed=args.seed + 2), task)
+    assert len({*found["return"]}) == 5
+    for key, values in found.items():
+        assert np.array_equal(fewer[key], values[:3]) and np.array_equal(later[key], values[2:])
+    envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
+    for i in (4, 0):
+        *_, (steps, total, _) = watch.episode(envs, policy, args, args.seed + i)
+        assert (steps, total) == (found["length"][i], found["return"][i])
 
 
 def test_bootstrap_by_known_numbers():
@@ -139,21 +159,23 @@ def test_bootstrap_by_known_numbers():
 
 def test_pushes():
     agent, _ = make_agent(cameras=False)
-    plain = evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)
-    none = evaluate.run_episodes(evaluate.trained(agent), replace(ARGS, push=0.0, push_interval=0.1), FLAT)
+    plain = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)
+    none = evaluate.run_episodes(
+        evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, push=0.0, push_interval=0.1), FLAT
+    )
     assert equal(plain, none)
     args = replace(ARGS, push=0.2, push_interval=0.1)
-    pushed = evaluate.run_episodes(evaluate.trained(agent), args, FLAT)
+    pushed = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, FLAT)
     assert (pushed["return"] != plain["return"]).all()
     assert len(set(pushed["return"])) == 3  # each its own direction
-    assert equal(pushed, evaluate.run_episodes(evaluate.trained(agent), args, FLAT))
+    assert equal(pushed, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, FLAT))
 
     # The force times its duration is the impulse, and none is left after it.
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT)
     envs.reset(seed=0)
-    rng, impulse, forced = np.random.default_rng(0), 0, []
+    rngs, impulse, forced = [np.random.default_rng(seed) for seed in (0, 1)], 0, []
     for step in range(100):
-        common.push(envs, args, step, rng)
+        common.push(envs, args, step, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += [step] if force.any() else []
         impulse = impulse + 0.002 * force
@@ -167,9 +189,10 @@ def test_pushes():
 def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT | {"frame_skip": frame_skip})
     envs.reset(seed=0)
-    args, rng, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), np.random.default_rng(0), 0, 0
+    args, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), 0, 0
+    rngs = [np.random.default_rng(seed) for seed in (0, 1)]
     for step in range(0, 200, frame_skip):  # one push, at 0.2 s
-        common.push(envs, args, step, rng)
+        common.push(envs, args, step, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += frame_skip * force.any()
         impulse = impulse + 0.002 * frame_skip * force
@@ -182,7 +205,7 @@ def test_held_actions_are_counted_in_physics_steps():
     agent, train_args = make_agent(cameras=False, frame_skip=4)
     args = replace(ARGS, horizon=402)
     task = evaluate.conditions(args, train_args, "run") | {"terrain": "flat"}
-    found = evaluate.run_episodes(evaluate.trained(agent), args, task)
+    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, task)
     assert task["frame_skip"] == 4 and (found["length"] == 404).all()  # whole actions
     assert not found["fell"].any()
     env = ballbot_env.BallbotEnv(**task)
@@ -203,54 +226,59 @@ def test_observation_noise():
     agent, _ = make_agent()
     task = PERLIN | {"max_episode_steps": 60}
     args = replace(ARGS, horizon=60)
-    plain = evaluate.run_episodes(evaluate.trained(agent), args, task)
-    assert equal(plain, evaluate.run_episodes(evaluate.trained(agent), replace(args, obs_noise=0.0), task))
-    noisy = evaluate.run_episodes(evaluate.trained(agent), replace(args, obs_noise=0.05), task)
+    plain = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, task)
+    assert equal(
+        plain, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(args, obs_noise=0.0), task)
+    )
+    noisy = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(args, obs_noise=0.05), task)
     assert (noisy["effort"] != plain["effort"]).all()
 
     envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
     obs, _ = envs.reset(seed=0)
-    frames, generator = envs.frames.clone(), torch.Generator().manual_seed(0)
-    noisy = common.disturb(obs, envs, 0.05, generator)
+    frames, generators = envs.frames.clone(), [torch.Generator().manual_seed(seed) for seed in range(200)]
+    noisy = common.disturb(obs, envs, 0.05, generators)
     noise = (ppo.proprioception(noisy, agent) - ppo.proprioception(obs, agent)).numpy()
     assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
     assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
     # A frame is drawn upon once, when it is new.
     frames = envs.frames.clone()
     obs, *_ = envs.step(np.zeros((200, 3)))
-    common.disturb(obs, envs, 0.05, generator)
+    common.disturb(obs, envs, 0.05, generators)
     assert torch.equal(envs.frames, frames)
-    assert common.disturb(obs, envs, 0.0, generator) is obs
+    assert common.disturb(obs, envs, 0.0, generators) is obs
 
 
 def test_noise_reaches_observations_that_are_copies():
     for copied in (False, True):
         envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
-        noisy = common.disturb(envs.reset(seed=0)[0], envs, 0.05, torch.Generator().manual_seed(0))
+        noisy = common.disturb(envs.reset(seed=0)[0], envs, 0.05, [torch.Generator().manual_seed(i) for i in (0, 1)])
         for i in (0, 1):
             assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
 
 
 def test_drawn_actions():
     agent, _ = make_agent(cameras=False)
-    drawn = evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT)
-    assert equal(drawn, evaluate.run_episodes(evaluate.trained(agent, stochastic=True), ARGS, FLAT))
-    assert drawn["effort"].mean() > evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)["effort"].mean() + 0.5
+    drawn = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT)
+    assert equal(drawn, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT))
+    assert (
+        drawn["effort"].mean()
+        > evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)["effort"].mean() + 0.5
+    )
 
 
 def test_long_episodes_start_further_back():
     envs = gym.make_vec("Ballbot-v0", num_envs=50, **PERLIN)
     _, info = envs.reset(seed=0)
     drawn, frames = info["position"], envs.frames.clone()
-    _, info = common.begin(envs, 0, 4000)
+    _, info = common.begin(envs, list(range(50)), 4000)
     assert np.array_equal(info["position"], drawn)
-    _, info = common.begin(envs, 0, 10_000)
+    _, info = common.begin(envs, list(range(50)), 10_000)
     (x, y, _), drawn_y = info["position"].T, drawn[:, 1]
     assert np.array_equal(x, drawn[:, 0]) and y.min() >= -18 and -4 < y.max() <= -2
     np.testing.assert_allclose(y, np.interp(drawn_y, [-10, 10], [-18, -2]))
     assert not torch.equal(envs.frames, frames) and envs.new_frames.all()
     anywhere = gym.make_vec("Ballbot-v0", num_envs=50, goal="command", **PERLIN)  # where commands lead
-    assert np.array_equal(common.begin(anywhere, 0, 10_000)[1]["position"], drawn)
+    assert np.array_equal(common.begin(anywhere, list(range(50)), 10_000)[1]["position"], drawn)
 
 
 def test_long_episodes_by_the_edge_are_counted():
@@ -267,7 +295,7 @@ def test_long_episodes_by_the_edge_are_counted():
     envs.reset = reset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.gym, "make_vec", lambda *args, **kwargs: envs)
-        episodes = evaluate.run_episodes(evaluate.trained(agent), ARGS, FLAT)
+        episodes = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)
     assert episodes["left"].tolist() == [1, 0, 0] and episodes["fell"].tolist() == [0, 1, 1]
     assert episodes["length"][0] == 1
 
@@ -289,6 +317,7 @@ def test_table_and_json(checkpoint, tmp_path, capsys, monkeypatch):
     assert [r["stochastic"] for r in results] == [False, True, False, True]
     for r in results:
         returns, summary = r["per_episode"]["return"], r["summary"]
+        assert r["per_episode"]["seed"] == [7, 8, 9]
         assert len(returns) == summary["episodes"] == 3 and r["task"]["terrain_seed"] == 1_000_000
         assert summary["return"]["mean"] == pytest.approx(np.mean(returns))
         assert summary["return"]["low"] <= summary["return"]["mean"] <= summary["return"]["high"]
@@ -355,8 +384,8 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     code.path = str(tmp_path / "ran")
     assert "code, which is never run" in saved(**good | {"optimizer": code})
     assert not (tmp_path / "ran").exists()
-    assert "is no checkpoint of ppo_ballbot.py" in saved(weights=torch.zeros(3))
-    assert "is no checkpoint of ppo_ballbot.py" in says(ballbot_env.ASSETS / "depth_encoder.pt")
+    assert "is no checkpoint of ppo_ballbot.py or a copy" in saved(weights=torch.zeros(3))
+    assert "is no checkpoint of ppo_ballbot.py or a copy" in says(ballbot_env.ASSETS / "depth_encoder.pt")
     args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
     assert "was trained on the robot before its rollers were mended" in saved(**good | {"args": args})
     args = {key: value for key, value in good["args"].items() if key != "cameras"}

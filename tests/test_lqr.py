@@ -1,5 +1,6 @@
 """The yardstick: a linear-quadratic regulator drives the robot, and its program says what it reaches."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_it_follows_commands():
     policy = lqr.regulator(*lqr.design(wheel_damping=0.4), None)
     episodes = evaluate.run_episodes(policy, args, UNSEEN | {"goal": "command"})
     assert episodes["tracking_error"].mean() < 0.12 and episodes["fell"].sum() == 0  # standing still, about 0.24
+
+
+def test_an_episode_is_the_same_among_any_number():
+    rng = np.random.default_rng(0)
+    policy = lqr.regulator(0.1 * rng.normal(size=(3, 10)), rng.normal(size=(3, 2)), None)
+    args = evaluate.Args(num_threads=1, horizon=400, seed=7, push=0.5, push_interval=0.1, obs_noise=0.01, episodes=5)
+    task = UNSEEN | {"goal": "command"}
+    five = evaluate.run_episodes(policy, args, task)
+    one = evaluate.run_episodes(policy, dataclasses.replace(args, episodes=1, seed=9), task)
+    assert len({*five["return"]}) == 5 and all(one[key][0] == values[2] for key, values in five.items())
 
 
 def test_a_robot_it_cannot_balance_is_refused():

@@ -63,7 +63,8 @@ def test_one_environment_and_the_same_in_a_batch(run):
 def test_frames_are_encoded_once_and_never_missed(run, monkeypatch):
     policy = ppo.load_policy(run[0])
     encoded, encode = [], policy.agent.encode
-    monkeypatch.setattr(policy.agent, "encode", lambda frames: encoded.append(len(frames)) or encode(frames))
+    count = lambda frames: encoded.append(int(frames.flatten(1).any(1).sum()))  # noqa: E731 (blocks are filled by 0)
+    monkeypatch.setattr(policy.agent, "encode", lambda frames: count(frames) or encode(frames))
     env = ballbot_env.BallbotEnv()
     obs, _ = env.reset(seed=0)
     for _ in range(12):
@@ -79,6 +80,30 @@ def test_frames_are_encoded_once_and_never_missed(run, monkeypatch):
     assert encoded == [1, 1, 2, 1]
     np.testing.assert_allclose(actions, ppo.load_policy(run[0])(other), atol=1e-6)
     assert np.abs(actions[0] - actions[1]).max() > 1e-4
+
+
+def test_observations_are_cast(run):
+    policy, env = ppo.load_policy(run[0]), ballbot_env.BallbotEnv()
+    obs, _ = env.reset(seed=0)
+    action = policy(obs)
+    for cast in (lambda x: x.astype(float), np.ndarray.tolist, torch.tensor, lambda x: torch.tensor(x).double()):
+        again = policy({key: cast(value) for key, value in obs.items()})
+        assert np.array_equal(again, action) and again.dtype == np.float32
+        many = policy({key: cast(np.stack([value, value])) for key, value in obs.items()})
+        assert np.array_equal(many, [action, action])
+
+
+def test_a_default_of_float64(run):
+    generator, obs = torch.Generator(), ballbot_env.BallbotEnv().reset(seed=0)[0]
+    expected = ppo.load_policy(run[0])(obs, False, generator.manual_seed(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        action = ppo.load_policy(run[0])(obs, False, generator.manual_seed(0))
+        again = ballbot_env.BallbotEnv().reset(seed=0)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert action.dtype == np.float32 and np.array_equal(action, expected)
+    assert all(np.array_equal(again[key], value) and again[key].dtype == value.dtype for key, value in obs.items())
 
 
 def test_drawn_actions(tmp_path):

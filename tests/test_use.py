@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_policy import make_run
 
+import ballbot_runs
 import ppo_ballbot as ppo
 from ballbot_utils import common, export
 
@@ -199,6 +200,41 @@ def test_output_closed_early(program, tmp_path):
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     os.close(start)
     assert done.returncode == 1 and "Error" not in done.stderr
+
+
+def test_an_output_in_ascii():
+    """Every program's --help, and a table, with codes in place of letters such as ²."""
+    code = (
+        "import importlib, sys, tomllib\n"
+        "programs = tomllib.load(open('pyproject.toml', 'rb'))['project']['scripts'].items()\n"
+        "table = 'benchmark/command__1.pt --episodes 1 --horizon 20 --no-gap'\n"
+        "for name, (module, _, function), flags in [\n"
+        "    *((name, place.partition(':'), '--help') for name, place in programs),\n"
+        "    ('ballbot-evaluate', ('ballbot_utils.evaluate', ':', 'cli'), table),\n"
+        "]:\n"
+        "    sys.argv = [name, *flags.split()]\n"
+        "    try:\n"
+        "        getattr(importlib.import_module(module), function)()\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code, (name, end)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "100"})  # fmt: skip
+    text = done.stdout.decode("ascii")
+    assert done.returncode == 0, done.stderr.decode()
+    assert text.count("usage: ") == 12 and "effort (mean ||action||\\xb2)" in text
+
+
+def test_a_dumb_terminal(monkeypatch):
+    """It replaces no line in place."""
+    main, terminal = os.openpty()
+    with open(main), open(terminal, "w") as stream:
+        for name in ("xterm", "dumb"):
+            monkeypatch.setenv("TERM", name)
+            assert ballbot_runs.is_terminal(stream) == (name == "xterm")
+            assert not ballbot_runs.is_terminal(None)
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("ballbot_utils/*.py")]
+    assert [source.name for source in sources if "isatty()" in source.read_text()] == ["ballbot_runs.py"]
 
 
 def test_help_names_the_command(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The viewer and the video: what they show, and what they say to bad input or without a display."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from ctypes.util import find_library
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
@@ -121,6 +123,55 @@ def opengl():
             if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
                 return name
     return None
+
+
+def test_arrows_are_seen_in_all_directions():
+    """A goal's, the velocity's and a push's, none of them a dot; sideways they are as long as they should be."""
+    backend = opengl()
+    if backend is None:
+        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
+    command = ("import json, numpy as np, ballbot_env as b\n"
+               "envs = b.BallbotVectorEnv(terrain='flat', cameras=False)\n"
+               "envs.reset(seed=0)\n"
+               "qpos, place, still, seen = envs.batch.qpos[0], envs._position[0], np.zeros(3), []\n"
+               "painter = b.Painter(240, 320, [place[:2]], 0, terrain='flat')\n"
+               "bare = painter.picture(qpos, []).astype(int)\n"
+               "for angle in np.radians(21.3) + np.arange(8) * np.pi / 4:\n"  # the first is towards the camera
+               "    way = np.array([np.cos(angle), np.sin(angle), 0])\n"
+               "    for arrows in ((way[:2], still, still), ([0, 0], way, still), ([0, 0], still, 60 * way)):\n"
+               "        picture = painter.picture(qpos, b.make_arrows(place, *arrows))\n"
+               "        pixels = np.argwhere(np.abs(picture - bare).sum(2) > 60)\n"
+               "        seen.append((len(pixels), *np.ptp(pixels, 0).tolist()))\n"
+               "painter.close()\n"
+               "print(json.dumps(seen))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=REPOSITORY, text=True,
+                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count, height, width = np.array(json.loads(done.stdout)).reshape(8, 3, 3).transpose(2, 0, 1)
+    assert count.min() > 60 and np.hypot(height, width).min() > 25
+    # 0.5 m at 1.1 m, 45 degrees high
+    np.testing.assert_allclose(width[[2, 6]], 0.5 / 1.1 * 120 / np.tan(np.pi / 8), rtol=0.1)
+
+
+def test_a_video_tells_the_command(tmp_path, monkeypatch):
+    pytest.importorskip("PIL")
+    captions = []
+
+    class Painter:
+        def __init__(self, *args, **terrain):
+            self.picture, self.close = (lambda pose, arrows: None), (lambda: None)
+
+    monkeypatch.setattr(watch, "Painter", Painter)
+    monkeypatch.setattr(watch, "compose", lambda picture, frames, caption: captions.append(caption))
+    monkeypatch.setattr(watch, "encode", lambda pictures, path, fps: path.write_text(str(list(pictures))))
+    for goal in ("command", "forward"):
+        policy = save_policy(tmp_path / "policy.pt", cameras=False, goal=goal)
+        args = watch.Args(checkpoint=policy, horizon=30, video=tmp_path / f"{goal}.gif", terrain="flat", seed=3)
+        (policy, _), task = watch.load(args.checkpoint), dict(terrain="flat", cameras=False, max_episode_steps=30)
+        watch.video(watch.trained(policy), args, task | ({"goal": goal} if goal == "command" else {}))
+    x, y = gym.make("Ballbot-v0", goal="command", cameras=False).reset(seed=3)[0]["command"]
+    assert np.hypot(x, y) > 0.01 and f"m/s    command ({x:+.2f}, {y:+.2f}) m/s    return" in captions[0]
+    assert "command" not in captions[-1]
 
 
 def test_record_video(tmp_path):
