@@ -29,8 +29,7 @@ class Conditions:
     horizon: int = 4000
     """steps at which an episode ends, up to whole actions; 10000 is the paper's test of generalisation (fig. 7)"""
     seed: int = 1_000_000
-    """seed of the first episode, its start pose, pushes and noise; the next ones have the next numbers. The default
-    starts where ppo_ballbot.py's own evaluations do"""
+    """seed of start poses, pushes and noise; the default is that of ppo_ballbot.py's own evaluations"""
     terrain: str | None = None
     """ground: perlin or flat; default: that of training"""
     terrain_seed: int | None = None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import TIMESTEP
+from ballbot_env import TIMESTEP, spawn_seeds
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,
@@ -98,13 +98,14 @@ def follow(
     the terrain" or "".
     """
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
-    obs, _ = begin(envs, [args.seed], SHORT)
+    seeds = spawn_seeds(args.seed, 1)
+    obs, _ = begin(envs, seeds, SHORT)
     ends = np.cumsum(commands[:, 0])
     wanted = commands[0, 1:]
     envs.command([wanted])
     obs["command"][:] = wanted
     rows = []
-    for steps, _, result in play(envs, obs, policy, args, [args.seed]):
+    for steps, _, result in play(envs, obs, policy, args, seeds):
         obs, _, terminations, truncations, infos = result
         ended = terminations[0] or truncations[0]
         last = infos["final_obs"][0] if ended else {key: value[0] for key, value in obs.items()}

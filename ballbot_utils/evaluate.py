@@ -4,8 +4,8 @@ Every checkpoint plays episodes on terrain it was not trained on, and a table se
 length, speed and more, with 95 % bootstrap intervals, the guide's targets, and the gap between training and
 unseen terrain; for a policy that is given commands, their tracking error instead of speed. Longer episodes
 (`--horizon`), higher hills (`--terrain-amplitude`) and disturbances tell how robust a policy is.
-Episode i has seed `--seed` + i, for all that is random in it: `python -m ballbot_utils.watch --seed` with that number,
-and the same conditions, shows it.
+Each episode has its own random numbers, from --seed and its place in the order. It is the same among any number of
+episodes, and `python -m ballbot_utils.watch --episode I` with the same flags shows it.
 
 --push J is a horizontal force on the base's centre of mass in a random direction, of impulse J (N·s) and 20 ms,
 every `--push-interval` seconds. 1 N·s changes the speed of the robot, 3.9 kg, by some 0.26 m/s.
@@ -29,7 +29,7 @@ import torch
 import tyro
 from numpy.typing import ArrayLike
 
-from ballbot_env import TIMESTEP
+from ballbot_env import TIMESTEP, spawn_seeds
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,
@@ -115,7 +115,7 @@ def run_episodes(policy: EpisodePolicy, args: Figures, task: dict[str, Any], tit
     rows, done, rounds = np.empty((args.episodes, len(names))), 0, -(-args.episodes // envs.num_envs)
     for round_ in range(rounds):
         first = round_ * envs.num_envs
-        seeds = [args.seed + first + i for i in range(envs.num_envs)]
+        seeds = spawn_seeds(args.seed, first + envs.num_envs)[first:]
         obs, info = begin(envs, seeds, args.horizon)
         start = info["position"][:, :2]
         effort, error, wanted = np.zeros(envs.num_envs), np.zeros(envs.num_envs), obs.get("command")
@@ -200,7 +200,7 @@ def column(
         "summary": summarise(episodes),
         "gap": None,
         "no_gap": "",
-        "per_episode": {"seed": [args.seed + i for i in range(args.episodes)]}
+        "per_episode": {"seed": spawn_seeds(args.seed, args.episodes)}
         | {key: values.tolist() for key, values in episodes.items()},
     }
 

@@ -4,7 +4,7 @@
 display. `--video` writes one episode to a file, .mp4 or .gif, the depth images in its corners and the command in its
 caption; it needs OpenGL and the packages of requirements-dev.txt. Arrows show the goal or the velocity commanded
 (green), the robot's velocity (white, to the same scale) and pushes (red). Conditions and disturbances are those of
-`python -m ballbot_utils.evaluate`, and so is the episode of each --seed.
+`python -m ballbot_utils.evaluate`; with the same flags, `--episode I` is its episode I, counted from 0.
 """
 
 import itertools
@@ -23,7 +23,7 @@ import torch
 import tyro
 
 try:
-    from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows
+    from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows, spawn_seeds
 except ImportError as error:  # MUJOCO_GL names what is not there
     sys.exit(f"error: {error}")
 
@@ -40,6 +40,7 @@ from ballbot_utils.common import (
     load,
     need,
     need_file,
+    need_from,
     play,
     progress,
     trained,
@@ -63,6 +64,8 @@ class Args(Conditions):
     """show it in MuJoCo's viewer"""
     video: Path | None = None
     """file to write one episode to, .mp4 or .gif"""
+    episode: int = 0
+    """the episode to show, from 0 as in evaluate; --render continues with the next ones"""
     stochastic: bool = False
     """draw actions from the policy instead of taking its mean"""
     script: Path | None = None
@@ -72,19 +75,24 @@ class Args(Conditions):
 def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
+    need_from(args, 0, "episode")
     need(args.render != (args.video is not None), "give one of --render and --video")
     if args.video:
         need_file("--video", args.video, args.overwrite, *FPS)
 
 
 def episode(
-    envs: BallbotVectorEnv, policy: EpisodePolicy, args: Conditions, seed: int
+    envs: BallbotVectorEnv, policy: EpisodePolicy, args: Conditions, number: int = 0
 ) -> Iterator[tuple[int, float, str]]:
-    """Play one episode in the one environment of `envs`. After each step yields its length and return so far, and how
-    it ended: "fell", "did not fall", or "" while it goes on. `envs` then has the next one's start already."""
-    obs, _ = begin(envs, [seed], args.horizon)
+    """Play episode `number` in the one environment of `envs`.
+
+    After each step yields its length and return so far, and how it ended: "fell", "did not fall", or "" while it runs.
+    `envs` then already has the next one's start.
+    """
+    seeds = spawn_seeds(args.seed, number + 1)[number:]
+    obs, _ = begin(envs, seeds, args.horizon)
     total = 0.0
-    for steps, _, (_, rewards, terminations, truncations, infos) in play(envs, obs, policy, args, [seed]):
+    for steps, _, (_, rewards, terminations, truncations, infos) in play(envs, obs, policy, args, seeds):
         total += rewards[0]
         if terminations[0] or truncations[0]:
             yield infos["episode"]["l"][0], total, "fell" if terminations[0] else "did not fall"
@@ -104,8 +112,9 @@ def render(
     task: dict[str, Any],
     on_key: Callable[[int], None] | None = None,
     steer: Callable[[BallbotVectorEnv, "mujoco.viewer.Handle"], None] | None = None,
+    first: int = 0,
 ) -> None:
-    """Show episodes in MuJoCo's viewer, in real time, until its window is closed.
+    """Show episodes from number `first` on in MuJoCo's viewer, in real time, until its window is closed.
 
     `on_key(code)` is told of keys (GLFW's codes), and `steer(envs, viewer)` is called before each picture.
     """
@@ -121,9 +130,9 @@ def render(
                                               show_right_ui=panels)  # fmt: skip
         viewer.cam.type, viewer.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, envs.model.body("base").id
         viewer.cam.azimuth, viewer.cam.elevation, viewer.cam.distance = 90, -25, 2.5  # +y is away from you
-        for seed in itertools.count(args.seed):
+        for number in itertools.count(first):
             started = time.perf_counter()
-            for steps, total, end in episode(envs, policy, args, seed):
+            for steps, total, end in episode(envs, policy, args, number):
                 if steps % SHOWN_EVERY < envs.frame_skip and not end:
                     envs.batch.get_data(0, data)
                     mujoco.mj_forward(envs.model, data)
@@ -135,7 +144,7 @@ def render(
                 time.sleep(max(0, started + steps * TIMESTEP - time.perf_counter()))
                 if not viewer.is_running():
                     return
-            print(f"start {seed}: return {total:.1f}, {steps} steps, {end}")
+            print(f"episode {number}: return {total:.1f}, {steps} steps, {end}")
     except KeyboardInterrupt:
         pass
     except RuntimeError as error:  # no window after all
@@ -174,7 +183,7 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     shots = []  # pose, depth images or None, arrows, caption
     base, force, pushed = envs.model.body("base").id, np.zeros(3), 0  # of the last push, and the step of it
-    for step, total, end in episode(envs, policy, args, args.seed):
+    for step, total, end in episode(envs, policy, args, args.episode):
         if not end:
             pose = envs.batch.qpos[0].copy()
             frames = None if envs.frames is None else envs.frames[0].numpy().copy()
@@ -261,7 +270,7 @@ def main(args: Args) -> None:
     need(args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}")
     if args.render:
         check_display()
-        render(policy, args, task)
+        render(policy, args, task, first=args.episode)
     else:
         check_video(args.video)
         video(policy, args, task)

@@ -136,13 +136,13 @@ def test_an_episode_is_the_same_among_any_number_and_in_watch(cameras, goal):
     task = evaluate.conditions(args, train_args, "run")
     found = evaluate.run_episodes(policy, args, task)
     fewer = evaluate.run_episodes(policy, replace(args, episodes=3), task)
-    later = evaluate.run_episodes(policy, replace(args, episodes=3, seed=args.seed + 2), task)
-    assert len({*found["return"]}) == 5
+    others = evaluate.run_episodes(policy, replace(args, seed=args.seed + 1), task)
+    assert len({*found["return"], *others["return"]}) == 10  # adjacent seeds share no episode
     for key, values in found.items():
-        assert np.array_equal(fewer[key], values[:3]) and np.array_equal(later[key], values[2:])
+        assert np.array_equal(fewer[key], values[:3])
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
     for i in (4, 0):
-        *_, (steps, total, _) = watch.episode(envs, policy, args, args.seed + i)
+        *_, (steps, total, _) = watch.episode(envs, policy, args, i)
         assert (steps, total) == (found["length"][i], found["return"][i])
 
 
@@ -209,7 +209,7 @@ def test_held_actions_are_counted_in_physics_steps():
     assert task["frame_skip"] == 4 and (found["length"] == 404).all()  # whole actions
     assert not found["fell"].any()
     env = ballbot_env.BallbotEnv(**task)
-    obs, _ = env.reset(seed=args.seed)
+    obs, _ = env.reset(seed=ballbot_env.spawn_seeds(args.seed, 1)[0])
     total, effort, over = 0.0, [], False
     while not over:
         with torch.no_grad():

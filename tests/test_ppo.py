@@ -165,7 +165,7 @@ def test_adjacent_seeds_share_no_environment(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             ppo.learn(replace(SMALL, seed=seed), None, None, {}, 0.0)
     assert len({*seeds[0], *seeds[1]}) == 8 and seeds[2] + seeds[3] == seeds[0]
-    agent, first = ppo.Agent(SMALL), [1_000_000, 1_000_001, 1_000_002]
+    agent, first = ppo.Agent(SMALL), ballbot_env.spawn_seeds(1_000_000, 3)
     with pytest.raises(ZeroDivisionError):
         ppo.evaluate(agent, SMALL, 3)  # by the second of two ranks
     assert seeds[4] == first[1:] and not {*first} & {*seeds[0], *seeds[1]}
