@@ -334,6 +334,7 @@ def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
         choices = ({"--num-envs": f"{n}"} for n in numbers if args.num_envs < n <= 32)
         return next((choice for choice in choices if accepted(args, choice)), {})
 
+    more_steps = scaled("num_steps", 2, 1, 4096 // args.frame_skip)  # the guide's are physics steps
     larger_clip, smaller_clip = scaled("clip_coef", 4 / 3, 0.01, 0.3), scaled("clip_coef", 3 / 4, 0.01, 0.3)
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
@@ -349,7 +350,7 @@ def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": learning_rate(10) | larger_clip | norm_adv,
         "not learning": learning_rate(10) | more_entropy | larger_clip,
-        "slow learning": scaled("num_steps", 2, 1, 4096) | scaled("update_epochs", 2, 1, 10) | envs(),
+        "slow learning": more_steps | scaled("update_epochs", 2, 1, 10) | envs(),
         "overfitting": scaled("weight_decay", 5, 0, 0.1, zero=0.01) | more_entropy | smaller_net,
     }  # fmt: skip
     found["falls in evaluations"] = {"--max-episode-steps": "4000"} if plot.times(params) > 1 else found["overfitting"]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLAGS = (
-    "--num-processes 1 --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 128 "
+    "--frame-skip 1 --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 128 "
     "--final-eval-episodes 1 --learning-rate 1e-3 --run-name run"
 ).split()
 

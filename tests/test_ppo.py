@@ -23,6 +23,7 @@ import ppo_ballbot as ppo
 REPOSITORY = Path(ppo.__file__).resolve().parent
 
 SMALL = ppo.Args(
+    frame_skip=1, norm_obs=False, privileged_critic=False,
     num_processes=1, num_threads=1, num_envs=4, num_steps=64, minibatch_size=64, total_timesteps=512, eval_interval=256,
     eval_episodes=2, final_eval_episodes=3, run_name="run",
 )  # fmt: skip
@@ -431,8 +432,10 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
 def test_four_ranks(tmp_path):
     """They share one run. tests/test_resume.py holds two, the script's own and torchrun's, to the same weights."""
     command = [sys.executable, str(REPOSITORY / "ppo_ballbot.py"), "--run-name", "four", "--num-processes", "4"]
-    command += "--num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512 --eval-interval 256".split()
-    command += "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --norm-value".split()
+    command += "--frame-skip 1 --num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512".split()
+    command += (
+        "--eval-interval 256 --eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --norm-value".split()
+    )
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     assert output.stdout.count("final policy") == 1
@@ -492,7 +495,9 @@ def test_file_copied_alone_runs(tmp_path):
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
-    flags = "--num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
+    flags = (
+        "--frame-skip 1 --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
+    )
     command = [sys.executable, "ppo_ballbot.py", *flags.split()]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr

@@ -27,15 +27,15 @@ SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 ITERATIONS = max(20, 6 * KILLS)
 FLAGS = (
-    "--run-name run --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 --eval-interval 2560 "
-    "--eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv --learning-rate 3e-4 --anneal-lr "
-    "--save-interval 0 "
+    "--run-name run --frame-skip 1 --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 "
+    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv "
+    "--learning-rate 3e-4 --anneal-lr --save-interval 0 "
     f"--total-timesteps {256 * ITERATIONS}"
 ).split()
 
 
 SHORT = replace(
-    ppo.Args(), num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
+    ppo.Args(), frame_skip=1, num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
     total_timesteps=256, final_eval_episodes=1, learning_rate=1e-3,
 )  # fmt: skip
 
@@ -277,7 +277,7 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypa
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = replace(
-        ppo.Args(), num_threads=1, terrain="flat", num_envs=2, num_steps=64, minibatch_size=64, norm_obs=True,
+        ppo.Args(), frame_skip=1, num_threads=1, terrain="flat", num_envs=2, num_steps=64, minibatch_size=64,
         total_timesteps=128, final_eval_episodes=1, hidden_size=8, run_name="first",
     )  # fmt: skip
     first = torch.load(ppo.train(args) / "best.pt", weights_only=True)["model"]

@@ -14,6 +14,7 @@ import ppo_ballbot_schedules as schedules
 from ballbot_runs import check
 
 SMALL = dict(
+    frame_skip=1, norm_obs=False, privileged_critic=False,
     num_processes=1, num_threads=1, cameras=False, num_envs=4, num_steps=32, minibatch_size=64, total_timesteps=1280,
     final_eval_episodes=2,
 )  # fmt: skip

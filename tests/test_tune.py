@@ -607,7 +607,7 @@ def test_real_trials(capfd):
     Path("assets").symlink_to(ROOT / "assets")
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(ROOT / name, name)
-    flags = "--no-cameras --num-steps 32 --minibatch-size 32 --total-timesteps 128 --eval-interval 64 "
+    flags = "--frame-skip 1 --no-cameras --num-steps 32 --minibatch-size 32 --total-timesteps 128 --eval-interval 64 "
     flags += "--eval-episodes 1 --final-eval-episodes 1"
     args = tune.Args(strategy="random", trials=1, seeds=(1,), space=("clip-coef=0.01:0.3:log", "num-envs=2"),
                      script=Path("ppo_ballbot.py"))  # fmt: skip

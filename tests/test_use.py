@@ -186,7 +186,7 @@ def test_wheel(tmp_path):
     assert done.stdout.startswith("usage: ballbot-evaluate ")
 
 
-FLAGS = ("--num-processes 1 --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 128 "
+FLAGS = ("--frame-skip 1 --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 128 "
          "--final-eval-episodes 1 --run-name run").split()  # fmt: skip
 
 
@@ -246,8 +246,8 @@ def test_help_names_the_command(monkeypatch, capsys):
 
 def test_track(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ppo.Args(run_name="run", track=True, wandb_entity="us", cameras=False, num_envs=1, num_steps=16,
-                    minibatch_size=16, total_timesteps=16, final_eval_episodes=1)  # fmt: skip
+    args = ppo.Args(run_name="run", track=True, wandb_entity="us", cameras=False, frame_skip=1, num_envs=1,
+                    num_steps=16, minibatch_size=16, total_timesteps=16, final_eval_episodes=1)  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="--track needs Weights & Biases: pip install wandb"):
         ppo.train(args)
@@ -266,8 +266,9 @@ def test_capture_video(tmp_path, monkeypatch):
     from ballbot_utils import watch
 
     monkeypatch.chdir(tmp_path)
-    args = ppo.Args(run_name="run", capture_video=True, cameras=False, num_envs=1, num_steps=16, minibatch_size=16,
-                    total_timesteps=32, eval_interval=16, eval_episodes=1, final_eval_episodes=1)  # fmt: skip
+    args = ppo.Args(run_name="run", capture_video=True, cameras=False, frame_skip=1, num_envs=1, num_steps=16,
+                    minibatch_size=16, total_timesteps=32, eval_interval=16, eval_episodes=1,
+                    final_eval_episodes=1)  # fmt: skip
 
     def none(*args):
         raise RuntimeError("no OpenGL")
