@@ -514,6 +514,38 @@ def test_every_field_has_a_flag_with_help():
         assert f"| `{flag}`" in readme, flag
 
 
+def test_the_guides_values_are_the_defaults():
+    """Its recommended starting point with its net_arch, and what its three configurations state.
+
+    `n_steps` is 2 ms steps: an action is held for four of them.
+    """
+    named = {"learning_rate": "learning_rate", "clip_range": "clip_coef", "ent_coef": "ent_coef", "vf_coef": "vf_coef",
+             "n_epochs": "update_epochs", "batch_sz": "minibatch_size", "weight_decay": "weight_decay",
+             "normalize_advantage": "norm_adv", "hidden_sz": "hidden_size", "num_envs": "num_envs"}  # fmt: skip
+    start = dict(learning_rate=-1, clip_range=0.015, ent_coef=0.001, vf_coef=2.0, n_steps=2048, n_epochs=5,
+                 batch_sz=256, weight_decay=0.01, normalize_advantage=False, hidden_sz=128, num_envs=10)  # fmt: skip
+    guide = {
+        "": start,
+        "balanced": start,
+        "aggressive": start | dict(learning_rate=1e-3, clip_range=0.2, ent_coef=0.01, n_steps=1024, n_epochs=3,
+                                   hidden_sz=64, num_envs=16),
+        "conservative": start | dict(n_steps=4096, n_epochs=10, hidden_sz=256, num_envs=8),
+    }  # fmt: skip
+    base = ppo.Args()
+    for preset, values in guide.items():
+        args = ppo.Args(**ppo.PRESETS.get(preset, {}))
+        assert args.frame_skip * args.num_steps == values["n_steps"]
+        assert {name: getattr(args, field) for name, field in named.items()} == {k: values[k] for k in named}
+        assert args.pi_layers == args.vf_layers == 4
+        # All else is the same in all of them
+        stated = {*named.values(), "num_steps"}
+        assert {k: v for k, v in vars(args).items() if k not in stated} == {
+            k: v for k, v in vars(base).items() if k not in stated
+        }
+    schedule = [ppo.learning_rate_now(base, left) for left in (1.0, 0.67, 0.66, 0.34, 0.33, 0.0)]
+    assert schedule == [1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5]
+
+
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
