@@ -624,10 +624,11 @@ def learn(args, run_dir, run, weights, started):
         except (ValueError, RuntimeError) as error:
             stop(f"{args.resume} is damaged: {error}")
         started = time.perf_counter()
-    result, good = None, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
+    evaluated, good = 0, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     gather(None, to_all=True)  # all ranks have read what they go on from; from here rank 0 may write
     if rank() == 0:
         writer = ballbot_runs.open_log(args, run_dir, run)
+        evaluated = ballbot_runs.trim_metrics(run_dir, global_step)  # steps of the last evaluation
         if best is not None:
             save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
@@ -703,7 +704,9 @@ def learn(args, run_dir, run, weights, started):
         bar.show(global_step, seconds, finished, f", {'/'.join(parts)} {shares} %")
         now = elapsed + time.perf_counter() - started
         if result:
+            evaluated = global_step
             say(f"evaluation at {global_step:,} steps: {summary(result)}")
+            ballbot_runs.log_evaluation(run_dir, "evaluation", global_step, now, result)
             if targets_met is None and all(reached(result)):
                 targets_met = f"{global_step:,} steps, {int(now) // 60} min {int(now) % 60:02} s"
                 say(f"targets met after {targets_met}")
@@ -721,7 +724,9 @@ def learn(args, run_dir, run, weights, started):
     policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step)
     final = copy.deepcopy(policy) | {"eval": evaluate(agent, args, args.final_eval_episodes)}
     say(f"final policy: {summary(final['eval'])}")
-    if rank() == 0 and not result:
+    now = elapsed + time.perf_counter() - started
+    ballbot_runs.log_evaluation(run_dir, "final", global_step, now, final["eval"])
+    if rank() == 0 and evaluated < global_step:
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
         if args.capture_video:
@@ -730,6 +735,8 @@ def learn(args, run_dir, run, weights, started):
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)
         say(f"policy of {best['global_step']:,} steps, the best evaluated on the way: {summary(best['eval'])}")
+        now = elapsed + time.perf_counter() - started
+        ballbot_runs.log_evaluation(run_dir, "best", best["global_step"], now, best["eval"])
         if best["eval"]["episodic_return"] > final["eval"]["episodic_return"]:
             final = best
     if rank() == 0:

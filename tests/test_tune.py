@@ -21,9 +21,10 @@ import ppo_ballbot
 from ballbot_utils import tune
 
 ROOT = Path(__file__).resolve().parents[1]
-# Returns rise with --clip-coef, by 0.1 with the seed; at 0.5 it crashes, at 0.6 its return is not a number.
+# Returns rise with --clip-coef, by 0.1 with the seed; at 0.5 it crashes, at 0.6 its return is not a number. A file
+# named fault ends it by that signal or exit status, once.
 PRETENDER = """
-import argparse, json, sys, time
+import argparse, json, os, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,17 +74,27 @@ if __name__ == "__main__":
         print("a line before")
         sys.exit("error: the losses are not finite")
     quality = 80 + 100 * args.clip_coef + args.seed / 10 if args.clip_coef != 0.6 else float("nan")
+    if os.path.exists("fault"):
+        fault = int(open("fault").read())
+        os.remove("fault")
+        print("error: cannot write last.pt (No space left on device): make room, then to go on: ...", flush=True)
+        sys.exit(fault) if fault > 0 else os.kill(os.getpid(), -fault)
+
+    def log(kind, steps, value):
+        print(f"{kind} at {steps:,} steps: return {value:.1f} ± 1.0", flush=True)
+        with open(run / "metrics.jsonl", "a") as file:
+            entry = dict(kind=kind, global_step=steps, episodic_return=value, episodic_length=40 * value)
+            file.write(json.dumps(entry) + "\\n")
+
     for i in range(1, 5):
         time.sleep(args.seconds / 4)
         value = quality * i / 4
-        print(f"[####] {250 * i:,} steps, return 1.0")
-        numbers = f"return {value:.1f} ± 1.0, length {40 * value:.0f} ± 2, falls 0%"
-        print(f"evaluation at {250 * i:,} steps: {numbers}", flush=True)
-        if value > 100:
-            print(f"targets met after {250 * i:,} steps", flush=True)
-            time.sleep(0.2)
+        log("evaluation", 250 * i, value)
+        time.sleep(0.2 * (value > 100))
         (run / "best.pt").touch()
-    print(f"final policy: {numbers}")
+        (run / "last.pt").touch()
+    log("final", 1000, value)
+    log("best", 750, 1e6)
     (run / "finished").touch()
 """
 
@@ -104,9 +115,9 @@ def command(*words, workers=1):
     return [sys.executable, "-m", "ballbot_utils.tune", "--script", "pretender.py", "--workers", str(workers), *words]
 
 
-def begin(*words, **kwargs):
+def begin(*words, environment=(), **kwargs):
     """The command as a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment)
     return subprocess.Popen(command(*words, **kwargs), env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -238,8 +249,8 @@ def test_median_over_seeds_and_best_json():
     run("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "9", "1", "2", "--pruner", "none",
         flags=["--learning-rate", "0.001"])  # fmt: skip
     study = load("tune-grid")
-    assert {t.params["clip-coef"]: t.value for t in study.trials} == {0.01: 81.2, 0.1: 90.2}  # of seed 2
-    assert study.best_trial.user_attrs["results"] == {"9": 90.9, "1": 90.1, "2": 90.2}
+    assert {t.params["clip-coef"]: t.value for t in study.trials} == pytest.approx({0.01: 81.2, 0.1: 90.2})  # of seed 2
+    assert study.best_trial.user_attrs["results"] == pytest.approx({"9": 90.9, "1": 90.1, "2": 90.2})
     best = json.loads(Path("runs/tune-grid/best.json").read_text())
     assert (best["clip_coef"], best["learning_rate"]) == (0.1, 0.001)
     assert not {"run_name", "config", "resume"} & set(best)
