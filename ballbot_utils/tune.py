@@ -364,7 +364,9 @@ def why_ended(code: int, text: str) -> Failed | MachineFault:
     if number in list(signal.Signals):
         return MachineFault(f"killed by {signal.Signals(number).name}")
     if code == os.EX_TEMPFAIL:
-        return MachineFault(re.split(", then |; to go on", reason.removeprefix("error: "))[0])
+        return MachineFault(
+            re.split("(?:: make room|: mend that), then |; to go on", reason.removeprefix("error: "))[0]
+        )
     return Failed(reason)
 
 
@@ -749,6 +751,21 @@ def interrupt_once(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def next_trial(study: optuna.Study, search: Search) -> FrozenTrial:
+    """Run a trial. Optuna's `optimize` would hide an interrupt and a full disk where it stores a trial's end."""
+    trial, value, state = study.ask(), None, TrialState.FAIL
+    try:
+        with optuna.storages._heartbeat.get_heartbeat_thread(trial._trial_id, study._storage):
+            value, state = run_trial(trial, search, study), TrialState.COMPLETE
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except (Failed, TimeUp, optuna.exceptions.UpdateFinishedTrialError):
+        pass  # the last: found dead by others, as if this machine slept
+    finally:
+        ended = study.tell(trial, value, state, skip_if_finished=True)
+    return ended
+
+
 @machine_faults_end()
 def work(search: Search) -> None:
     """Run trials until there are enough, or the time is up."""
@@ -765,11 +782,7 @@ def work(search: Search) -> None:
             time.sleep(1)
             continue
         try:
-            study.optimize(partial(run_trial, search=search, study=study), 1, catch=(Failed, TimeUp),
-                           callbacks=[partial(tell, search=search)])  # fmt: skip
-        except ValueError as error:
-            if "Cannot tell a FAIL trial" not in str(error):  # found dead by others, as if this machine slept
-                raise
+            tell(study, next_trial(study, search), search)
         except (MachineFault, OSError):
             with contextlib.suppress(OSError):
                 retry_lost(study)  # other workers may have better luck
