@@ -812,6 +812,7 @@ def quiet() -> None:
         stream.reconfigure(errors="backslashreplace")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `next_trial` starts it as `optimize` does
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt_once)
 
