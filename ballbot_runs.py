@@ -1,9 +1,10 @@
 """What surrounds the learning in ppo_ballbot.py: flags, files of runs, processes and output. It knows nothing of PPO.
 
 What cannot be ends the program with one line, by `stop`. A run is a folder runs/NAME with config.json (the flags),
-TensorBoard's events, last.pt and previous.pt (checkpoints to go on from) and best.pt (the best policy so far). A
-checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no code in one is ever run. It names the
-script that trained it, from which programs take the policy's classes (`script_for`).
+TensorBoard's events, metrics.jsonl (every evaluation, a JSON object a line), last.pt and previous.pt (checkpoints to
+resume from) and best.pt (the best policy so far). A checkpoint is a file of `torch.save` that ends in its checksum
+(`sealed`); no code in one is ever run. It names the script that trained it, from which programs take the policy's
+classes (`script_for`).
 """
 
 import argparse
@@ -87,10 +88,17 @@ def say(text: str, end: str = "\n") -> None:
             raise
 
 
-def stop(message: str | Exception) -> NoReturn:
+class MachineFault(SystemExit):
+    """Ends a program with one line on a fault of the machine: no space, no memory, or a process killed.
+
+    A training's exit status is then 75, `os.EX_TEMPFAIL`: its flags are not at fault, and it can be tried again.
+    """
+
+
+def stop(message: str | Exception, kind: type[SystemExit] = SystemExit) -> NoReturn:
     """Exit with one line. All processes come to the same end: the first says it."""
     message = "".join(letter if letter.isprintable() else "?" for letter in f"error: {message}")
-    sys.exit(message if is_first() else 0)
+    raise kind(message if is_first() else 0)
 
 
 def summary(result: dict) -> str:
@@ -129,7 +137,18 @@ def closed_output_ends() -> Iterator[None]:
             sys.stdout and sys.stdout.flush()
     except OSError as error:
         sys.stdout = None  # nothing more is written there
-        stop(error)
+        stop(error, MachineFault)
+
+
+@contextlib.contextmanager
+def machine_faults_exit_75() -> Iterator[None]:
+    """A block whose MachineFault becomes its line on stderr and its exit status."""
+    try:
+        yield
+    except MachineFault as fault:
+        with contextlib.suppress(OSError):
+            fault.code and sys.stderr and print(fault.code, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if fault.code else 0)
 
 
 # Flags
@@ -366,7 +385,7 @@ def save(path: Path, content: Any, keep_as: Path | None = None) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}")
+        stop(f"cannot write {path} ({error.strerror}): make room, then {going_on(path.parent)}", MachineFault)
 
 
 def claim(folder: Path) -> int:
@@ -403,7 +422,7 @@ def new_folder(args: Any, make: bool) -> Path:
     except FileExistsError:
         stop(f"{folder} exists: give another --run-name, move it away, or --resume {folder}")
     except OSError as error:
-        stop(f"{folder} cannot be made: {error.strerror}")
+        stop(f"{folder} cannot be made: {error.strerror}", MachineFault)
     return folder
 
 
@@ -726,6 +745,37 @@ def open_log(args: Any, run_dir: Path, run: dict | None) -> SummaryWriter:
     return writer
 
 
+def log_evaluation(run_dir: Path, kind: str, global_step: int, seconds: float, result: dict) -> None:
+    """Add an evaluation to metrics.jsonl, in the first process.
+
+    `kind`: "evaluation" on the way, "final" for the final policy, or "best" for the best policy, evaluated once more.
+    """
+    if is_first():
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind, "global_step": global_step, "seconds": seconds} | result) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The evaluations in a run's metrics.jsonl; a line that is not (yet) whole is left out."""
+    path, evaluations = run_dir / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            evaluations += [json.loads(line)] if line.endswith(b"\n") else []
+    return evaluations
+
+
+def trim_metrics(run_dir: Path, global_step: int) -> int:
+    """Drop from metrics.jsonl what a run that goes on from `global_step` evaluates again.
+
+    Returns the steps of the last evaluation until then, at the end of the run too, or 0.
+    """
+    before = [entry for entry in read_metrics(run_dir) if entry["global_step"] <= global_step]
+    part = run_dir / "metrics.jsonl.part"
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in before if entry["kind"] == "evaluation"))
+    os.replace(part, run_dir / "metrics.jsonl")
+    return max((entry["global_step"] for entry in before if entry["kind"] != "best"), default=0)
+
+
 def close_log(args: Any, writer: SummaryWriter) -> None:
     """End what `open_log` began."""
     writer.close()
@@ -771,10 +821,11 @@ def start_ranks(train: Callable, args: Any, started: float) -> None:
         if code == INTERRUPTED:
             raise KeyboardInterrupt from None
         if code > 0:
-            sys.exit(1)  # it has said why
+            sys.exit(code)  # it has said why
         raise RuntimeError(str(error)) from None
 
 
+@machine_faults_exit_75()
 @closed_output_ends()
 def be_rank(rank, train, args, port, started):
     """What the processes do that `start_ranks` starts."""
@@ -830,16 +881,17 @@ def held(run_dir: Path) -> Iterator[None]:
         try:
             folder = claim(run_dir)
         except OSError as error:
-            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})")
+            stop(f"{run_dir} is in use by another process, or cannot be used ({error.strerror})", MachineFault)
     try:
         yield
     except OSError as error:  # a disk or an output that is full, closed or gone
-        stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}")
+        stop(f"cannot write ({error}): mend that, then {going_on(run_dir)}", MachineFault)
     finally:
         if folder is not None:
             os.close(folder)  # another may go on with it
 
 
+@machine_faults_exit_75()
 @closed_output_ends()
 def main(parse: Callable[[], Any], train: Callable) -> None:
     """A program that trains by its command line: `train(parse())`, and one line where that ends too soon."""
@@ -855,10 +907,13 @@ def main(parse: Callable[[], Any], train: Callable) -> None:
         return
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except (RuntimeError, ConnectionError) as error:
-        if not any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
+    except (RuntimeError, ConnectionError, MemoryError) as error:
+        if any(word in repr(error) for word in ("MemoryError", "out of memory", "allocate memory")):
+            why = "error: there is not enough memory"
+        elif any(word in str(error) for word in ("gloo", "NCCL", "signal SIG")):  # which say that a rank is gone
+            why = "error: a process of this run is gone"
+        else:
             raise
-        why = "error: a process of this run is gone"
     path = Path(args.resume or Path("runs") / args.run_name)
     advice = going_on(path.parent if path.suffix == ".pt" else path)
-    sys.exit(f"{why}; {advice}" if is_first() else 0)
+    raise MachineFault(f"{why}; {advice}" if is_first() else 0)

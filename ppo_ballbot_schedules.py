@@ -682,7 +682,7 @@ def learn(args, run_dir, run, weights, started):
     envs = make_envs(args, num_envs)
 
     best = targets_met = None  # the policy best evaluated so far; when both targets were met first
-    result = final_result = None  # the last iteration's evaluation, and that at the end of a run that has finished
+    final_result = None  # the evaluation at the end of a run that has finished
     global_step = iteration = 0
     elapsed = startup = training = 0.0  # s since the launch; of these, before the first step, and in iterations
     finished = deque(maxlen=100)  # (return, length) of the last episodes
@@ -703,8 +703,6 @@ def learn(args, run_dir, run, weights, started):
         best, targets_met = ballbot_runs.best_of(run, run_dir, agent), run["targets_met"]
         if best is not None and best.pop("ended_at", 0) == global_step and iteration == num_iterations:
             final_result = best["eval"]
-        # Whether there was one, which is logged
-        result = global_step // args.eval_interval > (global_step - iteration_steps) // args.eval_interval
         finished.extend(run["finished"])
         state = run["ranks"][rank()]
         observation = state["proprio"].to(device), state["depth"].to(device)
@@ -716,13 +714,14 @@ def learn(args, run_dir, run, weights, started):
         except (ValueError, RuntimeError) as error:
             stop(f"{args.resume} is damaged: {error}")
         started = time.perf_counter()
-    good = not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
+    evaluated, good = 0, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     final_result = gather(final_result, to_all=True)[0]  # all ranks have read the checkpoint; now rank 0 may write
     if final_result:
         say(f"{run_dir} has finished, with {summary(final_result)}: to go on, give more --total-timesteps")
         return
     if rank() == 0:
         writer = ballbot_runs.open_log(args, run_dir, run)
+        evaluated = ballbot_runs.trim_metrics(run_dir, global_step)  # steps of the last evaluation
         if best is not None:
             save(run_dir / "best.pt", best)  # it may have got lost
         say(f"{run_dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
@@ -815,7 +814,9 @@ def learn(args, run_dir, run, weights, started):
         shares = "/".join(f"{100 * part / spent:.0f}" for part in parts.values())
         bar.show(global_step, clock - startup, finished, f", {'/'.join(parts)} {shares} %")
         if result:
+            evaluated = global_step
             say(f"evaluation at {global_step:,} steps: {summary(result)}")
+            ballbot_runs.log_evaluation(run_dir, "evaluation", global_step, clock, result)
             if targets_met is None and all(reached(result)):
                 targets_met = f"{global_step:,} steps, {int(clock) // 60} min {int(clock) % 60:02} s"
                 say(f"targets met after {targets_met}")
@@ -834,7 +835,9 @@ def learn(args, run_dir, run, weights, started):
     policy = dict(model=agent.state_dict(), args=asdict(args), global_step=global_step, **script)
     final = copy.deepcopy(policy) | {"eval": evaluate(agent, args, args.final_eval_episodes)}
     say(f"final policy: {summary(final['eval'])}")
-    if rank() == 0 and not result:
+    clock = elapsed + time.perf_counter() - started
+    ballbot_runs.log_evaluation(run_dir, "final", global_step, clock, final["eval"])
+    if rank() == 0 and evaluated < global_step:
         for key in ("episodic_return", "episodic_length", "falls"):
             writer.add_scalar(f"eval/{key}", final["eval"][key], global_step)
         if args.capture_video:
@@ -843,6 +846,8 @@ def learn(args, run_dir, run, weights, started):
         agent.load_state_dict(best["model"])
         best["eval"] = evaluate(agent, args, args.final_eval_episodes)
         say(f"policy of {best['global_step']:,} steps, the best evaluated on the way: {summary(best['eval'])}")
+        clock = elapsed + time.perf_counter() - started
+        ballbot_runs.log_evaluation(run_dir, "best", best["global_step"], clock, best["eval"])
         if best["eval"]["episodic_return"] > final["eval"]["episodic_return"]:
             final = best
     if rank() == 0:

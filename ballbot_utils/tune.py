@@ -2,18 +2,21 @@
 
 A trial is an ordinary run of ppo_ballbot.py for each of --seeds, with the flags that a strategy chose from --space
 and those after `--`. Everything lies in runs/<study>/: for each trial its flags (trial-3.json), and for each seed
-its run (trial-3-seed-1/) and what that printed (trial-3-seed-1.log). The same command again goes on where it was, and
-on other machines, with the same --storage, joins in. Samplers, pruners, storages and plots are Optuna's.
+its run (trial-3-seed-1/) and what that printed (trial-3-seed-1.log). Trials are judged by their runs' metrics.jsonl.
+The same command again goes on where it was, and on other machines, with the same --storage, joins in. Samplers,
+pruners, storages and plots are Optuna's.
 
 - grid: every combination; a range stands for --points values.
 - one-at-a-time: the first hyperparameter of --space, then the next with the first's best value, and so on.
-- random, tpe: --trials combinations, drawn independently, or by the tree-structured Parzen estimator, which begins with
-  the flags after `--` where they lie in --space.
+- random: --trials combinations, drawn independently, but none twice.
+- tpe: --trials combinations by the tree-structured Parzen estimator, which begins with the flags after `--` where they
+  lie in --space.
 - six-steps: the guide's systematic process, with its values: baseline, learning rate, clip range, exploration,
   architecture, validation on its five seeds; --space is not used.
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import itertools
@@ -21,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import select
 import shlex
@@ -32,7 +36,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -50,6 +54,7 @@ from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 try:
     import optuna
     from optuna.trial import FrozenTrial, TrialState
+    from sqlalchemy.exc import SQLAlchemyError
 except ImportError:
     sys.exit("error: tuning needs Optuna: pip install -r requirements-tune.txt")
 
@@ -75,7 +80,6 @@ SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that di
 NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
              "randomization eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
 GRACE = 10  # seconds that a run has to end in before it is killed
-EVALUATION = re.compile(r"(?:evaluation at ([\d,]+) steps|final policy): return (\S+) ± \S+, length (\S+) ±")
 
 
 @dataclass
@@ -97,7 +101,8 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """each trial's runs, one after the other; their median counts"""
     trials: int | None = None
-    """trials in all, with those of earlier and other commands; default: 20, or the whole grid"""
+    """trials in all, with those of earlier and other commands; default: 20, or the whole grid. grid and random end when
+    all combinations are tried"""
     points: int = 3
     """values of a range for grid and one-at-a-time"""
     budget_minutes: float = math.inf
@@ -145,11 +150,25 @@ class Search:
 
 
 class Failed(Exception):
-    """A trial's run crashed or diverged."""
+    """A trial's run crashed or diverged: its parameters are at fault."""
+
+
+class MachineFault(Exception):
+    """A trial's run was ended by a fault of the machine: the trial does not count, and is tried again."""
 
 
 class TimeUp(Exception):
     """A trial is not to be run, or to its end: it does not count."""
+
+
+@contextlib.contextmanager
+def machine_faults_end() -> Iterator[None]:
+    """A block in which a fault of the machine ends the program with one line: no space, no memory, no database."""
+    try:
+        yield
+    except (MachineFault, OSError, MemoryError, optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"error: {line}: mend that (make room, or give fewer --workers); then the same command goes on")
 
 
 # The space
@@ -303,7 +322,7 @@ def on_grid(space: dict[str, tuple | list], points: int) -> dict[str, list]:
         even = (np.geomspace if log else np.linspace)(low, high, points)
         if isinstance(low, int):
             return list(dict.fromkeys(even.round().astype(int).tolist()))
-        return [float(f"{value:.3g}") for value in even]
+        return list(dict.fromkeys(float(f"{value:.3g}") for value in even))
 
     return {key: values(*spec) if isinstance(spec, tuple) else spec for key, spec in space.items()}
 
@@ -311,33 +330,27 @@ def on_grid(space: dict[str, tuple | list], points: int) -> dict[str, list]:
 # A trial
 
 
-def output(command: list[str | Path], log_path: Path) -> Generator[str | None, None, None]:
-    """Run a command; yields each line of its output, which goes to a file too, and None once a second and at least.
+def run_command(command: list[str | Path], log_path: Path) -> Generator[None, None, None]:
+    """Run a command, with its output in a file; yields at least once a second, and once after its end.
 
     However this ends, so does the command, with all processes that it started.
     """
-    with open(log_path, "wb", buffering=0) as log:
+    with open(log_path, "wb") as log:
         # A session of its own: Ctrl-C reaches it through us alone. If we are killed, its next line finds no reader.
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # fmt: skip
-        rest = b""
         try:
-            while True:
-                yield None
-                if not select.select([child.stdout], [], [], 1)[0]:
-                    continue
-                chunk = os.read(child.stdout.fileno(), 1 << 16)
-                log.write(chunk)
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from (line.decode(errors="replace") for line in lines)
-                if not chunk:
-                    break
+            chunk = None
+            while chunk != b"":
+                yield
+                if select.select([child.stdout], [], [], 1)[0]:
+                    chunk = os.read(child.stdout.fileno(), 1 << 16)
+                    log.write(chunk)
+                    log.flush()
             code = child.wait()
             if code:
-                text = log_path.read_text(errors="replace").splitlines()
-                errors = [line for line in text if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
-                by = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
-                raise Failed(by or [*(line for line in text if line.strip()), "no output", *errors][-1])
+                raise why_ended(code, log_path.read_text(encoding="utf-8", errors="replace"))
+            yield
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
@@ -346,6 +359,21 @@ def output(command: list[str | Path], log_path: Path) -> Generator[str | None, N
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+
+
+def why_ended(code: int, text: str) -> Failed | MachineFault:
+    """Whose fault the end of a run with this exit status was, and for people the reason in what it printed."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+    reason = [*lines, "no output", *errors][-1]
+    number = -code if code < 0 else code - 128  # as a shell has it
+    if number in list(signal.Signals):
+        return MachineFault(f"killed by {signal.Signals(number).name}")
+    if code == os.EX_TEMPFAIL:
+        return MachineFault(
+            re.split("(?:: make room|: mend that), then |; to go on", reason.removeprefix("error: "))[0]
+        )
+    return Failed(reason)
 
 
 def reached(evaluation: tuple[int, float, float]) -> bool:
@@ -395,32 +423,73 @@ def process_mark(pid: int) -> str | None:
 
 def run_trial(trial: optuna.Trial, search: Search, study: optuna.Study) -> float:
     """The objective: the median over the seeds' runs."""
-    try:
-        trial.set_user_attr("host", socket.gethostname())
-        trial.set_user_attr("process", process_mark(os.getpid()))
-        study.sampler = make_sampler(search, trial.number)
-        params = {name: suggest(trial, name, spec) for name, spec in search.space.items()}
-        # Of workers that began at once, the later ones may be too many.
-        numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
-        if trial.number not in numbers:
+    trial.set_user_attr("host", socket.gethostname())
+    trial.set_user_attr("process", process_mark(os.getpid()))
+    study.sampler = make_sampler(search, trial.number)
+    if num_combinations(search) < math.inf:
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number <= trial.number]
+        params = untried(search, sorted(trials, key=lambda t: t.number))
+        if params is None:
             raise TimeUp
-        if numbers.index(trial.number) >= search.trials:
-            trial.set_user_attr("lost", "one too many")
-            raise TimeUp
-        text = ballbot_runs.as_config(search.settings(params))
-        write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
-        results = {int(seed): value for seed, value in trial.user_attrs.get("results", {}).items()}  # if tried again
-        for seed in search.seeds[len(results) :]:
-            try:
-                results[seed] = run_seed(trial, search, study, seed, list(results.values()))
-            except Failed as error:
-                trial.set_user_attr("reason", f"seed {seed}: {error}")
-                raise
-            trial.set_user_attr("results", results)
-        return statistics.median(results.values())
-    except KeyboardInterrupt:
-        trial.set_user_attr("lost", "interrupted")
-        raise
+        study.sampler = optuna.samplers.PartialFixedSampler(params, study.sampler)
+    params = {name: suggest(trial, name, spec) for name, spec in search.space.items()}
+    # Of workers that began at once, the later ones may be too many.
+    numbers = [t.number for t in counted(study) if t.state != TrialState.WAITING]
+    if trial.number not in numbers:
+        raise TimeUp
+    if numbers.index(trial.number) >= search.trials:
+        trial.set_user_attr("lost", "one too many")
+        raise TimeUp
+    text = ballbot_runs.as_config(search.settings(params))
+    write(search.folder / f"trial-{trial.number}.json", lambda part: part.write_text(text))
+    results = {int(seed): value for seed, value in trial.user_attrs.get("results", {}).items()}  # if tried again
+    for seed in search.seeds[len(results) :]:
+        try:
+            results[seed] = run_seed(trial, search, study, seed, list(results.values()))
+        except Failed as error:
+            trial.set_user_attr("reason", f"seed {seed}: {error}")
+            raise
+        except MachineFault as error:
+            raise MachineFault(f"trial {trial.number}, seed {seed}: {error}") from None
+        trial.set_user_attr("results", results)
+    return statistics.median(results.values())
+
+
+def num_combinations(search: Search) -> float:
+    """How many combinations grid or random search has to try; infinitely many in a range of floats, and for tpe."""
+    if not search.grid and search.args.strategy != "random":
+        return math.inf
+    sizes = (len(spec) if isinstance(spec, list) else spec[1] - spec[0] + 1 if isinstance(spec[0], int) else math.inf
+             for spec in search.space.values())  # fmt: skip
+    return math.prod(sizes)
+
+
+def untried(search: Search, trials: list[FrozenTrial]) -> dict[str, Any] | None:
+    """The combination that the last of all `trials` so far is to try, and no other does; None if there is none left.
+
+    It follows from the study's name and the trials before, also those whose worker has not yet said what they try.
+    """
+    rng, combinations, used = random.Random(search.name), {}, set()
+    for trial in trials:
+        history = trial.system_attrs.get("retry_history")
+        drawn = combinations.get(history[-1]) if history else None
+        while drawn is None and len(used) < num_combinations(search):
+            drawn = tuple(draw(rng, spec) for spec in search.space.values())
+            drawn = None if drawn in used else drawn
+        known = trial.params.keys() == search.space.keys()  # earlier versions drew others
+        combinations[trial.number] = tuple(trial.params[name] for name in search.space) if known else drawn
+        used.add(combinations[trial.number])
+    return drawn and dict(zip(search.space, drawn))
+
+
+def draw(rng: random.Random, spec: tuple | list) -> bool | int | float | str:
+    """A random one of a parameter's values; of a logarithmic range the small ones are as likely as for Optuna."""
+    if isinstance(spec, list):
+        return rng.choice(spec)
+    low, high, log = spec
+    if not log:
+        return rng.randint(low, high)
+    return min(max(round(math.exp(rng.uniform(math.log(low - 0.5), math.log(high + 0.5)))), low), high)
 
 
 def suggest(trial: optuna.Trial, name: str, spec: tuple | list) -> bool | int | float | str:
@@ -436,36 +505,44 @@ def run_seed(trial: optuna.Trial, search: Search, study: optuna.Study, seed: int
     objective, hold, total = search.args.objective, search.args.hold, search.base["total_timesteps"]
     run, config = f"{search.name}/trial-{trial.number}-seed-{seed}", search.folder / f"trial-{trial.number}.json"
     command = [sys.executable, search.args.script, "--config", config, "--seed", str(seed), "--run-name", run]
-    evaluations, met, known, value, interval = [], None, 0, math.nan, search.base["eval_interval"]
-    with contextlib.closing(output(command, Path("runs") / f"{run}.log")) as lines:
-        for line in lines:
+    folder, evaluations, known, value = Path("runs") / run, [], 0, math.nan
+    met, met_time, interval = None, math.inf, search.base["eval_interval"]
+    with contextlib.closing(run_command(command, folder.with_name(f"{folder.name}.log"))) as ticks:
+        for _ in ticks:
             if time.time() > search.deadline:
                 trial.set_user_attr("lost", "the budget was spent")
                 raise TimeUp
             show(study, search)
-            # After an evaluation comes, perhaps, what it met; the line after that when its checkpoint is on the disk.
-            if met and line and not line.startswith("targets met"):
+            entries = [entry for entry in ballbot_runs.read_metrics(folder) if entry["kind"] != "best"]
+            for entry in entries[len(evaluations) :]:
+                final = entry["kind"] == "final"
+                steps, values = entry["global_step"], (entry["episodic_return"], entry["episodic_length"])
+                if not all(map(math.isfinite, values)):
+                    at = "final policy" if final else f"evaluation at {steps:,} steps"
+                    raise Failed("not finite: {}: return {}, length {}".format(at, *values))
+                before = evaluations[-1][0] if evaluations else 0
+                evaluations.append((total if final else steps, *values))
+                met = objective == "steps-to-target" and first_met(evaluations, hold)
+                if evaluations[-1][0] > before:  # the final policy's may be the second at its step: one is reported
+                    known = total if final else steps // interval * interval  # the same for all batch sizes
+                    value = statistics.median([*scores, score(objective, evaluations, total, hold)])
+                    trial.report(value, len(scores) * total + known)
+                    if not final and not met and trial.should_prune():
+                        raise optuna.TrialPruned
+            if met:  # the checkpoint is saved after the evaluation is logged
+                met_time = min(met_time, modified(folder / "metrics.jsonl"))
+            if met and modified(folder / "last.pt") >= met_time:
                 for step in range(known + interval, total + 1, interval):  # among others it counts at later steps too
                     trial.report(value, len(scores) * total + step)
                 break
-            match = EVALUATION.match(line or "")
-            if not match:
-                continue
-            steps, *values = match.groups()
-            if not all(math.isfinite(float(value)) for value in values):
-                raise Failed(f"not finite: {line}")
-            before = evaluations[-1][0] if evaluations else 0
-            evaluations.append((int(steps.replace(",", "")) if steps else total, *map(float, values)))
-            met = objective == "steps-to-target" and first_met(evaluations, hold)
-            if evaluations[-1][0] > before:  # the final policy's may be the second at its step: one is reported
-                known = evaluations[-1][0] // interval * interval if steps else total  # the same for all batch sizes
-                value = statistics.median([*scores, score(objective, evaluations, total, hold)])
-                trial.report(value, len(scores) * total + known)
-                if steps and not met and trial.should_prune():
-                    raise optuna.TrialPruned
-    if not evaluations:
-        raise Failed("no evaluation in its output")
+    need(evaluations, f"{search.args.script} ended without an evaluation in {folder}/metrics.jsonl: log evaluations as "
+         "ppo_ballbot.py does")  # fmt: skip
     return score(objective, evaluations, total, hold)
+
+
+def modified(path: Path) -> int:
+    """When a file was last written, ns; 0 if it does not exist."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 # A study
@@ -515,11 +592,9 @@ def open_study(search: Search) -> optuna.Study:
 
 
 def make_sampler(search: Search, number: int = 0) -> optuna.samplers.BaseSampler:
-    """What chooses a trial's values. What it draws follows from the study's name and the trial's number."""
-    if search.grid:
-        return optuna.samplers.GridSampler(search.space, zlib.crc32(search.name.encode()))  # one order for all workers
+    """Chooses a trial's values where `untried` does not. They follow from the study's name and the trial's number."""
     seed = zlib.crc32(f"{search.name} {number}".encode())
-    if search.args.strategy == "random":
+    if search.grid or search.args.strategy == "random":
         return optuna.samplers.RandomSampler(seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.args.startup_trials)
 
@@ -533,7 +608,29 @@ def open_storage(search: Search) -> optuna.storages.BaseStorage:
             heartbeat_stale_trial_callback=again,
         )  # fmt: skip
     file = Path("runs") / root(search) / "study.log"
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    return optuna.storages.JournalStorage(Journal(str(file)))
+
+
+class Journal(optuna.storages.journal.JournalFileBackend):
+    """Optuna's file of a study, for processes that are killed and disks that are full.
+
+    The kernel releases its lock when the process that has it dies; Optuna's lock files stay. A last line that was not
+    written to its end, which Optuna would continue, is dropped.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with open(self._file_path, "r+b") as file:
+            with contextlib.suppress(OSError):  # a disk without locks keeps nobody out
+                fcntl.flock(file, fcntl.LOCK_EX)
+            end = file.seek(0, os.SEEK_END)
+            while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                end -= 1
+            file.truncate(end)
+            file.seek(end)
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def root(search: Search) -> str:
@@ -551,9 +648,14 @@ def again(study: optuna.Study, trial: FrozenTrial) -> None:
     optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, trial)
 
 
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial ended, but not by its parameters."""
+    return "lost" in trial.user_attrs or (trial.state == TrialState.FAIL and "reason" not in trial.user_attrs)
+
+
 def lost_numbers(trials: list[FrozenTrial]) -> set[int]:
     """Trials that do not count: what they were to try is tried again, or was queued twice at the same moment."""
-    lost, retried = {trial.number for trial in trials if "lost" in trial.user_attrs}, set()
+    lost, retried = {trial.number for trial in trials if is_lost(trial)}, set()
     for trial in trials:
         history = trial.system_attrs.get("retry_history", ())
         if retried.issuperset(history[-1:]) and history:
@@ -591,7 +693,7 @@ def retry_lost(study: optuna.Study) -> None:
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
     for trial in trials:
-        if "lost" in trial.user_attrs and trial.number not in retried:
+        if is_lost(trial) and trial.number not in retried:
             again(study, trial)
 
 
@@ -647,12 +749,30 @@ def spread(trial: FrozenTrial, search: Search) -> str:
 
 
 def interrupt_once(*_: Any) -> NoReturn:
-    """Ctrl-C, or SIGTERM; a second one does not disturb what the first began."""
+    """Ctrl-C, or SIGTERM; a second one does not disturb what the first began, and what hangs is killed."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(GRACE + 5)
     raise KeyboardInterrupt
 
 
+def next_trial(study: optuna.Study, search: Search) -> FrozenTrial:
+    """Run a trial. Optuna's `optimize` would hide an interrupt and a full disk where it stores a trial's end."""
+    trial, value, state = study.ask(), None, TrialState.FAIL
+    try:
+        with optuna.storages._heartbeat.get_heartbeat_thread(trial._trial_id, study._storage):
+            value, state = run_trial(trial, search, study), TrialState.COMPLETE
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except (Failed, TimeUp, optuna.exceptions.UpdateFinishedTrialError):
+        pass  # the last: found dead by others, as if this machine slept
+    finally:
+        ended = study.tell(trial, value, state, skip_if_finished=True)
+    return ended
+
+
+@machine_faults_end()
 def work(search: Search) -> None:
     """Run trials until there are enough, or the time is up."""
     quiet()
@@ -668,19 +788,22 @@ def work(search: Search) -> None:
             time.sleep(1)
             continue
         try:
-            study.optimize(partial(run_trial, search=search, study=study), 1, catch=(Failed, TimeUp),
-                           callbacks=[partial(tell, search=search)])  # fmt: skip
-        except ValueError as error:
-            if "Cannot tell a FAIL trial" not in str(error):  # found dead by others, as if this machine slept
-                raise
+            tell(study, next_trial(study, search), search)
+        except (MachineFault, OSError):
+            with contextlib.suppress(OSError):
+                retry_lost(study)  # other workers may have better luck
+            raise
 
 
 def tell(study: optuna.Study, trial: FrozenTrial, search: Search) -> None:
-    """Print a trial's end, and log it."""
+    """Print a trial's end, log it, and save it if it is the best."""
     if trial.number not in lost_numbers(study.get_trials(deepcopy=False)):
         clear_progress()
         print(describe(trial, search), flush=True)
         log_hparams(trial, search)
+        best = best_trial(study)
+        if best and best.number == trial.number:
+            save_best(search.settings(trial.params), search.folder)
 
 
 def be_worker(search: Search) -> None:
@@ -690,9 +813,12 @@ def be_worker(search: Search) -> None:
 
 
 def quiet() -> None:
-    """Say nothing but our own lines, and end in order."""
+    """Say nothing but our own lines, in any encoding, and end in order."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `next_trial` starts it as `optimize` does
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt_once)
 
@@ -720,6 +846,8 @@ def run(search: Search) -> optuna.Study:
             if worker.is_alive():
                 worker.terminate()
             worker.join()
+    if any(worker.exitcode for worker in workers) and len(finished(counted(study))) < search.trials:
+        sys.exit("error: workers ended before the trials; the same command goes on")
     return study
 
 
@@ -825,6 +953,8 @@ def conclude(study: optuna.Study, search: Search) -> None:
     states = [trial.state for trial in trials]
     print(f"{search.folder}: {len(trials)} of {search.trials} trials, {states.count(TrialState.PRUNED)} pruned, "
           f"{states.count(TrialState.FAIL)} failed")  # fmt: skip
+    if len(trials) == num_combinations(search):
+        print(f"all {len(trials)} combinations of --space are tried")
     if best is None:
         return print("none was complete: there is no best")
     save_best(search.settings(best.params), search.folder)
@@ -856,9 +986,11 @@ def steps_of(args: Args, module: ModuleType) -> dict[str, dict[str, dict[str, An
 
 def as_flags(settings: dict[str, Any]) -> str:
     """Settings as words of a command line."""
-    words = (plot.as_flag(name, f"{value:g}" if isinstance(value, float) else str(value))
-             for name, value in settings.items())  # fmt: skip
-    return " ".join(words)
+
+    def text(value):
+        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+    return " ".join(plot.as_flag(name, text(value)) for name, value in settings.items())
 
 
 def take_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
@@ -979,7 +1111,7 @@ def write_report(
     else:
         lines.append("Nothing was better than the baseline.")
     lines += ["", stopped] if stopped else []
-    write(folder / "report.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+    write(folder / "report.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     draw_report(args, rows, folder / "report.png")
     return "\n".join(lines)
 
@@ -1015,6 +1147,7 @@ def draw_report(args: Args, rows: list[dict[str, Any]], path: Path) -> None:
     write(path, partial(figure.savefig, dpi=200))
 
 
+@machine_faults_end()
 def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
     need(re.fullmatch(r"(?!\.+$)[\w.-]*", args.study), f"--study is {args.study}: give letters, digits, ., - and _")
     args = replace(args, study=args.study or f"tune-{args.strategy}")
@@ -1033,7 +1166,6 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
         args = replace(args, script=installed)
     module, base = base_settings(args.script, flags)
     deadline = time.time() + 60 * args.budget_minutes
-    search = None
     try:
         if stepwise:
             need(not refused(module, base), f"the flags after --: {refused(module, base)}")
@@ -1046,19 +1178,17 @@ def main(args: Args, flags: list[str]) -> list[dict[str, Any]] | None:
         base, space, options = check_space(parse_space(args.space, module), module, base)
         grid = args.strategy == "grid"
         space = on_grid(space, args.points) if grid else space
-        size = math.prod(map(len, space.values())) if grid else math.inf
+        search = Search(args, args.study, base, space, options, args.seeds, 0, grid, deadline)
+        size = num_combinations(search)
         need(args.trials or not grid or size <= 1000, f"the grid has {size:,} combinations: give a smaller --space, or "
              "--trials")  # fmt: skip
-        trials = min(args.trials or (size if grid else 20), size)
-        search = Search(args, args.study, base, space, options, args.seeds, trials, grid, deadline)
+        search.trials = min(args.trials or (size if grid else 20), size)
         search.given = parameters(given, search) if args.strategy == "tpe" else None
         if flags and args.strategy == "tpe" and not search.given:
             print("the flags after -- lie outside --space: no trial has them, and what is near them is not tried")
         conclude(run(search), search)
     except KeyboardInterrupt:
         clear_progress()
-        if search and (best := best_trial(open_study(search))):
-            save_best(search.settings(best.params), search.folder)
         sys.exit("stopped; the same command goes on")
 
 

@@ -143,9 +143,9 @@ def outcome(attempt):
             failure = f"signal {-code}"
         elif "Traceback" in said or "Exception ignored" in said:
             failure = "traceback"
-        elif code == 1 and len(errors) > attempt.lines and not said.startswith("\u256d"):
+        elif code in (1, os.EX_TEMPFAIL) and len(errors) > attempt.lines and not said.startswith("\u256d"):
             failure = "several lines"
-        elif code == 1 and not errors:
+        elif code in (1, os.EX_TEMPFAIL) and not errors:
             failure = "no reason"
         elif attempt.expect and ends != attempt.expect:
             failure = f"{ends}, not {attempt.expect}"

@@ -130,7 +130,7 @@ def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path
         if victim == process.pid:
             assert process.returncode == -signal.SIGKILL
         else:
-            assert process.returncode == 1
+            assert process.returncode == os.EX_TEMPFAIL
             line = error.strip()
             assert "\n" not in line, error
             assert line.startswith("error: a process of this run is gone") and line.endswith("--resume runs/run")
@@ -172,7 +172,7 @@ def test_interrupted_run_says_how_to_go_on(number, handler, tmp_path):
     until_next_checkpoint(process, tmp_path / "runs" / "run")
     os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches all of the run's processes
     error = process.communicate()[1].decode()
-    assert process.returncode == 1
+    assert process.returncode == os.EX_TEMPFAIL
     assert error.strip().splitlines()[-1].endswith("--resume runs/run")
     assert "Traceback" not in error
 

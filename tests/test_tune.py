@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,16 @@ import pytest
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ballbot_runs
 import ppo_ballbot
+import ppo_ballbot_schedules
 from ballbot_utils import tune
 
 ROOT = Path(__file__).resolve().parents[1]
-# Returns rise with --clip-coef, by 0.1 with the seed; at 0.5 it crashes, at 0.6 its return is not a number.
+# Returns rise with --clip-coef, by 0.1 with the seed; at 0.5 it crashes, at 0.6 its return is not a number. A file
+# named fault ends it by that signal or exit status, once.
 PRETENDER = """
-import argparse, json, sys, time
+import argparse, json, os, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,17 +77,28 @@ if __name__ == "__main__":
         print("a line before")
         sys.exit("error: the losses are not finite")
     quality = 80 + 100 * args.clip_coef + args.seed / 10 if args.clip_coef != 0.6 else float("nan")
+    if os.path.exists("fault"):
+        fault = int(open("fault").read())
+        os.remove("fault")
+        print("error: cannot write last.pt (No space left on device): make room, then to go on: ...", flush=True)
+        sys.exit(fault) if fault > 0 else os.kill(os.getpid(), -fault)
+
+    def log(kind, steps, value):
+        what = "final policy" if kind == "final" else f"{kind} at {steps:,} steps"
+        print(f"{what}: return {value:.1f} ± 1.0, length {40 * value:.0f} ± 2, falls 0%", flush=True)
+        with open(run / "metrics.jsonl", "a") as file:
+            entry = dict(kind=kind, global_step=steps, episodic_return=value, episodic_length=40 * value)
+            file.write(json.dumps(entry) + "\\n")
+
     for i in range(1, 5):
         time.sleep(args.seconds / 4)
         value = quality * i / 4
-        print(f"[####] {250 * i:,} steps, return 1.0")
-        numbers = f"return {value:.1f} ± 1.0, length {40 * value:.0f} ± 2, falls 0%"
-        print(f"evaluation at {250 * i:,} steps: {numbers}", flush=True)
-        if value > 100:
-            print(f"targets met after {250 * i:,} steps", flush=True)
-            time.sleep(0.2)
+        log("evaluation", 250 * i, value)
+        time.sleep(0.2 * (value > 100))
         (run / "best.pt").touch()
-    print(f"final policy: {numbers}")
+        (run / "last.pt").touch()
+    log("final", 1000, value)
+    log("best", 750, 1e6)
     (run / "finished").touch()
 """
 
@@ -104,9 +119,9 @@ def command(*words, workers=1):
     return [sys.executable, "-m", "ballbot_utils.tune", "--script", "pretender.py", "--workers", str(workers), *words]
 
 
-def begin(*words, **kwargs):
+def begin(*words, environment=(), **kwargs):
     """The command as a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment)
     return subprocess.Popen(command(*words, **kwargs), env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -238,8 +253,8 @@ def test_median_over_seeds_and_best_json():
     run("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "9", "1", "2", "--pruner", "none",
         flags=["--learning-rate", "0.001"])  # fmt: skip
     study = load("tune-grid")
-    assert {t.params["clip-coef"]: t.value for t in study.trials} == {0.01: 81.2, 0.1: 90.2}  # of seed 2
-    assert study.best_trial.user_attrs["results"] == {"9": 90.9, "1": 90.1, "2": 90.2}
+    assert {t.params["clip-coef"]: t.value for t in study.trials} == pytest.approx({0.01: 81.2, 0.1: 90.2})  # of seed 2
+    assert study.best_trial.user_attrs["results"] == pytest.approx({"9": 90.9, "1": 90.1, "2": 90.2})
     best = json.loads(Path("runs/tune-grid/best.json").read_text())
     assert (best["clip_coef"], best["learning_rate"]) == (0.1, 0.001)
     assert not {"run_name", "config", "resume"} & set(best)
@@ -372,7 +387,210 @@ def test_tpe_begins_with_the_flags_given_where_they_lie_in_the_space(monkeypatch
         assert drawn.pop() == ["trial 0" + ", the flags given" * begins]
 
 
+def test_results_are_exact_in_any_encoding():
+    """Rounded to 0.1 these are ties, and 100.04 is not above 100."""
+    words = ["--strategy", "grid", "--seeds", "0", "--pruner", "none", "--space"]
+    out = begin(*words, "clip-coef=0.01,0.0101,0.0102", environment={"PYTHONIOENCODING": "latin-1"}).communicate()[0]
+    assert (
+        "3 of 3 trials, 0 pruned, 0 failed" in out and b"\xb1" in Path("runs/tune-grid/trial-0-seed-0.log").read_bytes()
+    )
+    assert load("tune-grid").best_value == 80 + 100 * 0.0102
+    assert json.loads(Path("runs/tune-grid/best.json").read_text())["clip_coef"] == 0.0102
+    out = begin(*words, "clip-coef=0.2004,0.1", "--objective", "steps-to-target", "--study", "steps",
+                environment={"PYTHONIOENCODING": "ascii:backslashreplace"}).communicate()[0]  # fmt: skip
+    assert load("steps").best_trial.params["clip-coef"] == 0.2004 and load("steps").best_value == 1000
+
+
+def test_labels_of_a_step_are_exact():
+    assert tune.as_flags(dict(learning_rate=1.2345678e-4)) == "--learning-rate 0.00012345678"
+    assert tune.on_grid({"a": (0.1230, 0.1231, False)}, 3) == {"a": [0.123]}  # none twice
+
+
+@pytest.mark.parametrize("script", [ppo_ballbot, ppo_ballbot_schedules])
+def test_a_run_logs_each_evaluation_once_also_when_it_goes_on(script, monkeypatch):
+    args = dict(num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=32, minibatch_size=32,
+                hidden_size=8, eval_interval=128, run_name="run")  # fmt: skip
+    figures = {key + end: 1.0 for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")}
+    returns = iter([1 / 3, 2.0, 3.0, 2.0, 3.0, 1.0, 4.0, 5.0])  # the last evaluation is not the best
+    evaluate = lambda agent, args, episodes: figures | dict(episodes=episodes, episodic_return=next(returns))  # noqa: E731
+    monkeypatch.setattr(script, "evaluate", evaluate)
+
+    def train(**flags):
+        run = script.train(script.Args(**flags))
+        entries = ballbot_runs.read_metrics(run)
+        assert all(figures.keys() <= entry.keys() for entry in entries)
+        log = EventAccumulator(str(run)).Reload().Scalars("eval/episodic_return")
+        seconds = [entry["seconds"] for entry in entries]
+        assert seconds == sorted(seconds) and 0 < seconds[0] < 1e4
+        found = [(entry["kind"], entry["global_step"], entry["episodic_return"]) for entry in entries]
+        return found, [event.step for event in log]
+
+    first = [("evaluation", 128, 1 / 3)]
+    assert train(**args, total_timesteps=192) == ([*first, ("final", 192, 2.0), ("best", 128, 3.0)], [128, 192])
+    with open("runs/run/metrics.jsonl", "a") as file:  # of an iteration that was lost, and a torn line
+        file.write(json.dumps(dict(kind="evaluation", global_step=256, seconds=9.0)) + '\n{"kind": "eval')
+    assert train(resume="runs/run") == ([*first, ("final", 192, 2.0), ("best", 128, 3.0)], [128, 192])
+    first.append(("evaluation", 256, 1.0))
+    assert train(resume="runs/run", total_timesteps=256)[0] == [*first, ("final", 256, 4.0), ("best", 128, 5.0)]
+
+
+# Random search
+
+
+def test_random_search_tries_no_combination_twice_and_ends(capfd):
+    words = ["--strategy", "random", "--pruner", "none", "--space", "clip-coef=0.01,0.1", "num-envs=8,10"]
+    run(*words, "--trials", "3")
+    assert "combinations" not in capfd.readouterr().out
+    run(*words, "--trials", "9")
+    assert "4 of 4 trials" in (out := capfd.readouterr().out) and "all 4 combinations of --space are tried" in out
+    assert len({tuple(trial.params.values()) for trial in load("tune-random").trials}) == 4 == len(started())
+    assert {clip for _, clip in started()} == {0.01, 0.1}
+
+
+def test_combinations_by_hand():
+    """They follow from the trials before: retried ones, ones whose worker says nothing yet, and ones long done."""
+    space = {"a": [1, 2], "b": (1, 3, False), "c": (7, 8, True)}
+    search = tune.Search(tune.Args("random"), "x", {}, space, {}, (1,), 1, False, 0.0)
+    assert tune.num_combinations(search) == 12
+    created = []
+
+    def trial(history=None):
+        system = {"retry_history": history} if history else {}
+        created.append(optuna.trial.create_trial(value=0.0, system_attrs=system))
+        created[-1].number = len(created) - 1
+        return tune.untried(search, created)
+
+    drawn = [trial() for _ in range(5)]
+    assert trial([2]) == drawn[2] and trial([2, 5]) == drawn[2]
+    drawn += [trial() for _ in range(7)]
+    assert {tuple(one.values()) for one in drawn} == {(a, b, c) for a in (1, 2) for b in (1, 2, 3) for c in (7, 8)}
+    assert trial() is None
+    for i, one in enumerate(drawn):  # as an earlier version may have drawn
+        created[i].params, created[i].system_attrs = drawn[0 if i == 2 else i], {}
+    assert tune.untried(search, created[:13]) == drawn[2]
+    assert tune.num_combinations(replace(search, space={"a": (0.0, 1.0, False)})) == float("inf")
+
+
 # Ends of all kinds
+
+
+HOLDER = """
+import optuna, os, time
+from ballbot_utils import tune
+def hold(*_):
+    print("holds it", flush=True)
+    time.sleep(100)
+os.fsync = hold
+search = tune.Search(tune.Args(), "tune-grid", {}, {}, {}, (), 0, True, 0.0)
+optuna.create_study(study_name="other", storage=tune.open_storage(search))
+"""
+
+
+def hold_lock():
+    """A process in the midst of writing to the study's file."""
+    Path("runs/tune-grid").mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "holds it\n"
+    return holder
+
+
+def test_a_process_killed_as_it_writes_to_the_study_leaves_no_lock():
+    holder = hold_lock()
+    holder.kill()
+    holder.communicate()
+    process = begin("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1")
+    assert "2 of 2 trials, 0 pruned, 0 failed" in process.communicate(timeout=200)[0]
+
+
+def test_ctrl_c_ends_a_command_that_waits_for_the_study():
+    process = begin("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1", "--", "--seconds", "60")
+    wait_for(started, 120)
+    holder = hold_lock()
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=200)
+    assert time.monotonic() - before < 2 * tune.GRACE
+    holder.kill()
+    holder.communicate()
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (-9, "killed by SIGKILL"),
+        (130, "killed by SIGINT"),
+        (os.EX_TEMPFAIL, "cannot write last.pt (No space left on device)"),
+    ],
+)
+def test_a_fault_of_the_machine_is_not_one_of_the_parameters(fault, said, capfd):
+    Path("fault").write_text(str(fault))
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1"]
+    with pytest.raises(SystemExit) as error:
+        run(*words)
+    assert error.value.code == (
+        f"error: trial 0, seed 1: {said}: mend that (make room, or give fewer --workers); then the same command goes on"
+    )
+    run(*words)
+    assert "2 of 2 trials, 0 pruned, 0 failed" in capfd.readouterr().out
+    assert len(started()) == 3 and load("tune-grid").trials[-1].state.name == "COMPLETE"
+
+
+def test_a_worker_meets_a_fault_of_the_machine_and_another_goes_on():
+    Path("fault").write_text("-9")
+    out = begin("--strategy", "grid", "--space", "clip-coef=0.01,0.1", "--seeds", "1", workers=2).communicate()[0]
+    assert "2 of 2 trials, 0 pruned, 0 failed" in out and out.count("killed by SIGKILL") == 1
+    assert "Traceback" not in out and len(started()) == 3
+
+
+def test_a_full_disk_ruins_no_study(monkeypatch, capfd):
+    words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.1"]
+    fsync, count = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count > 12:  # some of a line is written
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 5)
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"^error: \[Errno 28\] No space left on device: mend that \(make room"):
+        run(*words)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(tune, "process_mark", lambda pid: f"{pid} another")  # it is in a new process
+    assert not Path("runs/tune-grid/study.log").read_bytes().endswith(b"\n")
+    run(*words)
+    assert "2 of 2 trials, 0 pruned, 0 failed" in capfd.readouterr().out
+    run(*words)  # its file is readable
+
+
+def test_a_real_run_says_by_its_exit_status_that_the_machine_is_at_fault():
+    flags = (
+        "--no-cameras --terrain flat --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --run-name "
+    )
+    statuses = {}
+    for name, more, output in (("full", "", "/dev/full"), ("refused", "--gamma 2", os.devnull)):
+        words = [sys.executable, ROOT / "ppo_ballbot.py", *flags.split(), name, *more.split()]
+        with open(output, "w") as stdout:
+            done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        statuses[name] = done.returncode
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert statuses == {"full": os.EX_TEMPFAIL, "refused": 1}
+
+    def train(args):
+        raise MemoryError
+
+    with pytest.raises(SystemExit) as error:
+        ballbot_runs.main(lambda: ppo_ballbot.Args(run_name="none"), train)
+    assert error.value.code == os.EX_TEMPFAIL
+
+
+def test_a_script_that_logs_no_evaluation_ends_the_command():
+    Path("pretender.py").write_text(PRETENDER.replace("metrics.jsonl", "other.jsonl"))
+    with pytest.raises(SystemExit, match="ended without an evaluation in runs/tune-grid/trial-0-seed-1"):
+        run("--strategy", "grid", "--space", "clip-coef=0.01,0.1")
 
 
 def test_budget_ends_in_time_and_loses_nothing():
