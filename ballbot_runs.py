@@ -6,6 +6,7 @@ checkpoint is a file of `torch.save` that ends in its checksum (`sealed`); no co
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -108,6 +109,30 @@ def closed_output_ends() -> Iterator[None]:
     except OSError as error:
         sys.stdout = None  # nothing more is written there
         stop(error)
+
+
+@contextlib.contextmanager
+def ranks_end_at_once() -> Iterator[None]:
+    """A block that a rank ends with, by `sys.exit` or not: its output is flushed, and Python's own end is left out.
+
+    Only the first process and a run on one rank, which are no ranks of others, end as usual.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        code = end.code
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()  # Weights & Biases has one
+        with contextlib.suppress(OSError):
+            if isinstance(code, str) and sys.stderr:
+                print(code, file=sys.stderr)
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        # THREAD
+        os._exit(code if isinstance(code, int) else bool(code))
 
 
 # Flags
@@ -580,6 +605,7 @@ def start_ranks(train: Callable, args: Any, started: float) -> None:
         raise RuntimeError(str(error)) from None
 
 
+@ranks_end_at_once()
 @closed_output_ends()
 def be_rank(rank, train, args, port, started):
     """What the processes do that `start_ranks` starts."""
@@ -590,13 +616,10 @@ def be_rank(rank, train, args, port, started):
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
-    code = 0
     try:
         train(args, started)
     except KeyboardInterrupt:  # of which the parent need not know
-        code = INTERRUPTED
-    sys.stdout and sys.stdout.flush()
-    os._exit(code)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
+        sys.exit(INTERRUPTED)
 
 
 @functools.cache
@@ -644,6 +667,7 @@ def held(run_dir: Path) -> Iterator[None]:
             os.close(folder)  # another may go on with it
 
 
+@ranks_end_at_once()
 @closed_output_ends()
 def main(parse: Callable[[], Any], train: Callable) -> None:
     """A program that trains by its command line: `train(parse())`, and one line where that ends too soon."""
