@@ -113,9 +113,9 @@ def closed_output_ends() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ranks_end_at_once() -> Iterator[None]:
-    """A block that a rank ends with, by `sys.exit` or not: its output is flushed, and Python's own end is left out.
+    """A block that is all of a program: a rank exits with its code as it ends, without Python's own end.
 
-    Only the first process and a run on one rank, which are no ranks of others, end as usual.
+    Other processes end as usual, and so does a rank with a traceback.
     """
     code = 0
     try:
@@ -131,7 +131,7 @@ def ranks_end_at_once() -> Iterator[None]:
                 print(code, file=sys.stderr)
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.flush()
-        # THREAD
+        # ProcessGroupGloo's worker thread, "pt_gloo_runloop", aborts if it waits for the GIL as Python's own end begins
         os._exit(code if isinstance(code, int) else bool(code))
 
 
