@@ -9,6 +9,7 @@ classes (`script_for`).
 
 import argparse
 import ast
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -149,6 +150,30 @@ def machine_faults_exit_75() -> Iterator[None]:
         with contextlib.suppress(OSError):
             fault.code and sys.stderr and print(fault.code, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if fault.code else 0)
+
+
+@contextlib.contextmanager
+def ranks_end_at_once() -> Iterator[None]:
+    """A block that is all of a program: a rank exits with its code as it ends, without Python's own end.
+
+    Other processes end as usual, and so does a rank with a traceback.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        code = end.code
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()  # Weights & Biases has one
+        with contextlib.suppress(OSError):
+            if isinstance(code, str) and sys.stderr:
+                print(code, file=sys.stderr)
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        # ProcessGroupGloo's worker thread, "pt_gloo_runloop", aborts if it waits for the GIL as Python's own end begins
+        os._exit(code if isinstance(code, int) else bool(code))
 
 
 # Flags
@@ -825,6 +850,7 @@ def start_ranks(train: Callable, args: Any, started: float) -> None:
         raise RuntimeError(str(error)) from None
 
 
+@ranks_end_at_once()
 @machine_faults_exit_75()
 @closed_output_ends()
 def be_rank(rank, train, args, port, started):
@@ -837,13 +863,10 @@ def be_rank(rank, train, args, port, started):
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
-    code = 0
     try:
         train(args, started)
     except KeyboardInterrupt:  # of which the parent need not know
-        code = INTERRUPTED
-    sys.stdout and sys.stdout.flush()
-    os._exit(code)  # Python's own end, with gloo's threads still there, aborts once in a few hundred times
+        sys.exit(INTERRUPTED)
 
 
 @functools.cache
@@ -891,6 +914,7 @@ def held(run_dir: Path) -> Iterator[None]:
             os.close(folder)  # another may go on with it
 
 
+@ranks_end_at_once()
 @machine_faults_exit_75()
 @closed_output_ends()
 def main(parse: Callable[[], Any], train: Callable) -> None:

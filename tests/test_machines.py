@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with their own addresses, joined by a virtual cable, a rank of the run in each."""
+"""How ranks end. Two machines: network namespaces with their own addresses and a cable, a rank of the run in each."""
 
 import os
 import subprocess
@@ -14,6 +14,44 @@ FLAGS = (
     "--frame-skip 1 --num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512 --eval-interval 256 "
     "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --norm-value --run-name run"
 ).split()
+
+
+# Python's own end always aborts it; with a gloo thread that waits for the GIL it does so now and then
+PROGRAM = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import ballbot_runs
+class Aborts:
+    def __del__(self):
+        os.abort()
+class Args:
+    resume, run_name, num_processes, cuda = "", "run", 2, False
+def train(args, started=None):
+    if "RANK" not in os.environ:
+        return ballbot_runs.start_ranks(train, args, 0.0)
+    ballbot_runs.join_ranks(args)
+    global aborts
+    aborts = Aborts()
+    sys.stdout.write("rank " + os.environ["RANK"] + " is done\\n")
+    {end}
+if __name__ == "__main__":
+    ballbot_runs.main(Args, train)
+"""
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --monitor-interval 0.1".split()
+
+
+@pytest.mark.parametrize("launcher, end, code", [(TORCHRUN, "pass", 0), ([], "pass", 0),
+                                                 (TORCHRUN, "ballbot_runs.stop('it is wrong')", 1)])  # fmt: skip
+def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM.format(folder=str(SCRIPT.parent), end=end))
+    output = subprocess.run(
+        [sys.executable, *launcher, "program.py"], cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert output.returncode == code, output.stderr
+    assert sorted(output.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
+    assert "SIGABRT" not in output.stderr and output.stderr.count("error: it is wrong") == code
+    assert output.stderr == "" or code  # torchrun says more of failures
 
 
 def ip(arguments):
