@@ -59,9 +59,9 @@ except ImportError:
     sys.exit("error: tuning needs Optuna: pip install -r requirements-tune.txt")
 
 # The guide's typical ranges. It gives two for the clip range, 0.01 to 0.05 and 0.1 to 0.3, and values for what is no
-# range; num_envs 8 and 16 are ours, between its 4, 10 and 32.
+# range; num_envs 8 and 16 are ours, between its 4, 10 and 32. Its n_steps are physics steps, ours actions of four.
 SPACE = (
-    "learning-rate=1e-5:1e-3:log", "clip-coef=0.01:0.3:log", "num-steps=512,1024,2048,4096", "update-epochs=3:10",
+    "learning-rate=1e-5:1e-3:log", "clip-coef=0.01:0.3:log", "num-steps=128,256,512,1024", "update-epochs=3:10",
     "minibatch-size=64,128,256,512", "ent-coef=0.0001:0.01:log", "vf-coef=0.5:2", "norm-adv=false,true",
     "hidden-size=64,128,256,512", "weight-decay=0:0.1", "num-envs=4,8,10,16,32",
 )  # fmt: skip
