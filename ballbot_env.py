@@ -1786,24 +1786,25 @@ class DepthRenderer:
             depth = -origin[2] / direction[2].clamp_(max=-1e-3)
         else:
             steepest = self._steepest(position[:, :2]) * (1 if relief is None else relief)
+            steep = (steepest > self.gentle).any()
             steepest = torch.from_numpy(steepest.astype(np.float32)).to(self.device)
             steepest = steepest.repeat_interleave(2).view(-1, 1, 1)
             if relief is not None:
                 relief = torch.from_numpy(relief.astype(np.float32)).to(self.device)
                 relief = relief.repeat_interleave(2).view(-1, 1, 1)
-            depth = self._terrain_depth(axes, origin, direction, relief, steepest)
+            depth = self._terrain_depth(axes, origin, direction, relief, steepest, steep)
         depth = depth.clamp_(min=0).view(n, 2, size, size)
         return torch.minimum(depth, self.self_depth, out=depth)
 
-    def _terrain_depth(self, axes, origin, direction, relief, steepest):
-        """Depths (2n, size, size) of the terrain alone."""
+    def _terrain_depth(self, axes, origin, direction, relief, steepest, steep):
+        """Depths (2n, size, size) of the terrain alone; `steep`: whether any of it is."""
         rays = origin, self._rays(axes, self.coarse_pixels), relief, steepest
         depth, inverse = self._first_crossing(*rays, self.coarse_steps)
         depth = self._enlarge(depth.clamp_(0.05, 1.2 * MAX_DEPTH).reciprocal_())
         depth = depth.clamp_(min=1 / (1.2 * MAX_DEPTH)).reciprocal_()
         change = self._clearance(origin, direction, relief, depth).mul_(self._enlarge(inverse))
         depth += change
-        if not (steepest > self.gentle).any():
+        if not steep:
             return depth
         unsure = (change.abs_() > self.tolerance) & (steepest > self.gentle)
         pixels = torch.from_numpy(np.flatnonzero(unsure.cpu().numpy())).to(self.device)

@@ -145,7 +145,8 @@ PRESETS = {
     ),
     "balanced": dict(clip_coef=0.015, ent_coef=0.001),
     "paper": dict(
-        frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False, wheel_damping=0.8,
+        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
+        wheel_damping=0.8,
     ),
     "tuned": dict(
         num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.15, vf_coef=1.0,

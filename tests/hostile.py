@@ -42,8 +42,9 @@ import ppo_ballbot_schedules as schedules
 from ballbot_utils import benchmark, common, diagnose, evaluate, plot, pretrain_encoder, watch
 
 SMALL = (
-    "--terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 --hidden-size 8 --total-timesteps 128 "
-    "--eval-interval 64 --eval-episodes 1 --final-eval-episodes 1 --update-epochs 1 --num-threads 1"
+    "--frame-skip 1 --save-interval 0 --terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 "
+    "--hidden-size 8 --total-timesteps 128 --eval-interval 64 --eval-episodes 1 --final-eval-episodes 1 "
+    "--update-epochs 1 --num-threads 1"
 ).split()
 WORDLESS, LONGEST = 10, 60  # s: of computing before the first word, and until an attempt is cut short
 

@@ -25,7 +25,7 @@ BOTH = """
 --terrain flat | --terrain-seed 5
 --terrain flat | --terrain-amplitude 0.2
 --terrain flat | --eval-terrain-seed 7
---terrain flat | --privileged-critic
+--terrain flat | --no-privileged-critic
 --no-cameras | --depth-scale 0.5
 --no-cameras | --no-freeze-encoder
 --no-cameras | --encoder-path e.pt

@@ -199,7 +199,7 @@ def test_output_closed_early(program, tmp_path):
     done = subprocess.run([sys.executable, *program], cwd=tmp_path, stdout=start, stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     os.close(start)
-    assert done.returncode == 1 and "Error" not in done.stderr
+    assert done.returncode in (1, os.EX_TEMPFAIL) and "Error" not in done.stderr
 
 
 def test_an_output_in_ascii():

@@ -24,7 +24,8 @@ REPOSITORY = Path(ppo.__file__).resolve().parent
 
 def save_policy(path, **train_args):
     torch.manual_seed(0)
-    args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
+    small = dict(frame_skip=1, num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1)
+    args = ppo.Args(**small | train_args)
     torch.save({"model": ppo.Agent(args).state_dict(), "args": asdict(args), "global_step": 0}, path)
     return path
 
