@@ -8,7 +8,7 @@ import pytest
 
 from ballbot_utils import benchmark
 
-SMALL = benchmark.Args(num_envs=(2,), threads=(1,), repeats=1, seconds=0.05, train_steps=4096, sb3_envs=0)
+SMALL = benchmark.Args(num_envs=(2,), threads=(1,), repeats=1, seconds=0.05, train_steps=512, sb3_envs=0)
 
 
 def test_small_run(tmp_path, capsys):
