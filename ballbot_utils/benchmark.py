@@ -199,7 +199,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
 
 
 def measure_training(num_envs: int, threads: int, cameras: bool, steps: int) -> dict[str, float]:
-    """Steps per second of two iterations of `ppo_ballbot.train` at --frame-skip 1, as it logs them (evaluations left out).
+    """Steps per second of two iterations of `ppo_ballbot.train`, --frame-skip 1, as it logs them, without evaluations.
 
     With cameras also those of its rollouts, which is all but learning.
     """
@@ -208,8 +208,9 @@ def measure_training(num_envs: int, threads: int, cameras: bool, steps: int) -> 
     num_steps, minibatch_size = iteration(num_envs, steps)
     ranks = processes(num_envs, threads, steps)
     args = ppo_ballbot.Args(
-        frame_skip=1, num_envs=num_envs, num_processes=ranks, num_threads=threads // ranks, cameras=cameras, num_steps=num_steps,
-        minibatch_size=minibatch_size, total_timesteps=2 * num_steps * num_envs, final_eval_episodes=1,
+        frame_skip=1, num_envs=num_envs, num_processes=ranks, num_threads=threads // ranks, cameras=cameras,
+        num_steps=num_steps, minibatch_size=minibatch_size, total_timesteps=2 * num_steps * num_envs,
+        final_eval_episodes=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         log = EventAccumulator(str(ppo_ballbot.train(args))).Reload()
