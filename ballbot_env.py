@@ -1646,7 +1646,7 @@ class DepthRenderer:
 
     coarse_steps, pixel_steps = 4, 20  # of tracing, for the small image and for single pixels
     tolerance = 0.02  # m
-    gentle = 0.5  # slope up to which the small image shows nearly every hill
+    gentle = 0.45  # slope up to which the small image shows nearly every hill
     chunk = 32  # robots rendered at a time: their images fit in a CPU core's cache
 
     def __init__(self, model, size, heights=None, device="cpu", num_threads=1):
