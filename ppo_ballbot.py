@@ -679,7 +679,7 @@ def learn(args, run_dir, run, weights, started):
     evaluated, good = 0, not args.resume.endswith(".pt") or Path(args.resume).name == "last.pt"  # last.pt loads
     final_result = gather(final_result, to_all=True)[0]  # all ranks have read the checkpoint; now rank 0 may write
     if final_result:
-        say(f"{run_dir} has finished, with {summary(final_result)}: to go on, give more --total-timesteps")
+        say(f"{run_dir} has finished, with {summary(final_result)}: to continue, give more --total-timesteps")
         return
     if rank() == 0:
         writer = ballbot_runs.open_log(args, run_dir, run)
