@@ -32,7 +32,8 @@ import torch
 
 import ballbot_env
 import ppo_ballbot
-from ballbot_utils.common import command, need, need_file, need_from, write
+from ballbot_utils.common import require_min, require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,19 +76,21 @@ def check(args: Args) -> list[Path]:
     """Exit with one line on what cannot be, before any work starts. Returns the files to write."""
     for name in ("num_envs", "threads"):
         values = getattr(args, name)
-        need(values and min(values) >= 1, f"--{name.replace('_', '-')} is {values}: give numbers of 1 or more")
-    need_from(args, 1, "repeats", "train_steps", "sb3_steps")
-    need(args.seconds > 0, f"--seconds is {args.seconds}: give more than 0")
-    need_from(args, 0, "sb3_envs")
-    need(args.output.suffix == ".png", f"--output is {args.output}: give a name ending in .png")
+        check_argument(
+            values and min(values) >= 1, f"--{name.replace('_', '-')} is {values}: give numbers of 1 or more"
+        )
+    require_min(args, 1, "repeats", "train_steps", "sb3_steps")
+    check_argument(args.seconds > 0, f"--seconds is {args.seconds}: give more than 0")
+    require_min(args, 0, "sb3_envs")
+    check_argument(args.output.suffix == ".png", f"--output is {args.output}: give a name ending in .png")
     files = [args.output.with_suffix(suffix) for suffix in (".png", ".md", ".json")]
     for file in files:
-        need_file("--output", file, args.overwrite, ".png", ".md", ".json")
+        require_writable("--output", file, args.overwrite, ".png", ".md", ".json")
     for package in ["matplotlib"] + ["stable_baselines3"] * (args.sb3_envs > 0):
         try:
             __import__(package)
         except ImportError:
-            need(False, f"{package} is missing: pip install -r requirements-dev.txt")
+            exit_with_error(f"{package} is missing: pip install -r requirements-dev.txt")
     return files
 
 
@@ -436,7 +439,7 @@ def main(args: Args) -> None:
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

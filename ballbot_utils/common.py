@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import tyro
 
-import ballbot_runs
-import ppo_ballbot
 from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, BallbotVectorEnv
+from ballbot_utils.checkpoints import load_policy
+from ballbot_utils.console import ProgressLine, check_argument, exit_with_error, one_line_errors
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 PUSH_STEPS = 10  # steps that a push lasts: 20 ms
@@ -51,40 +51,34 @@ class Conditions:
 # Flags and files
 
 
-@ballbot_runs.closed_output_ends()
-def command(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
-    """Run a program on the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
-    ballbot_runs.escape_unprintable()
+@one_line_errors()
+def run_program(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
+    """Run a program with the flags of the command line, a `flags`; `kwargs` are those of `tyro.cli`."""
     called = Path(sys.argv[0])
     name = f"python -m {called.resolve().parent.name}.{called.stem}" if called.suffix == ".py" else called.name
     main(tyro.cli(flags, prog=name, **kwargs))
 
 
-def need(good: Any, message: str) -> None:
-    """Exit with one line unless `good`."""
-    if not good:
-        ballbot_runs.stop(message)
-
-
-def need_from(args: Any, low: float, *names: str) -> None:
-    """Exit with one line on the first of these flags that is given and not a finite number from `low` on."""
+def require_min(args: Any, low: float, *names: str) -> None:
+    """Exit with one line on the first of these flags that is given and not a finite number of at least `low`."""
     for name in names:
         value = getattr(args, name)
-        need(value is None or low <= value < math.inf, f"--{name.replace('_', '-')} is {value}: give {low} or more")
+        valid = value is None or low <= value < math.inf
+        check_argument(valid, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
-def need_file(flag: str, path: Path, overwrite: bool, *suffixes: str) -> None:
-    """Exit with one line where the file `path` of a flag cannot be written, or its name ends in none of `suffixes`."""
+def require_writable(flag: str, path: Path, overwrite: bool, *suffixes: str) -> None:
+    """Exit with one line if the file `path` of a flag cannot be written, or its name has none of the `suffixes`."""
     try:
-        need(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
-        need(path.suffix in suffixes, f"{flag} is {path}: give a name ending in {' or '.join(suffixes)}")
-        need(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
-        need(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
-        need(path.is_file() or not path.exists(), f"{flag} is {path}, which is no file: give another name")
+        check_argument(not path.is_dir(), f"{flag} is {path}, a folder: give a file")
+        check_argument(path.suffix in suffixes, f"{flag} is {path}: give a name ending in {' or '.join(suffixes)}")
+        check_argument(path.parent.is_dir(), f"{flag} is {path}: there is no folder {path.parent}")
+        check_argument(overwrite or not path.exists(), f"{path} exists: give --overwrite or another {flag}")
+        check_argument(path.is_file() or not path.exists(), f"{flag} is {path}, which is no file: give another name")
         part_of(path).touch()
         part_of(path).unlink()
     except (OSError, ValueError) as error:
-        need(False, f"{flag} is {path}, which cannot be written: {getattr(error, 'strerror', None) or error}")
+        exit_with_error(f"{flag} is {path}, which cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def part_of(path: Path) -> Path:
@@ -102,7 +96,7 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         save(part)
         os.replace(part, path)
     except OSError as error:
-        sys.exit(f"error: {path} cannot be written: {error.strerror or error}")
+        exit_with_error(f"{path} cannot be written: {error.strerror or error}")
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -110,40 +104,34 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
 def check_conditions(args: Conditions) -> None:
     """Exit with one line on the first of the flags in `Conditions` that cannot be."""
-    need_from(args, 1, "horizon")
-    need_from(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
+    require_min(args, 1, "horizon")
+    require_min(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
     for name in ("terrain_amplitude", "push_interval"):
         value = getattr(args, name)
-        need(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0")
+        check_argument(
+            value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0"
+        )
     for name, high in (("terrain_amplitude", 100), ("wheel_damping", 1e6), ("seed", 1e18), ("terrain_seed", 1e18)):
         value = getattr(args, name)
-        need(value is None or value <= high, f"--{name.replace('_', '-')} is {value}: give {high:,.0f} or less")
+        check_argument(
+            value is None or value <= high, f"--{name.replace('_', '-')} is {value}: give {high:,.0f} or less"
+        )
     shortest = 2 * PUSH_STEPS * TIMESTEP
-    need(args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more")
-    need(args.terrain in (None, "perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
+    check_argument(
+        args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more"
+    )
+    check_argument(args.terrain in (None, "perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
     for name in ("terrain_seed", "terrain_amplitude"):
         unused = args.terrain == "flat" and getattr(args, name) is not None
-        need(not unused, f"--{name.replace('_', '-')} means nothing on --terrain flat: leave one out")
+        check_argument(not unused, f"--{name.replace('_', '-')} means nothing on --terrain flat: leave one out")
 
 
-_progress_shown = 0.0
+_line, _started = ProgressLine(interval=30), time.monotonic()
 
 
-def progress(line: str, share: float) -> None:
-    """Show how far a long job is: in place on a terminal, else a line every half minute."""
-    global _progress_shown
-    now, terminal = time.monotonic(), ballbot_runs.is_terminal(sys.stderr)
-    if now - _progress_shown < (0.2 if terminal else 30):
-        return
-    _progress_shown = now
-    bar = "#" * int(20 * share)
-    print(f"[{bar:<20}] {line}".ljust(100), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-
-
-def clear_progress() -> None:
-    """Wipe the line of progress off a terminal."""
-    if ballbot_runs.is_terminal(sys.stderr):
-        print(" " * 100, end="\r", file=sys.stderr, flush=True)
+def progress(text: str, share: float) -> None:
+    """Show how much of the program's work is done, from 0 to 1."""
+    _line.show(share, 1, time.monotonic() - _started, text)
 
 
 # Policies
@@ -152,39 +140,16 @@ Act = Callable[[dict], np.ndarray]  # observations, (n, ...), to actions, (n, 3)
 EpisodePolicy = Callable[[BallbotVectorEnv, list[torch.Generator]], Act]  # as `play` wants it
 
 
-def load(path: Path, script: Path | None = None) -> tuple[ppo_ballbot.Policy, int]:
-    """The Policy in a checkpoint and its steps; exits with one line on a bad file.
-
-    Its classes are those of the script that trained it, or of the file `script`.
-    """
-    need(script is None or script.is_file(), f"--script is {script}: there is no such file")
-
-    def must(good, problem):
-        need(good, f"{path} {problem}")
-
-    try:
-        if path.is_dir():
-            folder, path = path, path / "best.pt"
-            other = "name its last.pt" if (folder / "last.pt").exists() else "give a .pt file or the folder of a run"
-            need(path.exists(), f"{folder} has no best.pt (no evaluation yet?): {other}")
-        must(path.exists(), "does not exist: give a .pt file or the folder of a run, runs/<name>")
-        content = ballbot_runs.unsealed(path)
-        module = ballbot_runs.script_for(content, path, script)
-        agent, train_args = ballbot_runs.fitting(content, module.Args, module.Agent)
-        policy, step = module.Policy(agent, train_args), content.get("global_step", 0)
-    except (OSError, ValueError, ballbot_runs.ScriptError) as error:
-        must(False, getattr(error, "strerror", None) or error)
-    except Exception:  # its content can be anything
-        must(False, "is no checkpoint of ppo_ballbot.py or a copy")
-    must(type(step) is int and 0 <= step < 2**63, "has a global_step that is no number of steps")
-    for name, low, high in (("frame_skip", 1, 1000), ("terrain_seed", 0, 1e18), ("eval_terrain_seed", 0, 1e18),
-                            ("wheel_damping", 0, 1e6), ("depth_scale", -1e6, 1e6)):  # fmt: skip
-        value = getattr(train_args, name)
-        must(low <= value <= high, f"has a {name} that is not from {low:g} to {high:g} in its args")
+def load(path: Path, script: Path | None = None) -> tuple[Any, int]:
+    """The Policy in a checkpoint and its steps, by `script` or the script that trained it; exits with one line."""
+    check_argument(script is None or script.is_file(), f"--script is {script}: there is no such file")
+    policy, content = load_policy(path, script)
+    step = content.get("global_step", 0)
+    check_argument(type(step) is int and 0 <= step < 2**63, f"{path} has a global_step that is no number of steps")
     return policy, step
 
 
-def trained(policy: ppo_ballbot.Policy, stochastic: bool = False) -> EpisodePolicy:
+def trained(policy: Any, stochastic: bool = False) -> EpisodePolicy:
     """A trained policy for `play`; a stochastic one draws its actions."""
 
     def start(envs, generators):
@@ -197,7 +162,7 @@ def trained(policy: ppo_ballbot.Policy, stochastic: bool = False) -> EpisodePoli
 # Episodes
 
 
-def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Path) -> dict[str, Any]:
+def conditions(args: Conditions, train_args: Any, policy: str | Path) -> dict[str, Any]:
     """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
     task = {
         "terrain": args.terrain or train_args.terrain,
@@ -213,8 +178,8 @@ def conditions(args: Conditions, train_args: ppo_ballbot.Args, policy: str | Pat
         task["terrain_amplitude"] = args.terrain_amplitude or 0.1
     else:
         unused = args.terrain_seed is None and args.terrain_amplitude is None
-        need(unused, f"{policy} was trained on flat ground, where --terrain-seed and --terrain-amplitude mean nothing: "
-             "give --terrain perlin with them")  # fmt: skip
+        check_argument(unused, f"{policy} was trained on flat ground, where --terrain-seed and --terrain-amplitude "
+                       "have no effect: give --terrain perlin with them")  # fmt: skip
     return task
 
 

@@ -17,17 +17,18 @@ import ast
 import json
 import math
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-import ballbot_runs
 import ppo_ballbot_schedules
 from ballbot_utils import plot
-from ballbot_utils.common import command, need, need_file, write
+from ballbot_utils.common import require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.flags import ineffective_flags, validate_args
+from ballbot_utils.runs import NETWORK_FLAGS
 from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import Args as TrainArgs
 
@@ -52,14 +53,14 @@ class Args:
 
 def check(args: Args) -> None:
     """Exit with one line on what cannot be, before any work starts."""
-    need(args.runs, "no runs given: give folders of runs, runs/<name>")
+    check_argument(args.runs, "no runs given: give folders of runs, runs/<name>")
     for run in args.runs:
-        need(run.is_dir(), f"{run} {'is not a folder' if run.exists() else 'does not exist'}: give folders of runs, "
-             "runs/<name>")  # fmt: skip
-        need(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
-    need(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
+        problem = "is not a folder" if run.exists() else "does not exist"
+        check_argument(run.is_dir(), f"{run} {problem}: give folders of runs, runs/<name>")
+        check_argument(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
+    check_argument(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
     if args.json not in ("", "-"):
-        need_file("--json", Path(args.json), args.overwrite, ".json")
+        require_writable("--json", Path(args.json), args.overwrite, ".json")
 
 
 def read(run: Path) -> tuple[dict[str, str], dict[str, Curve]]:
@@ -297,12 +298,12 @@ def accepted(args: TrainArgs, flags: dict[str, str]) -> dict[str, str]:
         name = flag[2:].replace("-", "_")
         kind = type(getattr(args, name))
         changed = replace(args, **{name: True if kind is bool else kind(text)})
-        fixed = name in ballbot_runs.NETWORK_FLAGS and args.init_from
+        fixed = name in NETWORK_FLAGS and args.init_from
         try:
-            ballbot_runs.check(changed)
+            validate_args(changed)
         except SystemExit:
             continue
-        if not fixed and changed != args and name not in ballbot_runs.without_effect(changed):
+        if not fixed and changed != args and name not in ineffective_flags(changed):
             args, kept = changed, kept | {flag: text}
     return kept
 
@@ -460,13 +461,13 @@ def main(args: Args) -> None:
     for run in args.runs:
         hyperparameters, curve = read(run)
         if not all(len(curve[tag][0]) for tag in (RETURN, LENGTH, KL)):
-            sys.exit(f"error: {run} has no finished episode in its log yet, or its log is damaged or foreign")
+            exit_with_error(f"{run} has no finished episode in its log yet, or its log is damaged or foreign")
         if not hyperparameters:
-            sys.exit(f"error: {run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+            exit_with_error(f"{run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
         try:
             settings(hyperparameters)
         except (ValueError, SyntaxError):
-            sys.exit(f"error: {run} has hyperparameters in its log that are not those of ppo_ballbot.py")
+            exit_with_error(f"{run} has hyperparameters in its log that are not those of ppo_ballbot.py")
         params.append(hyperparameters)
         curves.append(curve)
 
@@ -524,7 +525,7 @@ def main(args: Args) -> None:
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from ballbot_utils.common import (
     EpisodePolicy,
     begin,
     check_conditions,
-    command,
     conditions,
     load,
-    need,
-    need_file,
     play,
+    require_writable,
+    run_program,
     trained,
     write,
 )
+from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.watch import check_display, render
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
     if args.plot:
-        need(args.commands, "--plot needs --commands")
-        need_file("--plot", args.plot, args.overwrite, ".png")
+        check_argument(args.commands, "--plot needs --commands")
+        require_writable("--plot", args.plot, args.overwrite, ".png")
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            need(False, "--plot needs matplotlib: pip install -r requirements-dev.txt")
+            exit_with_error("--plot needs matplotlib: pip install -r requirements-dev.txt")
     if args.commands:
-        need(args.commands.is_file(), f"--commands is {args.commands}: there is no such file")
+        check_argument(args.commands.is_file(), f"--commands is {args.commands}: there is no such file")
 
 
 def read(path: Path) -> np.ndarray:
@@ -83,9 +83,11 @@ def read(path: Path) -> np.ndarray:
             good = len(velocity) == 2 and TIMESTEP <= seconds < 1e6 and max(map(abs, velocity)) <= 2
         except ValueError:
             good = False
-        need(good, f"{path}, line {number}: {line.strip()!r}: give seconds vx vy, up to 2 m/s, as in: 2 0 0.4")
+        check_argument(
+            good, f"{path}, line {number}: {line.strip()!r}: give seconds vx vy, up to 2 m/s, as in: 2 0 0.4"
+        )
         rows.append((seconds, *velocity))
-    need(rows, f"{path} has no commands: give lines of seconds vx vy, as in: 2 0 0.4")
+    check_argument(rows, f"{path} has no commands: give lines of seconds vx vy, as in: 2 0 0.4")
     return np.array(rows)
 
 
@@ -177,7 +179,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     policy, _ = load(args.checkpoint, args.script)
     commanded = policy.args.goal == "command"
-    need(commanded, f"{args.checkpoint} was trained without commands: train one with --goal command")
+    check_argument(commanded, f"{args.checkpoint} was trained without commands: train one with --goal command")
     if not args.commands:
         by_keys(trained(policy), replace(args, horizon=SHORT), conditions(args, policy.args, args.checkpoint))
         return
@@ -190,7 +192,7 @@ def main(args: Args) -> None:
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

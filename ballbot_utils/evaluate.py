@@ -35,18 +35,17 @@ from ballbot_utils.common import (
     EpisodePolicy,
     begin,
     check_conditions,
-    clear_progress,
-    command,
     conditions,
     load,
-    need,
-    need_file,
-    need_from,
     play,
     progress,
+    require_min,
+    require_writable,
+    run_program,
     trained,
     write,
 )
+from ballbot_utils.console import check_argument
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Policy
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
@@ -92,11 +91,11 @@ def label(path: Path, paths: Sequence[Path]) -> str:
 
 def check(args: Figures) -> None:
     """Exit with one line on the first flag in `Figures` that cannot be, before any work starts."""
-    need_from(args, 1, "episodes")
-    need_from(args, 0, "num_threads")
+    require_min(args, 1, "episodes")
+    require_min(args, 0, "num_threads")
     check_conditions(args)
     if args.json not in ("", "-"):
-        need_file("--json", Path(args.json), args.overwrite, ".json")
+        require_writable("--json", Path(args.json), args.overwrite, ".json")
 
 
 def run_episodes(policy: EpisodePolicy, args: Figures, task: dict[str, Any], title: str = "") -> dict[str, np.ndarray]:
@@ -320,7 +319,6 @@ def evaluate(args: Args, loaded: list[tuple[Path, Policy, int]], tasks: list[dic
                 mean = float(seen.mean() - episodes["return"].mean())
                 result["gap"] = {"training": float(seen.mean()), "mean": mean, "low": low, "high": high}
             results.append(result)
-    clear_progress()
     return results
 
 
@@ -336,7 +334,7 @@ def show(args: Figures, results: list[dict[str, Any]]) -> None:
 
 
 def main(args: Args) -> None:
-    need(args.checkpoints, "no checkpoints given: give .pt files or folders of runs, runs/<name>")
+    check_argument(args.checkpoints, "no checkpoints given: give .pt files or folders of runs, runs/<name>")
     check(args)
     torch.set_num_threads(1)  # as in training, whose own evaluations then have the same figures to the last bit
     loaded = [(path, *load(path, args.script)) for path in args.checkpoints]
@@ -344,13 +342,13 @@ def main(args: Args) -> None:
     for (path, policy, _), task in zip(loaded, tasks):
         seed = task.get("terrain_seed")
         trained_on = policy.args.terrain == "perlin" and seed == policy.args.terrain_seed
-        need(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: give another "
-             "--terrain-seed, or --allow-training-terrain")  # fmt: skip
+        check_argument(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: "
+                       "give another --terrain-seed, or --allow-training-terrain")  # fmt: skip
     show(args, evaluate(args, loaded, tasks))
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

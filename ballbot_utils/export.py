@@ -16,7 +16,8 @@ import torch
 import tyro
 
 from ballbot_env import PROPRIOCEPTION, TIMESTEP, BallbotVectorEnv
-from ballbot_utils.common import Conditions, clear_progress, command, conditions, load, need, need_file, progress, write
+from ballbot_utils.common import Conditions, conditions, load, progress, require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
 from ppo_ballbot import Agent, Policy
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
@@ -106,19 +107,18 @@ def largest_difference(path: Path, policy: Policy, envs: BallbotVectorEnv) -> tu
         obs, _, terminations, truncations, _ = envs.step(actions)
         over, steps = terminations[0] or truncations[0], steps + 1
         progress(f"checking: action {steps:,}", steps / envs.max_episode_steps)
-    clear_progress()
     return worst, steps
 
 
 def main(args: Args) -> None:
     """Write the file, check it, and say by how much it differs."""
-    need(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
-    need_file("output", args.output, args.overwrite, ".onnx")
+    check_argument(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
+    require_writable("output", args.output, args.overwrite, ".onnx")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        need(False, f"exporting needs {error.name}: pip install -r requirements-export.txt")
+        exit_with_error(f"exporting needs {error.name}: pip install -r requirements-export.txt")
     torch.set_num_threads(1)
     policy, steps = load(args.checkpoint, args.script)
     task = conditions(Conditions(), policy.args, args.checkpoint)
@@ -135,14 +135,16 @@ def main(args: Args) -> None:
     def save_checked(part):
         save(policy.agent, envs.single_observation_space, metadata, part)
         worst, actions = largest_difference(part, policy, envs)
-        need(worst <= TOLERANCE, f"{args.output} is not written: actions differ from PyTorch's by {worst:.1e}")
+        check_argument(
+            worst <= TOLERANCE, f"{args.output} is not written: actions differ from PyTorch's by {worst:.1e}"
+        )
         print(f"wrote {args.output}: {actions:,} actions of an episode differ from PyTorch's by at most {worst:.1e}")
 
     write(args.output, save_checked)
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

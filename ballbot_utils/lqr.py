@@ -9,7 +9,6 @@ State, (n, 8): lean (x, y of the upward direction in the robot's frame), heading
 x and y of the velocity in the robot's frame (m/s). The wheels' speeds follow from these, as the wheels do not slip.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +19,8 @@ from numpy.typing import ArrayLike
 
 from ballbot_env import TIMESTEP, in_body_frame
 from ballbot_utils import evaluate
-from ballbot_utils.common import Act, clear_progress, command, conditions, need
+from ballbot_utils.common import Act, conditions, run_program
+from ballbot_utils.console import check_argument, exit_with_error
 from ppo_ballbot import Args as TrainArgs
 
 HOLD = 2  # steps that an action is held
@@ -96,7 +96,7 @@ def feedback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         before, cost = cost, STATE_COST + a.T @ cost @ (a - b @ gain)
         if np.abs(cost - before).max() < 1e-9 * cost.max():
             return gain
-    sys.exit("error: the iteration of the Riccati equation did not converge: give another --wheel-damping")
+    exit_with_error("the iteration of the Riccati equation did not converge: give another --wheel-damping")
 
 
 def regulator(
@@ -148,7 +148,7 @@ def steady_actions(gain: np.ndarray, wheel_damping: float, num_envs: int = 64) -
         obs, _, terminations, *_ = envs.step(action)
         upright &= ~terminations
     if upright.sum() < num_envs / 2:  # a fit to the rest, or to none, would mean nothing
-        sys.exit("error: the regulator does not keep this robot upright: give another --wheel-damping")
+        exit_with_error("the regulator does not keep this robot upright: give another --wheel-damping")
     means = np.mean(samples, 0)[upright]
     return fit(means[:, :2], means[:, 2:])
 
@@ -161,8 +161,10 @@ def design(wheel_damping: float) -> tuple[np.ndarray, np.ndarray]:
 
 def main(args: Args) -> None:
     for name in ("speed", "heading"):
-        need(np.isfinite(getattr(args, name)), f"--{name} is {getattr(args, name)}: give a finite number")
-    need(args.goal == "forward" or args.speed == Args.speed, "--speed means nothing with --goal command: leave it out")
+        check_argument(np.isfinite(getattr(args, name)), f"--{name} is {getattr(args, name)}: give a finite number")
+    check_argument(
+        args.goal == "forward" or args.speed == Args.speed, "--speed means nothing with --goal command: leave it out"
+    )
     evaluate.check(args)
     task = conditions(args, replace(TrainArgs(), cameras=False, frame_skip=HOLD, goal=args.goal), "LQR")
     gain, feedforward = design(task["wheel_damping"])
@@ -171,12 +173,11 @@ def main(args: Args) -> None:
     label = "LQR, " + ("commanded" if commanded else f"{args.speed:g} m/s")
     label += f", heading {args.heading:g}" if args.heading else ""
     episodes = evaluate.run_episodes(policy, args, task, label)
-    clear_progress()
     evaluate.show(args, [evaluate.column(label, args, task, episodes)])
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ written too.
 """
 
 import ast
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ballbot_utils.common import command, need, need_file, write
+from ballbot_utils.common import require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
 
 if TYPE_CHECKING:
@@ -57,22 +57,26 @@ class Args:
 
 def check(args: Args) -> tuple[Path, Path]:
     """Exit with one line on what cannot be, before any work starts. Returns the two files to write."""
-    need(args.runs, "no runs given: give folders of runs, runs/<name>")
+    check_argument(args.runs, "no runs given: give folders of runs, runs/<name>")
     seen = set()
     for run in args.runs:
-        need(run.exists(), f"{run} does not exist: give folders of runs, runs/<name>")
-        need(run.is_dir(), f"{run} is not a folder: give folders of runs, runs/<name>")
-        need(any(run.glob(EVENT_FILES)), f"{run} has no TensorBoard log, no {EVENT_FILES}: give folders of runs")
-        need(run.resolve() not in seen, f"{run} is given twice")
+        check_argument(run.exists(), f"{run} does not exist: give folders of runs, runs/<name>")
+        check_argument(run.is_dir(), f"{run} is not a folder: give folders of runs, runs/<name>")
+        check_argument(
+            any(run.glob(EVENT_FILES)), f"{run} has no TensorBoard log, no {EVENT_FILES}: give folders of runs"
+        )
+        check_argument(run.resolve() not in seen, f"{run} is given twice")
         seen.add(run.resolve())
-    need(args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg")
+    check_argument(
+        args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg"
+    )
     files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
     for file in files:
-        need_file("--output", file, args.overwrite, ".png", ".svg")
+        require_writable("--output", file, args.overwrite, ".png", ".svg")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        need(False, "plotting needs matplotlib: pip install -r requirements-dev.txt")
+        exit_with_error("plotting needs matplotlib: pip install -r requirements-dev.txt")
     return files
 
 
@@ -243,19 +247,19 @@ def main(args: Args) -> None:
         if not all(len(curve[training][0]) for _, training, _, _ in ROWS):
             print(f"note: {run} is left out: its log has no finished episodes yet, or is damaged")
         elif not params:
-            sys.exit(f"error: {run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+            exit_with_error(f"{run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
         else:
             runs.append(run)
             hyperparameters.append(params)
             curves.append(curve)
     if not runs:
-        sys.exit("error: nothing to plot: none of the runs has a finished episode in its log")
+        exit_with_error("nothing to plot: none of the runs has a finished episode in its log")
 
     groups = group_runs(hyperparameters)
     flags = differing_flags([hyperparameters[group[0]] for group in groups])
     if args.labels and len(args.labels) != len(groups):
         first = ", ".join(runs[group[0]].name for group in groups)
-        sys.exit(f"error: {len(args.labels)} --labels for {len(groups)} groups, whose first runs are {first}")
+        exit_with_error(f"{len(args.labels)} --labels for {len(groups)} groups, whose first runs are {first}")
     labels = args.labels
     if not labels and 1 <= max(map(len, flags)) <= MAX_FLAGS:
         labels = [" ".join(words) for words in flags]
@@ -292,7 +296,7 @@ def main(args: Args) -> None:
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import ppo_ballbot_schedules
-from ballbot_utils.common import command, need, need_file, write
+from ballbot_utils.common import require_writable, run_program, write
+from ballbot_utils.console import exit_with_error
 from ppo_ballbot_schedules import kl_adapted, learning_rate_now, scheduled
 
 
@@ -23,11 +24,11 @@ class Args:
 
 
 def main(flags: Args) -> None:
-    need_file("--output", flags.output, flags.overwrite, ".png")
+    require_writable("--output", flags.output, flags.overwrite, ".png")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        need(False, "plotting needs matplotlib: pip install -r requirements-dev.txt")
+        exit_with_error("plotting needs matplotlib: pip install -r requirements-dev.txt")
     args, done = ppo_ballbot_schedules.Args(), np.linspace(0, 1, 601)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     lr, ent, clip = figure.subplots(1, 3)
@@ -60,4 +61,4 @@ def main(flags: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)

@@ -8,7 +8,6 @@ rebuilds the frame. Held-out terrains then tell what the features are worth. Nee
 import contextlib
 import importlib.util
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +28,9 @@ from ballbot_env import (
     make_model,
     perlin_terrain,
 )
-from ballbot_runs import sealed, unsealed
-from ballbot_utils.common import clear_progress, command, need, need_file, need_from, progress, write
+from ballbot_utils.checkpoints import read_checkpoint
+from ballbot_utils.common import progress, require_min, require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
 from ppo_ballbot import DepthEncoder
 
 SIZE = 64  # pixels a side: the encoder's last layer fits no other
@@ -187,7 +187,7 @@ def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor)
                 share = (epoch + (step + 1) / steps_per_epoch) / args.epochs
                 progress(f"training: epoch {epoch + 1} of {args.epochs}, loss {total / (step + 1):.4f}", share)
         if not torch.isfinite(total):
-            sys.exit(f"error: the loss of epoch {epoch + 1} is not finite: lower --learning-rate")
+            exit_with_error(f"the loss of epoch {epoch + 1} is not finite: lower --learning-rate")
     return encoder.to(memory_format=torch.contiguous_format), decoder
 
 
@@ -264,22 +264,23 @@ def save_picture(path: Path, frames: torch.Tensor, rebuilt: torch.Tensor, mean: 
 
 def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
-    need_from(args, 1, "num_terrains", "epochs", "batch_size")
-    need_from(args, 0, "seed", "num_threads", "feature_coef")
-    need(0 < args.learning_rate < np.inf, f"--learning-rate is {args.learning_rate}: give a positive number")
+    require_min(args, 1, "num_terrains", "epochs", "batch_size")
+    require_min(args, 0, "seed", "num_threads", "feature_coef")
+    check_argument(0 < args.learning_rate < np.inf, f"--learning-rate is {args.learning_rate}: give a positive number")
     smallest = max(2 * args.num_terrains, args.batch_size, 256)
-    need(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
+    check_argument(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
          f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
-    need(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
-    need_file("--output", args.output, args.overwrite, ".pt")
+    check_argument(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
+    require_writable("--output", args.output, args.overwrite, ".pt")
     if args.output.exists():  # which --overwrite lets it replace, if it is an encoder or nothing that can be read
         with contextlib.suppress(ValueError):
-            need(
-                "encoder" in unsealed(args.output), f"--output is {args.output}, which is no encoder: give another name"
+            check_argument(
+                "encoder" in read_checkpoint(args.output),
+                f"--output is {args.output}, which is no encoder: give another name",
             )
     if args.picture is not None:
-        need_file("--picture", args.picture, args.overwrite, ".png")
-    need(args.picture is None or importlib.util.find_spec("matplotlib"),
+        require_writable("--picture", args.picture, args.overwrite, ".png")
+    check_argument(args.picture is None or importlib.util.find_spec("matplotlib"),
          "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
 
 
@@ -298,7 +299,6 @@ def pretrain(args: Args) -> dict[str, Any]:
     std = frames.std(0) + NOISE_FLOOR
     untrained = DepthEncoder()
     encoder, decoder = fit(args, frames, mean, std)
-    clear_progress()
     seconds = time.perf_counter() - start
 
     sample = torch.randperm(len(frames))[: len(val_frames)]  # as many training frames
@@ -349,7 +349,7 @@ def pretrain(args: Args) -> dict[str, Any]:
 
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
     content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
-    write(args.output, lambda part: part.write_bytes(sealed(content)))
+    write(args.output, lambda part: torch.save(content, part))
     print(f"{args.output}: made in {seconds:.0f} s")
     if args.picture is not None:
         write(args.picture, lambda part: save_picture(part, val_frames, rebuilt, mean))
@@ -357,7 +357,7 @@ def pretrain(args: Args) -> dict[str, Any]:
 
 
 def cli() -> None:
-    command(pretrain, Args, description=__doc__)
+    run_program(pretrain, Args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -34,18 +34,17 @@ from ballbot_utils.common import (
     EpisodePolicy,
     begin,
     check_conditions,
-    clear_progress,
-    command,
     conditions,
     load,
-    need,
-    need_file,
-    need_from,
     play,
     progress,
+    require_min,
+    require_writable,
+    run_program,
     trained,
     write,
 )
+from ballbot_utils.console import check_argument, exit_with_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,10 +74,10 @@ class Args(Conditions):
 def check(args: Args) -> None:
     """Exit with one line on the first flag that cannot be, before any work starts."""
     check_conditions(args)
-    need_from(args, 0, "episode")
-    need(args.render != (args.video is not None), "give one of --render and --video")
+    require_min(args, 0, "episode")
+    check_argument(args.render != (args.video is not None), "give one of --render and --video")
     if args.video:
-        need_file("--video", args.video, args.overwrite, *FPS)
+        require_writable("--video", args.video, args.overwrite, *FPS)
 
 
 def episode(
@@ -103,7 +102,7 @@ def episode(
 def check_display(what: str = "--render", instead: str = "write a --video instead") -> None:
     """Exit with one line where no window can be opened: MuJoCo's viewer would end the process with its own."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        sys.exit(f"error: {what} needs a display, and there is none (DISPLAY is not set): {instead}")
+        exit_with_error(f"{what} needs a display, and there is none (DISPLAY is not set): {instead}")
 
 
 def render(
@@ -148,7 +147,7 @@ def render(
     except KeyboardInterrupt:
         pass
     except RuntimeError as error:  # no window after all
-        sys.exit(f"error: the window: {error}")
+        exit_with_error(f"the window: {error}")
     finally:
         if viewer is not None:
             viewer.close()
@@ -163,18 +162,18 @@ def check_video(path: Path, flag: str = "--video") -> None:
             import imageio_ffmpeg  # noqa: F401
             from imageio.v2 import get_writer  # noqa: F401
     except ImportError as error:
-        sys.exit(f"error: {flag} needs {error.name}: pip install -r requirements-dev.txt")
+        exit_with_error(f"{flag} needs {error.name}: pip install -r requirements-dev.txt")
     advice = ("install libosmesa6 and put MUJOCO_GL=osmesa before the command, or libegl1 and libgl1-mesa-dri and "
               "MUJOCO_GL=egl (Debian: apt-get install ...)")  # fmt: skip
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not (display or os.environ.get("MUJOCO_GL")):
         present = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)]
         advice = f"put MUJOCO_GL={' or MUJOCO_GL='.join(present)} before the command" if present else advice
-        sys.exit(f"error: {flag} needs OpenGL, and there is no display: {advice}")
+        exit_with_error(f"{flag} needs OpenGL, and there is no display: {advice}")
     try:
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).close()
     except Exception as error:  # whatever the platform's OpenGL raises
-        sys.exit(f"error: {flag} needs OpenGL, which does not start ({error}): {advice}")
+        exit_with_error(f"{flag} needs OpenGL, which does not start ({error}): {advice}")
 
 
 def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
@@ -210,7 +209,6 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
 
     write(args.video, lambda part: encode(pictures(), part, fps))
     painter.close()
-    clear_progress()
     print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
 
 
@@ -267,7 +265,9 @@ def main(args: Args) -> None:
     loaded, _ = load(args.checkpoint, args.script)
     task, policy = conditions(args, loaded.args, args.checkpoint), trained(loaded, args.stochastic)
     held = loaded.args.frame_skip
-    need(args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}")
+    check_argument(
+        args.horizon > held, f"--horizon is {args.horizon}: give more than the policy's --frame-skip, {held}"
+    )
     if args.render:
         check_display()
         render(policy, args, task, first=args.episode)
@@ -277,7 +277,7 @@ def main(args: Args) -> None:
 
 
 def cli() -> None:
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import ppo_ballbot
-from ballbot_utils.common import command
+from ballbot_utils.common import run_program
 
 ACTIONS, COUNTED = 1500, 900
 
@@ -51,4 +51,4 @@ def main(flags: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)

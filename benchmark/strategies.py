@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
 from ballbot_utils import plot, tune
-from ballbot_utils.common import command, need, write
+from ballbot_utils.common import run_program, write
+from ballbot_utils.console import check_argument
 
 
 @dataclass
@@ -28,12 +29,12 @@ class Args:
 
 def main(args: Args) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    need(args.names, "no names given: give what the studies' names begin with")
+    check_argument(args.names, "no names given: give what the studies' names begin with")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, color in zip(args.names, plot.COLORS):
         logs = sorted(Path("runs").glob(f"{name}-*/study.log"))
-        need(logs, f"runs/{name}-* holds no study: run them first")
+        check_argument(logs, f"runs/{name}-* holds no study: run them first")
         best = []
         for log in logs:
             backend = optuna.storages.journal.JournalFileBackend(str(log))
@@ -59,4 +60,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)

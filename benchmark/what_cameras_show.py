@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import tyro
 
 import ppo_ballbot
-from ballbot_utils.common import command, need
+from ballbot_utils.common import run_program
+from ballbot_utils.console import check_argument
 
 
 @dataclass
@@ -57,7 +58,7 @@ def explained(inputs: np.ndarray, slopes: np.ndarray, new_inputs: np.ndarray, ne
 
 def main(args: Args) -> None:
     policy = ppo_ballbot.load_policy(args.checkpoint)
-    need(policy.agent.encoder, f"{args.checkpoint} sees no cameras: give a policy trained with them")
+    check_argument(policy.agent.encoder, f"{args.checkpoint} sees no cameras: give a policy trained with them")
     (first, slopes), (second, new_slopes) = drive(policy, args, 3_000_000), drive(policy, args, 3_000_001)
     print("R² of the slope along +x and +y:  under the ball   0.3 m on       0.6 m on")
     for name, x, new in zip(("proprioception", "and depth features", "and frames, 8 x 8"), first, second):
@@ -67,4 +68,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args, description=__doc__)
+    run_program(main, Args, description=__doc__)

@@ -1,0 +1,189 @@
+"""Checkpoints: files of `torch.save` that hold plain data. No code in a file is ever run.
+
+A checkpoint names the script that trained it, and the SHA-256 of that script's text. Programs take the classes Args,
+Agent and Policy from the script of that name in the working directory.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ballbot_env import ASSETS
+from ballbot_utils.console import MACHINE_FAULT, exit_with_error, print_rank0
+from ballbot_utils.flags import validate_types
+
+# Flags that a policy needs to run in the environment it was trained for. A checkpoint without other flags is accepted
+REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
+                  "wheel_damping", "frame_skip")  # fmt: skip
+INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
+
+
+def save_checkpoint(path: Path, content: Any) -> None:
+    """Replace a checkpoint in one step: a crash or a full disk leaves the previous one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        exit_with_error(f"cannot write {path} ({error}): free some space, then --resume {path.parent}", MACHINE_FAULT)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The content of a checkpoint. Raises ValueError if the file is damaged, or OSError if it cannot be read.
+
+    The file is a ZIP archive with a CRC-32 of each record.
+    """
+    if not path.is_file():  # reading a pipe may never end
+        raise ValueError("is missing" if not path.exists() else "is no file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+            if compressed or archive.testzip():  # unpacked, a compressed record could fill the memory
+                raise ValueError
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # many kinds
+        raise ValueError("is damaged, or not a checkpoint, or contains code, which is never run") from None
+
+
+def build_agent(content: dict, module: ModuleType) -> tuple[nn.Module, Any]:
+    """The Agent with its weights, and the Args, of a checkpoint by a script's classes; ValueError if they mismatch."""
+    settings = content["args"]
+    missing = [name for name in REQUIRED_FLAGS if name not in settings]
+    if missing:
+        raise ValueError(f"has no {', '.join(missing)} in its args: it was trained by an incompatible version")
+    known = vars(module.Args())
+    args = validate_types({name: value for name, value in settings.items() if name in known}, module.Args)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            module.Agent(args).load_state_dict(content["model"], assign=True)
+        agent = module.Agent(args)
+        agent.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"does not fit its flags: {str(error).splitlines()[-1].strip()}") from None
+    finally:
+        torch.set_default_dtype(default)
+    return agent, args
+
+
+def load_policy(path: Path, script: Path | None = None, module: ModuleType | None = None) -> tuple[Any, dict]:
+    """The Policy in a checkpoint, or in the best.pt of a run's folder, and the checkpoint's content.
+
+    Exits with one line if there is no policy. Classes come from the file `script`, from `module` if it is the script
+    that trained the policy, or else from the script that the checkpoint names.
+    """
+    if path.is_dir():
+        hint = "name its last.pt" if (path / "last.pt").exists() else "give a .pt file or runs/<run name>"
+        path = path / "best.pt"
+        if not path.exists():
+            exit_with_error(f"{path.parent} has no best.pt (no evaluation yet?): {hint}")
+    try:
+        content = read_checkpoint(path)
+        agent, args = build_agent(content, find_module(content, path, script, module))
+        return sys.modules[type(args).__module__].Policy(agent, args), content
+    except (ValueError, OSError) as error:
+        problem = getattr(error, "strerror", None) or error
+    except (KeyError, TypeError, AttributeError, IndexError):
+        problem = "has no policy of this program"
+    exit_with_error(f"{path} {problem}")
+
+
+def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the pretrained depth encoder by their names in `agent`, or exit with one line."""
+    path = ASSETS.parent / encoder_path
+    try:
+        weights = read_checkpoint(path)["encoder"]
+        agent.encoder.load_state_dict(weights)  # checks names and shapes
+        return {f"encoder.{name}": value for name, value in weights.items()}
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        problem = error if isinstance(error, ValueError) else "is not a depth encoder"
+    exit_with_error(f"{path} {problem}: restore it, create it by python -m ballbot_utils.pretrain_encoder, or train "
+                    "one with --no-freeze-encoder")  # fmt: skip
+
+
+# Scripts
+
+
+@functools.cache
+def describe_script(cls: type) -> dict[str, str]:
+    """What a checkpoint says about the script that defines the Args `cls`, as it was at the first call."""
+    try:
+        path = Path(inspect.getfile(cls))
+        return {"script": path.name, "script_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except (OSError, TypeError):  # not defined in a file
+        return {"script": "", "script_sha256": ""}
+
+
+def find_script(name: Any) -> Path | None:
+    """The file of a script that a checkpoint names: in the working directory, or installed with this program.
+
+    A checkpoint can hold any name: no name leads out of the working directory, also not through a link.
+    """
+    if not isinstance(name, str) or not name.endswith(".py") or not name[:-3].isidentifier():
+        return None
+    path = Path(name).resolve()
+    if path.is_file() and path.is_relative_to(Path.cwd().resolve()):
+        return path
+    spec = importlib.util.find_spec(name[:-3]) if name in INSTALLED_SCRIPTS else None
+    return Path(spec.origin) if spec else None
+
+
+def import_script(path: Path) -> ModuleType:
+    """The module of a script that defines Args, Agent and Policy; raises ValueError if it cannot be imported."""
+    path = path.resolve()
+    modules = (m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("__file__") == str(path))
+    module = next(modules, None)
+    if module is None:
+        name = f"{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"  # two files may have the same stem
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))  # for modules beside it
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            raise ValueError(f"needs {path}, which cannot be imported: {type(error).__name__}: {error}") from None
+    missing = [name for name in ("Args", "Agent", "Policy") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"needs a script with {' and '.join(missing)}, which {path} lacks")
+    return module
+
+
+def find_module(content: dict, path: Path, script: Path | None, module: ModuleType | None = None) -> ModuleType:
+    """The module with the classes of the checkpoint `content`, read from `path`. See `load_policy`.
+
+    Prints a warning if the script is not exactly the one that trained the checkpoint.
+    """
+    own = describe_script(module.Args)["script"] if module else "ppo_ballbot.py"
+    name = content.get("script", own)  # older checkpoints name no script
+    if script or not module or name != own:
+        found = script or find_script(name)
+        if not found:
+            raise ValueError(f"was trained by {name!r:.80}, which is no script in the working directory: put it there, "
+                             "or give --script")  # fmt: skip
+        module = import_script(found)
+    now = describe_script(module.Args)
+    if content.get("script_sha256", now["script_sha256"]) != now["script_sha256"]:
+        changed = f"{now['script']} has changed since it trained"
+        what = changed if name == now["script"] else f"{now['script']} did not train"
+        print_rank0(f"warning: {what} {path}", file=sys.stderr)
+    return module

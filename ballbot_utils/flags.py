@@ -1,0 +1,180 @@
+"""Command-line flags: their bounds, presets and config files, and one-line errors on values that make no sense."""
+
+import argparse
+import functools
+import importlib.util
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import torch
+import tyro
+from pydantic import Field
+
+from ballbot_env import checked_randomization as validate_randomization
+from ballbot_utils.console import check_argument, exit_with_error
+
+# Types of flags with bounds
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Few = Annotated[int, Field(ge=1, le=1000)]
+Seed = Annotated[int, Field(ge=0, le=10**18)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+LogScale = Annotated[float, Field(ge=-10, le=10)]
+
+NOT_IN_CONFIG = "run_name", "config", "resume"  # flags that config.json leaves out
+
+
+@functools.cache
+def validator(cls: type) -> pydantic.TypeAdapter:
+    """Checks types and bounds of the dataclass `cls`."""
+    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return pydantic.TypeAdapter(pydantic.dataclasses.dataclass(cls, config=config))
+
+
+def validate_types(settings: dict, cls: type) -> Any:
+    """A `cls` from a dict of flags; raises ValueError on the first unknown name, wrong type or value out of bounds."""
+    try:
+        return cls(**asdict(validator(cls).validate_json(json.dumps(settings))))
+    except pydantic.ValidationError as errors:
+        error = errors.errors()[0]
+        flag = "--" + "-".join(map(str, error["loc"])).replace("_", "-")
+        if error["type"] == "unexpected_keyword_argument":
+            raise ValueError(f"there is no flag {flag:.40}") from None
+        problem = error["msg"].replace("Input should be", "give")
+        raise ValueError(f"{flag} is {error['input']!s:.40}: {problem}") from None
+
+
+def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], dict] = lambda settings: settings):
+    """A `cls`, a dataclass, from the command line. Flags win over --config, which wins over --preset.
+
+    `translate` changes a config file's settings into this script's flags. A flag on the command line that has no effect
+    is an error; presets and config files may have such flags.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="")
+    early.add_argument("--config", default="")
+    early.add_argument("--total-timesteps", "--total_timesteps")
+    start, _ = early.parse_known_args()
+    settings = {}
+    if start.config:
+        try:
+            settings = json.loads(Path(start.config).read_bytes())
+            settings = translate({name: value for name, value in settings.items() if not name.startswith("script")})
+            validate_types(settings, cls)
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            exit_with_error(f"--config {start.config} is not a run's config.json: {error}")
+        other_preset = start.preset and start.preset != settings.get("preset", start.preset)
+        check_argument(not other_preset, f"--config {start.config} sets all flags: leave out --preset {start.preset}")
+    default = replace(cls(), **presets.get(start.preset or settings.get("preset", ""), {}) | settings)
+    args = tyro.cli(cls, default=default)
+    if args.resume:
+        same = args == cls(resume=args.resume, total_timesteps=args.total_timesteps)
+        check_argument(same, "--resume takes its flags from the run: add only --total-timesteps")
+        args.total_timesteps_given = start.total_timesteps is not None
+    if args.terrain == "flat" and args.randomization == default.randomization:  # a preset's is for hills
+        args.randomization = {key: value for key, value in args.randomization.items() if key != "terrain_amplitude"}
+    for name, reason in ineffective_flags(args).items():
+        given = getattr(args, name) != getattr(default, name)
+        check_argument(not given, f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
+    return args
+
+
+def format_flags(settings: dict[str, Any]) -> str:
+    """Settings as a part of a command line."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else [value]
+            words += [f"--{flag}", *(shlex.quote(format(x, "g") if isinstance(x, float) else str(x)) for x in values)]
+    return " ".join(words)
+
+
+def config_json(flags: dict[str, Any]) -> str:
+    """The text of a run's config.json, which --config reads."""
+    return json.dumps({key: value for key, value in flags.items() if key not in NOT_IN_CONFIG}, indent=2) + "\n"
+
+
+def ineffective_flags(args: Any) -> dict[str, str]:
+    """The flags that change nothing beside the others, whatever their values, and the reason for each."""
+    schedules = {name: getattr(args, f"{name}_schedule", "") for name in ("lr", "clip", "ent")}  # "" without schedules
+    start = {"lr": args.learning_rate, "clip": args.clip_coef, "ent": args.ent_coef}
+    size, gpus = int(os.environ.get("WORLD_SIZE", 0)), torch.cuda.device_count() if args.cuda else 0
+    one_step = args.update_epochs == 1 and args.minibatch_size == args.num_envs * args.num_steps
+    table = [
+        (args.terrain == "flat", "terrain_seed terrain_amplitude eval_terrain_seed", "on --terrain flat"),
+        (args.terrain == "flat" and not args.init_from, "privileged_critic", "on --terrain flat, which has no slopes"),
+        (not args.cameras, "depth_scale freeze_encoder encoder_path", "with --no-cameras"),
+        (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
+        (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
+        (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),
+        (args.goal == "command", "drift_cost heading_cost", "with --goal command"),
+        (args.gamma == 0, "gae_lambda", "with --gamma 0"),
+        (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
+        (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),
+        (one_step, "clip_coef clip_vloss clip_schedule clip_end", "in a single gradient step per iteration"),
+        (args.eval_interval > args.total_timesteps, "eval_episodes", "with --eval-interval above --total-timesteps"),
+        (not args.track, "wandb_project_name wandb_entity", "without --track"),
+        (not args.cuda, "torch_deterministic", "without --cuda: the CPU's algorithms are deterministic"),
+        (args.cuda, "torch_threads", "with --cuda, where the networks run on the GPU"),
+        (size and size != args.num_processes, "num_processes", f"here, as torchrun starts {size} processes"),
+        (not size and 0 < gpus < args.num_processes, "num_processes", f"above the number of GPUs, {gpus}"),
+        (schedules["lr"] == "guide" and args.learning_rate > 0, "lr_schedule", "unless --learning-rate is -1"),
+    ]
+    for name, schedule in schedules.items():
+        fixed, end = schedule not in ("linear", "cosine"), f"{name}_end"
+        table.append((schedule and fixed, end, f"with --{name}-schedule {schedule}"))
+        same = schedule and not fixed and getattr(args, end, 0) == start[name]
+        table.append((same, f"{name}_schedule", "where start and end are the same"))
+    return {name: reason for holds, names, reason in reversed(table) if holds for name in names.split()
+            if name in vars(args)}  # fmt: skip
+
+
+def validate_args(args: Any, world_size: int | None = None) -> float:
+    """Exit with one line on the first invalid flag, before any work starts. Returns the memory a run takes, GB."""
+    try:
+        validate_types(asdict(args), type(args))
+        validate_randomization(args.randomization, args.terrain)
+    except (ValueError, OverflowError) as error:
+        exit_with_error(error)
+    world_size, size = world_size or args.num_processes, args.minibatch_size
+    batch_size = args.num_envs * args.num_steps
+    steps = batch_size * args.frame_skip
+    divisors = (d for k in range(1, math.isqrt(min(batch_size, 10**12)) + 1) if batch_size % k == 0
+                for d in (k, batch_size // k))  # fmt: skip
+    for wrong, message in (
+        (args.learning_rate != -1 and args.learning_rate <= 0, f"--learning-rate is {args.learning_rate}: give -1 for "
+         "the schedule, or a positive constant"),
+        (getattr(args, "anneal_lr", False) and args.learning_rate < 0, "--anneal-lr needs a positive --learning-rate"),
+        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
+         "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
+        (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
+         f"{batch_size}: {max(d for d in divisors if d <= size)} does"),
+        (args.norm_adv and size == 1, "--norm-adv needs a --minibatch-size above 1"),
+        (args.num_envs % world_size or size % world_size, f"{world_size} processes cannot share --num-envs "
+         f"{args.num_envs} and --minibatch-size {size}: give multiples of {world_size}, or --num-processes 1"),
+        (args.total_timesteps < steps, f"--total-timesteps is {args.total_timesteps}: give at least "
+         f"--num-envs * --num-steps * --frame-skip = {steps}, one iteration"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track needs Weights & Biases: pip install wandb"),
+        (args.cuda and not torch.cuda.is_available(), "--cuda: PyTorch finds no GPU here; leave the flag out"),
+    ):  # fmt: skip
+        check_argument(not wrong, message)
+    # Samples and a layer on all of them, environments, networks with gradients, moments and copies
+    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
+    network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
+    memory = args.num_envs * (args.num_steps * sample + 2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
+    memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    check_argument(memory < available, f"this takes about {memory:,.0f} GB of memory, and there are {available:,.0f}: "
+                   "give fewer --num-envs, --num-steps or --num-processes, or a smaller --hidden-size")  # fmt: skip
+    return memory

@@ -1,0 +1,361 @@
+"""A run: its folder, lock, clock, logs and checkpoints. Nothing here knows which algorithm trains.
+
+runs/NAME has config.json (the flags), TensorBoard's events, metrics.jsonl (each evaluation, one JSON object per line),
+last.pt (the checkpoint to resume from) and best.pt (the best policy so far).
+"""
+
+import contextlib
+import copy
+import fcntl
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from ballbot_utils.checkpoints import (
+    build_agent,
+    describe_script,
+    find_module,
+    load_encoder,
+    load_policy,
+    read_checkpoint,
+    save_checkpoint,
+)
+from ballbot_utils.console import (
+    MACHINE_FAULT,
+    ProgressLine,
+    check_argument,
+    exit_with_error,
+    is_rank_zero,
+    one_line_errors,
+    print_rank0,
+)
+from ballbot_utils.distributed import gather_objects
+from ballbot_utils.flags import config_json, ineffective_flags, validate_args
+
+# Flags that must be the same for a policy and for the run that starts from it
+NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "vf_layers", "norm_obs",
+                 "privileged_critic", "depth_scale")  # fmt: skip
+
+
+class Run:
+    """The record of one training run, in each of its ranks; only rank 0 writes files.
+
+    `checkpoint` is the content of the checkpoint to resume from, or None; `weights` are initial weights, by name.
+    Use it as a context: it locks the folder, opens the logs and closes them.
+    """
+
+    def __init__(self, args: Any, run_dir: Path, checkpoint: dict | None, weights: dict, started: float) -> None:
+        self.args, self.dir, self.checkpoint, self.weights = args, run_dir, checkpoint, weights
+        self.script, self.progress, saved = describe_script(type(args)), ProgressLine(), checkpoint or {}
+        self.started = time.perf_counter() if checkpoint else started
+        self.global_step, self.elapsed, self.startup, self.training = (
+            saved.get(key, 0) for key in ("global_step", "elapsed", "startup", "training")
+        )
+        self.finished = deque(saved.get("finished", ()), maxlen=100)  # (return, length) of the last episodes
+        self.best, self.targets_met = saved.get("best"), saved.get("targets_met")
+        self.final = saved.get("final")  # the last evaluation of a run that has finished
+        self.last_evaluation = 0  # its step
+
+    def __enter__(self) -> "Run":
+        self.last_save = time.perf_counter()
+        if is_rank_zero():
+            try:
+                self.lock = os.open(self.dir, os.O_RDONLY)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                exit_with_error(f"{self.dir} is in use by another process", MACHINE_FAULT)
+            except OSError:
+                pass  # a disk without locks
+            with self.resume_hint():
+                self.open_logs()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if is_rank_zero():
+            with contextlib.suppress(OSError):
+                self.writer.close()
+            if self.args.track:
+                sys.modules["wandb"].finish(exit_code=int(error is not None))
+            os.close(self.lock)
+        if isinstance(error, (KeyboardInterrupt, OSError, RuntimeError, MemoryError)):
+            error.resume_hint = resume_hint(self.dir)
+
+    def open_logs(self) -> None:
+        """Write config.json, drop evaluations that will be repeated, and open TensorBoard and Weights & Biases."""
+        flags, resumed = asdict(self.args), self.checkpoint
+        if resumed:
+            kept = [
+                e for e in read_metrics(self.dir) if e["kind"] == "evaluation" and e["global_step"] <= self.global_step
+            ]
+            replace_text(self.dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+            self.last_evaluation = max((entry["global_step"] for entry in kept), default=0)
+        if self.args.track:
+            import wandb
+
+            name = self.args.run_name.replace("/", "__")
+            names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, name=name)
+            wandb.init(**names, dir=self.dir, id=name, resume="allow", config=flags, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1 if resumed else None)
+        if not resumed or resumed["args"]["total_timesteps"] != self.args.total_timesteps:
+            replace_text(self.dir / "config.json", config_json(flags | self.script))
+            rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
+            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+
+    def clock(self) -> float:
+        """Seconds from the launch; pauses between an interruption and its resume do not count."""
+        return self.elapsed + time.perf_counter() - self.started
+
+    def show(self, steps: int, more: str = "") -> None:
+        """Show the progress, so many steps into an iteration."""
+        self.startup, steps = self.startup or self.clock(), self.global_step + steps
+        seconds, result = max(self.clock() - self.startup, 1e-9), "no episode ended yet"
+        if self.finished:
+            result = "return {:.1f}, length {:.0f}".format(*np.mean(self.finished, 0))
+        text = f"{steps:,} steps, {steps / seconds:,.0f} SPS, {result}{more}"
+        if more or self.progress.is_terminal:
+            self.progress.show(steps, self.args.total_timesteps, seconds, text)
+
+    def log_iteration(self, steps: int, seconds: dict[str, float], episodes: list, scalars: dict[str, float]) -> None:
+        """Log an iteration of so many steps: its `seconds` by part, and `scalars` by their tag.
+
+        `episodes` lists (return, length, action) of the episodes that ended on this rank.
+        """
+        episodes = sorted((episode for each in gather_objects(episodes) for episode in each), key=lambda e: e[2])
+        start, self.global_step = self.global_step, self.global_step + steps
+        spent = sum(seconds.values())
+        self.training += spent
+        self.finished.extend(episode[:2] for episode in episodes)
+        if not is_rank_zero():
+            return
+        for episodic_return, length, action in episodes:
+            at = start + (action + 1) * self.args.num_envs * self.args.frame_skip
+            self.writer.add_scalar("charts/episodic_return", episodic_return, at)
+            self.writer.add_scalar("charts/episodic_length", length, at)
+        for key, mean in zip(("return", "length"), np.mean(self.finished, 0) if self.finished else ()):
+            scalars = scalars | {f"charts/episodic_{key}_mean100": mean}
+        speeds = {"charts/SPS": self.global_step / (self.clock() - self.startup),
+                  "SPS/train": self.global_step / self.training}  # fmt: skip
+        speeds |= {f"SPS/{name}": steps / part for name, part in seconds.items() if part}
+        for key, value in (scalars | speeds).items():
+            self.writer.add_scalar(key, value, self.global_step)
+        shares = "/".join(f"{100 * part / spent:.0f}" for part in seconds.values())
+        self.show(0, f", {'/'.join(seconds)} {shares} %")
+
+    def log_evaluation(self, kind: str, step: int, result: dict) -> None:
+        """Log an evaluation: "evaluation" on the way, "final" of the last policy, or "best" of the best one again."""
+        what = {"evaluation": f"evaluation at {step:,} steps", "final": "final policy",
+                "best": f"policy of {step:,} steps, the best evaluated on the way"}[kind]  # fmt: skip
+        print_rank0(f"{what}: {format_evaluation(result)}")
+        if is_rank_zero():
+            with open(self.dir / "metrics.jsonl", "a") as file:
+                entry = {"kind": kind, "global_step": step, "seconds": self.clock()} | result
+                file.write(json.dumps(entry) + "\n")
+            for key in ("episodic_return", "episodic_length", "falls"):
+                if step > self.last_evaluation:
+                    self.writer.add_scalar(f"eval/{key}", result[key], step)
+        self.last_evaluation = max(step, self.last_evaluation)
+
+    def describe_policy(self, agent: torch.nn.Module) -> dict[str, Any]:
+        """What a checkpoint stores of a policy; the weights are those of `agent`, not a copy."""
+        return dict(model=agent.state_dict(), args=asdict(self.args), global_step=self.global_step, **self.script)
+
+    def keep_if_best(self, agent: torch.nn.Module, result: dict) -> None:
+        """Save the policy as best.pt if its mean return is the highest so far."""
+        if self.best is None or result["episodic_return"] > self.best["eval"]["episodic_return"]:
+            self.best = copy.deepcopy(self.describe_policy(agent) | {"eval": result})
+            self.save("best.pt", self.best)
+
+    def save_is_due(self) -> bool:
+        """Whether `--save-interval` seconds have passed, by the clock of rank 0."""
+        now = time.perf_counter()
+        due = gather_objects(now > self.last_save + self.args.save_interval)[0]
+        self.last_save = now if due else self.last_save
+        return due
+
+    def save(self, name: str, content: dict) -> None:
+        """Write a checkpoint to the run's folder."""
+        if is_rank_zero():
+            with self.resume_hint():
+                save_checkpoint(self.dir / name, content)
+
+    def save_last(self, agent: torch.nn.Module, state: dict) -> None:
+        """Save last.pt: the policy, the script's `state` to resume from, and this record. All ranks call it."""
+        record = dict(elapsed=self.clock(), startup=self.startup, training=self.training, finished=list(self.finished),
+                      best=self.best, targets_met=self.targets_met)  # fmt: skip
+        self.save("last.pt", self.describe_policy(agent) | state | record)
+        if is_rank_zero():
+            self.writer.flush()
+
+    def finish(self, best: dict) -> None:
+        """Save the better of the last and the best policy as best.pt; mark last.pt as finished."""
+        self.save("best.pt", best)
+        if is_rank_zero():
+            self.save("last.pt", read_checkpoint(self.dir / "last.pt") | {"best": best, "final": best["eval"]})
+
+    @contextlib.contextmanager
+    def resume_hint(self):
+        """A block whose errors say how to resume the run."""
+        try:
+            yield
+        except OSError as error:
+            error.resume_hint = resume_hint(self.dir)
+            raise
+
+
+def format_evaluation(result: dict) -> str:
+    """An evaluation in words."""
+    return ("return {episodic_return:.1f} ± {episodic_return_std:.1f}, length {episodic_length:.0f} ± "
+            "{episodic_length_std:.0f}, falls {falls:.0%} ({episodes} episodes)").format(**result)  # fmt: skip
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The evaluations in a run's metrics.jsonl; an incomplete last line is left out."""
+    path, evaluations = run_dir / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            evaluations += [json.loads(line)] if line.endswith(b"\n") else []
+    return evaluations
+
+
+def resume_hint(run_dir: Path) -> str:
+    """What to do after a run was interrupted."""
+    program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    if (run_dir / "last.pt").is_file():
+        return f"; to resume: {program} --resume {shlex.quote(str(run_dir))}"
+    return "; there is no checkpoint yet: start again with another --run-name"
+
+
+def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
+    """Validate all flags, then create the run's folder, or read the checkpoint to resume from.
+
+    Completes `args`. A process that starts ranks calls it, and then each of them, `in_rank`, which creates and prints
+    nothing. Exits with one line on invalid flags or files.
+    """
+    module, cls = sys.modules[type(args).__module__], type(args)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after it lost a rank
+    if restarted and not args.resume:
+        folder = Path("runs") / args.run_name
+        check_argument(is_same_run(args, folder), f"{folder} has other flags: give another --run-name, or move it away")
+        args.resume = str(folder) if (folder / "last.pt").is_file() else ""
+    checkpoint, weights, size = None, {}, args.num_processes
+    if args.resume:
+        path = Path(args.resume) if args.resume.endswith(".pt") else Path(args.resume) / "last.pt"
+        run_dir, checkpoint = path.parent, read_run(path, module)
+        given, before = args.total_timesteps, checkpoint["args"]["total_timesteps"]
+        extended = getattr(args, "total_timesteps_given", given != cls.total_timesteps)
+        vars(args).update(checkpoint["args"] | {"resume": args.resume})
+        if extended and given != before:
+            check_argument(given > before, f"{path} is of a run of {before} steps: give more --total-timesteps")
+            args.total_timesteps, checkpoint["final"] = given, None
+            if not in_rank:
+                print_rank0(f"{before:,} steps become {given:,}: schedules are stretched over all of them")
+        size = args.num_processes
+    if args.cuda:
+        size = min(size, max(1, torch.cuda.device_count()))
+    size = int(os.environ.get("WORLD_SIZE", size))
+    if checkpoint:
+        check_argument(size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} processes, here "
+                       f"are {size}: use the same number")  # fmt: skip
+        return Run(args, run_dir, checkpoint, weights, started)
+    memory = validate_args(args, size)
+    if args.init_from:
+        policy, content = load_policy(Path(args.init_from), module=module)
+        different = [name for name in NETWORK_FLAGS if getattr(args, name, None) != getattr(policy.args, name, None)
+                     and name not in ineffective_flags(args)]  # fmt: skip
+        flags = ", ".join(different)
+        check_argument(not different, f"--init-from {args.init_from}: use the same {flags} as in its training")
+        if content.get("script", "") not in ("", describe_script(cls)["script"]) and not in_rank:
+            print_rank0(f"warning: {content['script']} trained {args.init_from}: its networks must be the same as here")
+        weights = policy.agent.state_dict()
+    elif args.cameras and args.freeze_encoder:
+        weights = load_encoder(args.encoder_path, module.Agent(args))
+    create = is_rank_zero() and not in_rank and not restarted
+    run_dir = new_folder(args, create)
+    if create and memory > 2:
+        print_rank0(f"this takes about {memory:.0f} GB of memory")
+    args.num_processes = size
+    return Run(args, run_dir, None, weights, started)
+
+
+def read_run(path: Path, module: ModuleType) -> dict:
+    """The content of a checkpoint to resume from, or exit with one line."""
+    try:
+        content = read_checkpoint(path)
+        script = describe_script(module.Args)["script"]
+        if content.get("script", script) != script:
+            raise ValueError(f"was trained by {content['script']!r:.80}, not by {script}: use that to --resume it")
+        find_module(content, path, None, module)  # warns if the script has changed
+        build_agent(content, module)
+        if "optimizer" not in content:
+            raise ValueError("is only a policy: --resume its run's folder, or use --init-from")
+        flags = set(vars(module.Args())) ^ set(content["args"])
+        if flags:
+            raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(flags))}")
+        return content
+    except (ValueError, OSError) as error:
+        problem = getattr(error, "strerror", None) or error
+    except (KeyError, TypeError, AttributeError, IndexError):
+        problem = "is no checkpoint to resume from"
+    exit_with_error(f"{path} {problem}")
+
+
+def is_same_run(args: Any, folder: Path) -> bool:
+    """Whether a folder is of a run with these flags, empty or missing."""
+    ignored = {"num_processes": 0, "script": "", "script_sha256": ""}  # the number of ranks is torchrun's
+    try:
+        before, now = (folder / "config.json").read_text(), config_json(asdict(args))
+        return json.loads(before) | ignored == json.loads(now) | ignored
+    except (OSError, ValueError, TypeError):
+        return not folder.exists() or not any(folder.iterdir())
+
+
+def new_folder(args: Any, create: bool) -> Path:
+    """The folder of a new run, which gets a name if it has none; exits with one line if it exists."""
+    if not args.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        exit_with_error("torchrun --max-restarts resumes a run by its --run-name: give one")
+    args.run_name = args.run_name or f"Ballbot-v0__{args.exp_name}__{args.seed}__{int(time.time())}_{os.getpid()}"
+    folder, parts = Path("runs") / args.run_name, args.run_name.split("/")  # a study's runs are in its folder
+    if {"", ".", ".."} & set(parts) or parts[-1].endswith(".pt") or max(map(len, parts)) > 200:
+        exit_with_error("--run-name or --exp-name is no name of a folder under runs/: give letters, digits, _ and -")
+    try:
+        if create:
+            folder.mkdir(parents=True)
+    except FileExistsError:
+        exit_with_error(f"{folder} exists: give another --run-name, move it away, or --resume {folder}")
+    except OSError as error:
+        exit_with_error(f"{folder} cannot be created: {error.strerror}", MACHINE_FAULT)
+    return folder
+
+
+@one_line_errors()
+def run_training(parse_args: Callable[[], Any], train: Callable) -> None:
+    """The main function of a script: `train(parse_args())`. Ctrl-C and SIGTERM end it with a hint how to resume."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    args = parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # nohup and & ignore it
+        signal.signal(signal.SIGINT, interrupt)
+    train(args)
