@@ -14,7 +14,6 @@ import time
 
 STARTED = time.perf_counter()  # run times count from here, imports included
 
-import copy
 import os
 import sys
 from collections.abc import MutableMapping
@@ -45,8 +44,6 @@ from ballbot_utils.distributed import (
 )
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
-
-TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
 
 @dataclass
@@ -511,11 +508,6 @@ def evaluate(agent, args: Args, episodes: int) -> dict:
     return result
 
 
-def meets_targets(result):
-    """Whether an evaluation meets the targets: for the return, for the length."""
-    return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
-
-
 class Policy:
     """A trained policy as a function: `action = policy(obs)`.
 
@@ -612,7 +604,6 @@ def train_rank(args, run):
         agent.update_obs_moments(batch["proprio"].flatten(0, 1))
         seconds["learn"] = time.perf_counter() - started - sum(seconds.values())
 
-        check_finite(losses, run)
         run.log_iteration(iteration_steps, seconds, episodes, {f"losses/{key}": x for key, x in losses.items()} | {
             "losses/explained_variance": explained_variance,
             "charts/learning_rate": learning_rate,
@@ -620,12 +611,13 @@ def train_rank(args, run):
             "charts/physics_errors": sum(gather_objects(int(envs.physics_errors.sum()))),
         })  # fmt: skip
         if run.global_step // args.eval_interval > (run.global_step - iteration_steps) // args.eval_interval:
-            evaluate_on_the_way(args, run, agent)
+            run.log_evaluation(agent, evaluate(agent, args, args.eval_episodes))
+            record_video(args, run, agent)
         if run.save_is_due() or iteration == num_iterations:
             run.save_last(agent, capture_state(agent, optimizer, envs, observation, iteration))
 
     envs.close()
-    evaluate_at_the_end(args, run, agent)
+    run.finish(agent, lambda: evaluate(agent, args, args.final_eval_episodes))
 
 
 def build(args):
@@ -674,55 +666,17 @@ def capture_state(agent, optimizer, envs, observation, iteration):
     return dict(optimizer=optimizer.state_dict(), iteration=iteration, ranks=gather_objects(state))
 
 
-def evaluate_on_the_way(args, run, agent):
-    """Evaluate the policy, and keep it if it is the best so far."""
-    result = evaluate(agent, args, args.eval_episodes)
-    run.log_evaluation("evaluation", run.global_step, result)
-    if run.targets_met is None and all(meets_targets(result)):
-        seconds = int(run.clock())
-        run.targets_met = f"{run.global_step:,} steps, {seconds // 60} min {seconds % 60:02} s"
-        print_rank0(f"targets met after {run.targets_met}")
-    run.keep_if_best(agent, result)
-    record_video(args, run, agent)
-
-
-def evaluate_at_the_end(args, run, agent):
-    """Evaluate the final policy, and once more the best one on the way; save the better of them as best.pt."""
-    final = copy.deepcopy(run.describe_policy(agent)) | {"eval": evaluate(agent, args, args.final_eval_episodes)}
-    run.log_evaluation("final", run.global_step, final["eval"])
-    if run.best is None or run.best["global_step"] < run.global_step:
-        record_video(args, run, agent)
-    if run.best is not None and run.best["global_step"] < run.global_step:
-        agent.load_state_dict(run.best["model"])
-        best = run.best | {"eval": evaluate(agent, args, args.final_eval_episodes)}
-        run.log_evaluation("best", best["global_step"], best["eval"])
-        final = max(final, best, key=lambda policy: policy["eval"]["episodic_return"])
-    run.finish(final)
-    on_return, on_length = ("reached" if met else "missed" for met in meets_targets(final["eval"]))
-    print_rank0(f"targets, mean over {args.final_eval_episodes} episodes on unseen terrain: return > {TARGET_RETURN} "
-                f"{on_return}, length > {TARGET_LENGTH} {on_length} ({run.dir}/best.pt)"
-                + (f"; first met after {run.targets_met}" if run.targets_met else ""))  # fmt: skip
-
-
 def record_video(args, run, agent):
     """Record an episode on the evaluation terrain, as runs/<run name>/videos/<steps>-episode-0.mp4."""
     if args.capture_video and rank() == 0:
         env = gym.make("Ballbot-v0", render_mode="rgb_array", **task(args, evaluation=True))
-        env = gym.wrappers.RecordVideo(
-            env, str(run.dir / "videos"), name_prefix=str(run.global_step), disable_logger=True
-        )
+        folder, name = str(run.dir / "videos"), str(run.global_step)
+        env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
         policy, (obs, _), done = Policy(agent, args), env.reset(seed=1_000_000), False
         while not done:
             obs, _, terminated, truncated, _ = env.step(policy(obs))
             done = terminated or truncated
         env.close()
-
-
-def check_finite(losses, run):
-    """Exit with one line if training has diverged."""
-    if not all(map(np.isfinite, losses.values())):
-        exit_with_error(f"the losses after step {run.global_step} are not finite: lower --learning-rate or "
-                        f"--max-grad-norm; {run.dir}/last.pt is an earlier policy ({losses})")  # fmt: skip
 
 
 def parse_args():

@@ -28,8 +28,8 @@ from ballbot_utils import plot
 from ballbot_utils.common import require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.flags import ineffective_flags, validate_args
-from ballbot_utils.runs import NETWORK_FLAGS
-from ppo_ballbot import PRESETS, TARGET_LENGTH, TARGET_RETURN
+from ballbot_utils.runs import NETWORK_FLAGS, TARGET_LENGTH, TARGET_RETURN
+from ppo_ballbot import PRESETS
 from ppo_ballbot import Args as TrainArgs
 
 RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean100"

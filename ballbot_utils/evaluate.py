@@ -46,7 +46,8 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.console import check_argument
-from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Policy
+from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
+from ppo_ballbot import Policy
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
 

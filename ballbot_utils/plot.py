@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ballbot_utils.common import require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
-from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN
+from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

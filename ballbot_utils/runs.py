@@ -45,6 +45,7 @@ from ballbot_utils.console import (
 from ballbot_utils.distributed import gather_objects
 from ballbot_utils.flags import config_json, ineffective_flags, validate_args
 
+TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 # Flags that must be the same for a policy and for the run that starts from it
 NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "vf_layers", "norm_obs",
                  "privileged_critic", "depth_scale")  # fmt: skip
@@ -136,6 +137,10 @@ class Run:
         episodes = sorted((episode for each in gather_objects(episodes) for episode in each), key=lambda e: e[2])
         start, self.global_step = self.global_step, self.global_step + steps
         spent = sum(seconds.values())
+        losses = {key: value for key, value in scalars.items() if key.endswith(("_loss", "grad_norm"))}
+        if not all(map(np.isfinite, losses.values())):
+            exit_with_error(f"losses are not finite after step {start}: lower --learning-rate or --max-grad-norm; "
+                            f"{self.dir}/last.pt is an earlier policy ({losses})")  # fmt: skip
         self.training += spent
         self.finished.extend(episode[:2] for episode in episodes)
         if not is_rank_zero():
@@ -154,29 +159,54 @@ class Run:
         shares = "/".join(f"{100 * part / spent:.0f}" for part in seconds.values())
         self.show(0, f", {'/'.join(seconds)} {shares} %")
 
-    def log_evaluation(self, kind: str, step: int, result: dict) -> None:
-        """Log an evaluation: "evaluation" on the way, "final" of the last policy, or "best" of the best one again."""
-        what = {"evaluation": f"evaluation at {step:,} steps", "final": "final policy",
-                "best": f"policy of {step:,} steps, the best evaluated on the way"}[kind]  # fmt: skip
-        print_rank0(f"{what}: {format_evaluation(result)}")
-        if is_rank_zero():
-            with open(self.dir / "metrics.jsonl", "a") as file:
-                entry = {"kind": kind, "global_step": step, "seconds": self.clock()} | result
-                file.write(json.dumps(entry) + "\n")
-            for key in ("episodic_return", "episodic_length", "falls"):
-                if step > self.last_evaluation:
-                    self.writer.add_scalar(f"eval/{key}", result[key], step)
-        self.last_evaluation = max(step, self.last_evaluation)
-
     def describe_policy(self, agent: torch.nn.Module) -> dict[str, Any]:
         """What a checkpoint stores of a policy; the weights are those of `agent`, not a copy."""
         return dict(model=agent.state_dict(), args=asdict(self.args), global_step=self.global_step, **self.script)
 
-    def keep_if_best(self, agent: torch.nn.Module, result: dict) -> None:
-        """Save the policy as best.pt if its mean return is the highest so far."""
+    def log_evaluation(self, agent: torch.nn.Module, result: dict) -> None:
+        """Log an evaluation of the current policy. The policy is saved as best.pt if its return is the highest."""
+        self.write_evaluation("evaluation", f"evaluation at {self.global_step:,} steps", self.global_step, result)
+        if self.targets_met is None and all(meets_targets(result)):
+            seconds = int(self.clock())
+            self.targets_met = f"{self.global_step:,} steps, {seconds // 60} min {seconds % 60:02} s"
+            print_rank0(f"targets met after {self.targets_met}")
         if self.best is None or result["episodic_return"] > self.best["eval"]["episodic_return"]:
             self.best = copy.deepcopy(self.describe_policy(agent) | {"eval": result})
             self.save("best.pt", self.best)
+
+    def finish(self, agent: torch.nn.Module, evaluate: Callable[[], dict]) -> None:
+        """Evaluate the final policy, and again the best one on the way. The better of them is saved as best.pt.
+
+        `evaluate` evaluates `agent`, whose weights are those of the best policy afterwards.
+        """
+        best, end = copy.deepcopy(self.describe_policy(agent)) | {"eval": evaluate()}, self.global_step
+        self.write_evaluation("final", "final policy", end, best["eval"])
+        if self.best is not None and self.best["global_step"] < end:
+            agent.load_state_dict(self.best["model"])
+            other, step = self.best | {"eval": evaluate()}, self.best["global_step"]
+            self.write_evaluation("best", f"policy of {step:,} steps, the best one on the way", step, other["eval"])
+            best = max(best, other, key=lambda policy: policy["eval"]["episodic_return"])
+        self.save("best.pt", best)
+        if is_rank_zero():
+            self.save("last.pt", read_checkpoint(self.dir / "last.pt") | {"best": best, "final": best["eval"]})
+        on_return, on_length = ("reached" if met else "missed" for met in meets_targets(best["eval"]))
+        met = f"; first met after {self.targets_met}" if self.targets_met else ""
+        print_rank0(f"targets, mean over {best['eval']['episodes']} episodes on unseen terrain: "
+                    f"return > {TARGET_RETURN} {on_return}, length > {TARGET_LENGTH} {on_length} ({self.dir}/best.pt){met}")  # fmt: skip
+
+    def write_evaluation(self, kind: str, title: str, step: int, result: dict) -> None:
+        """Print an evaluation of the policy of a `step`; append it to metrics.jsonl and TensorBoard's events.
+
+        `kind`: "evaluation" on the way, "final" of the last policy, or "best" of the best one again.
+        """
+        print_rank0(f"{title}: {format_evaluation(result)}")
+        if is_rank_zero():
+            with open(self.dir / "metrics.jsonl", "a") as file:
+                entry = {"kind": kind, "global_step": step, "seconds": self.clock()} | result
+                file.write(json.dumps(entry) + "\n")
+            for key in ("episodic_return", "episodic_length", "falls") if step > self.last_evaluation else ():
+                self.writer.add_scalar(f"eval/{key}", result[key], step)
+        self.last_evaluation = max(step, self.last_evaluation)
 
     def save_is_due(self) -> bool:
         """Whether `--save-interval` seconds have passed, by the clock of rank 0."""
@@ -199,12 +229,6 @@ class Run:
         if is_rank_zero():
             self.writer.flush()
 
-    def finish(self, best: dict) -> None:
-        """Save the better of the last and the best policy as best.pt; mark last.pt as finished."""
-        self.save("best.pt", best)
-        if is_rank_zero():
-            self.save("last.pt", read_checkpoint(self.dir / "last.pt") | {"best": best, "final": best["eval"]})
-
     @contextlib.contextmanager
     def resume_hint(self):
         """A block whose errors say how to resume the run."""
@@ -213,6 +237,11 @@ class Run:
         except OSError as error:
             error.resume_hint = resume_hint(self.dir)
             raise
+
+
+def meets_targets(result: dict) -> tuple[bool, bool]:
+    """Whether an evaluation meets the guide's targets: for the return, for the length."""
+    return result["episodic_return"] > TARGET_RETURN, result["episodic_length"] > TARGET_LENGTH
 
 
 def format_evaluation(result: dict) -> str:
