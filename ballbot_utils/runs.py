@@ -189,10 +189,10 @@ class Run:
         self.save("best.pt", best)
         if is_rank_zero():
             self.save("last.pt", read_checkpoint(self.dir / "last.pt") | {"best": best, "final": best["eval"]})
-        on_return, on_length = ("reached" if met else "missed" for met in meets_targets(best["eval"]))
-        met = f"; first met after {self.targets_met}" if self.targets_met else ""
-        print_rank0(f"targets, mean over {best['eval']['episodes']} episodes on unseen terrain: "
-                    f"return > {TARGET_RETURN} {on_return}, length > {TARGET_LENGTH} {on_length} ({self.dir}/best.pt){met}")  # fmt: skip
+        targets = zip((f"return > {TARGET_RETURN}", f"length > {TARGET_LENGTH}"), meets_targets(best["eval"]))
+        text = ", ".join(f"{target} {'reached' if met else 'missed'}" for target, met in targets)
+        text += f" ({self.dir}/best.pt)" + (f"; first met after {self.targets_met}" if self.targets_met else "")
+        print_rank0(f"targets, mean over {best['eval']['episodes']} episodes on unseen terrain: {text}")
 
     def write_evaluation(self, kind: str, title: str, step: int, result: dict) -> None:
         """Print an evaluation of the policy of a `step`; append it to metrics.jsonl and TensorBoard's events.
