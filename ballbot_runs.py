@@ -45,7 +45,9 @@ import torch.nn as nn
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from ballbot_env import ASSETS, checked_randomization, unlike
+from ballbot_utils.checks import find_mismatch as unlike
+from ballbot_utils.model import ASSETS
+from ballbot_utils.randomization import check_randomization as checked_randomization
 
 # What a checkpoint's flags must say, of how its policy is played. All others are for training and have their defaults
 NEEDED = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
@@ -306,7 +308,7 @@ def check(args: Any, world_size: int | None = None) -> float:
          "give -1 for the schedule, or a positive constant"),
         (getattr(args, "anneal_lr", False) and args.learning_rate < 0,
          "--anneal-lr needs a positive --learning-rate: -1 has its own"),
-        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
+        (args.terrain != "flat" and args.terrain_seed == args.eval_terrain_seed,
          "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
         (args.terrain_amplitude > 100, f"--terrain-amplitude is {args.terrain_amplitude}: give 100 m or less"),
         (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import ballbot_env
 import ballbot_runs
 from ballbot_runs import CLEAR_LINE, save, say, stop, summary
+from ballbot_utils.geometry import in_body_frame
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
@@ -334,9 +335,9 @@ def proprioception(obs, agent):
     """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
     if agent.body_frame:
         if agent.commanded:
-            *_, command = ballbot_env.in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
+            *_, command = in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
             obs = obs | {"command": command[:, :2].astype(np.float32)}
-        lean, heading, vel = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])
+        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
     keys = ballbot_env.PROPRIOCEPTION + ("command",) * agent.commanded
@@ -368,7 +369,7 @@ def shaping_costs(obs, args):
         return costs
     costs += args.drift_cost * obs["vel"][:, 0] ** 2
     if args.heading_cost:
-        heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
+        heading = in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.OPTIMAL_HEADING
         costs += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
     return costs
 
@@ -576,7 +577,7 @@ class Policy:
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = in_blocks(agent.encode, images, 2)
-                self.frames = list(map(ballbot_env.copied, frames))
+                self.frames = list(map(ballbot_env.copy_array, frames))
         action = in_blocks(agent.actor, agent.features(proprioception(obs, agent), self.depth), 16)
         if not deterministic:
             each = [(generator, len(action))] if not isinstance(generator, list) else [(one, 1) for one in generator]

@@ -33,6 +33,8 @@ import torch
 import ballbot_env
 import ppo_ballbot
 from ballbot_utils.common import command, need, need_file, need_from, write
+from ballbot_utils.model import MAX_TORQUE
+from ballbot_utils.terrain import TERRAIN_EXTENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +156,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
     envs.reset(seed=0)
     batch, start = envs.batch, envs.batch.state.copy()
     controls = batch.bind("ctrl")[:, :3]
-    limit = ballbot_env.MAX_TORQUE
+    limit = MAX_TORQUE
     torques = np.random.default_rng(0).normal(0, limit, (FALL, num_envs, 3)).clip(-limit, limit)
 
     def physics():
@@ -167,7 +169,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
     sides = [64] + [len(renderer.coarse_pixels)] * (renderer.coarse_steps + 2)
     # Where the images of robots at random places look: some metre across
     places = torch.rand(2, images, 1, 1) - 0.5
-    grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]
+    grids = [places + (torch.rand(2, images, side, side) - 0.5) / TERRAIN_EXTENT for side in sides]
 
     def lookups():
         for grid in grids:

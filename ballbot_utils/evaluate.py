@@ -29,7 +29,7 @@ import torch
 import tyro
 from numpy.typing import ArrayLike
 
-from ballbot_env import TIMESTEP, spawn_seeds
+from ballbot_env import spawn_seeds
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,
@@ -47,6 +47,7 @@ from ballbot_utils.common import (
     trained,
     write,
 )
+from ballbot_utils.model import TIMESTEP
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN, Policy
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
@@ -224,7 +225,9 @@ def table(results: list[dict[str, Any]], width: int) -> str:
 
     def ground(r):
         t = r["task"]
-        return f"perlin {t['terrain_seed']}, {t['terrain_amplitude']:g} m" if t["terrain"] == "perlin" else "flat"
+        if t["terrain"] == "flat":
+            return "flat"
+        return f"{t['terrain']} {t['terrain_seed']}, {t['terrain_amplitude']:g} m"
 
     def gap(r):
         g = r["gap"]
@@ -343,7 +346,7 @@ def main(args: Args) -> None:
     tasks = [conditions(args, policy.args, path) for path, policy, _ in loaded]
     for (path, policy, _), task in zip(loaded, tasks):
         seed = task.get("terrain_seed")
-        trained_on = policy.args.terrain == "perlin" and seed == policy.args.terrain_seed
+        trained_on = policy.args.terrain != "flat" and seed == policy.args.terrain_seed
         need(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: give another "
              "--terrain-seed, or --allow-training-terrain")  # fmt: skip
     show(args, evaluate(args, loaded, tasks))
