@@ -11,10 +11,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -35,83 +34,45 @@ except (AttributeError, OSError, RuntimeError) as error:  # from OpenGL, which o
 
 from ballbot_utils.arguments import check_arguments, check_options
 from ballbot_utils.checks import check_argument, find_mismatch
-from ballbot_utils.commands import COMMAND_LIMIT, Commands
+from ballbot_utils.commands import Commands
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
-from ballbot_utils.geometry import rotation_vector
 from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
+from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations
 from ballbot_utils.physics import Robots
 from ballbot_utils.randomization import Randomization, check_randomization, height_scales
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
-from ballbot_utils.state import copy_into, to_tensors
+from ballbot_utils.state import copy_array, copy_into, to_tensors
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
 
 MAX_EPISODE_STEPS = 4000  # actions, by the registration
 START_EXTENT = 10.0  # m, starts are sampled from the square |x|, |y| <= START_EXTENT
-# rad: going to +y, wheels 1 and 2 then turn at 0.87 of the ball's rim speed and wheel 0 rests. At heading 0 wheel 1
-# turns at 0.95 of it, and its torque is exhausted first
-OPTIMAL_HEADING = 0.22
-# MuJoCo's warnings end the episode and are printed. No MUJOCO_LOG.TXT is written in the working directory.
-_log = mujoco.MjLogConfig.get()
-_log.logto_file = False
-_log.set()
-
-
-class Observation(NamedTuple):
-    """A row of the table of observations."""
-
-    shape: tuple[int, ...]
-    low: float  # what is observed is clipped to [low, high]
-    high: float
-    unit: str
-    read: Callable  # from a BallbotVectorEnv to the values (num_envs, *shape), before noise and clipping
-    noisy: bool = False  # whether the noise of `randomization`, and of evaluations, is added
-    needs: str = ""  # "cameras" or "command": there only with these
-
-
-def make_observations(camera_size: int = 64, frame_interval: int = 6) -> dict[str, Observation]:
-    """The table of observations, in their order. A frame is taken every `frame_interval` physics steps."""
-    oldest = max(frame_interval - 1, 1) * TIMESTEP  # s; a space needs some extent
-    image = 1, camera_size, camera_size
-    return {
-        "orientation": Observation((3,), -math.pi, math.pi, "rad", BallbotVectorEnv._read_orientation, noisy=True),
-        "angular_vel": Observation((3,), -2, 2, "rad/s", lambda envs: envs.robots.angular_velocities, noisy=True),
-        "vel": Observation((3,), -2, 2, "m/s", lambda envs: envs.robots.velocities, noisy=True),
-        "motor_state": Observation((3,), -5, 5, "10 rad/s", lambda envs: envs.robots.wheel_speeds * 0.1, noisy=True),
-        "actions": Observation((3,), -1, 1, "", lambda envs: envs._actions),
-        **{name: Observation(image, 0, MAX_DEPTH, "m", lambda envs, i=i: envs._read_frames(i), needs="cameras")
-           for i, name in enumerate(CAMERAS)},
-        "relative_image_timestamp": Observation((1,), 0, oldest, "s", lambda envs: envs._read_age(), needs="cameras"),
-        "command": Observation((2,), -COMMAND_LIMIT, COMMAND_LIMIT, "m/s", lambda envs: envs.commands, needs="command"),
-    }  # fmt: skip
 
 
 class BallbotEnv(gym.Env):
     """
     ## Description
     A ballbot: a tower of 3.85 kg that balances on a ball of 9 cm radius, which three omniwheels drive. The goal is to
-    roll along +y (or another `goal`) over uneven ground for 8 s without falling. Left alone the robot falls in about a
-    second. Actions are taken at 500 Hz, one for each physics step of 2 ms, or held for `frame_skip` of them.
+    roll along +y (or another `goal`) over uneven ground for 8 s without falling. Without control the robot falls in
+    about a second. A physics step is 2 ms. An action is taken in each of them (500 Hz), or held for `frame_skip` steps.
 
     The task is that of Salehi, ["Reinforcement Learning for Ballbot Navigation in Uneven
-    Terrain"](https://arxiv.org/abs/2505.18417), on stock MuJoCo instead of a patched one. What differs from the paper:
+    Terrain"](https://arxiv.org/abs/2505.18417), in stock MuJoCo instead of a patched one. It differs from the paper:
 
     - The wheels' damping is 0.4 N·m·s/rad instead of 0.8. With 0.8 the motors cannot drive faster than 0.46 m/s, and no
       episode of 4000 steps can return more than 98.5. With 0.4 the top speed is 0.93 m/s and the bound is 117.
-      `wheel_damping=0.8` is the paper's setting; compare returns only at the same damping.
+      `wheel_damping=0.8` is the paper's setting. Compare returns only at the same damping.
     - There is one terrain, 40 m square, fixed by `terrain_seed`, and each episode starts at a random place of it. The
-      paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise
-      whose slopes match those of the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
+      paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise.
+      Its slopes match the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
     - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
       anisotropic friction. Velocities under random torques agree within 5 %.
     - Depth images are computed without OpenGL (see Cameras).
 
     MuJoCo's height fields slow the ball down, even where they are level: it touches neighbouring cells, whose normals
-    are tilted. A ball that rolls freely at 0.25 to 0.8 m/s is held back by 0.6 to 1.5 % of its weight, by direction and
-    speed, and pushed sideways by up to 0.7 %; from 0.5 m/s it stops within 5 to 10 s. On the plane of `terrain="flat"`
-    both are below 0.02 %.
-
-    `gym.make_vec("Ballbot-v0", num_envs=10)` gives many at once, stepped on threads: see `BallbotVectorEnv`.
+    are tilted. A ball that rolls freely at 0.25 to 0.8 m/s is held back by 0.6 to 1.5 % of its weight, depending on
+    direction and speed, and pushed sideways by up to 0.7 %; from 0.5 m/s it stops within 5 to 10 s. On the plane of
+    `terrain="flat"` both are below 0.02 %.
 
     ## Action Space
     The action space is a `Box(-1, 1, (3,), float32)`: one command per motor. The torque on wheel i is -10 N·m times
@@ -124,50 +85,39 @@ class BallbotEnv(gym.Env):
     | 2   | command to wheel 2's motor | -1  | 1   | motor_2 (joint wheel_2) | hinge | torque (-10 N·m per 1) |
 
     In the base's frame (x to the right, y forward, z up) wheel 0 is at (-0.018, -0.08, -0.054) m and its axle is
-    (-0.153, -0.690, -0.707); wheels 1 and 2 are the same turned by 120° and 240° about z.
+    (-0.153, -0.690, -0.707). Wheels 1 and 2 are the same, turned by 120° and 240° about z.
 
     ## Observation Space
     The observation space is a `Dict` of `Box`es, all float32. "Base" is the body that carries tower, wheels and cameras
     (free joint `base` in the XML file).
 
-    | Key                        | Index | Meaning                                            | Min | Max  | Unit     |
-    | -------------------------- | ----- | -------------------------------------------------- | --- | ---- | -------- |
-    | `orientation`              | 0     | rotation vector of the base, axis times angle: x   | -π  | π    | rad      |
-    |                            | 1     | the same: y                                        | -π  | π    | rad      |
-    |                            | 2     | the same: z                                        | -π  | π    | rad      |
-    | `angular_vel`              | 0     | angular velocity of the base, in its own frame: x  | -2  | 2    | rad/s    |
-    |                            | 1     | the same: y                                        | -2  | 2    | rad/s    |
-    |                            | 2     | the same: z                                        | -2  | 2    | rad/s    |
-    | `vel`                      | 0     | velocity of the base's origin, in the world: x     | -2  | 2    | m/s      |
-    |                            | 1     | the same: y                                        | -2  | 2    | m/s      |
-    |                            | 2     | the same: z                                        | -2  | 2    | m/s      |
-    | `motor_state`              | 0     | speed of wheel 0 about its axle, divided by 10     | -5  | 5    | 10 rad/s |
-    |                            | 1     | the same: wheel 1                                  | -5  | 5    | 10 rad/s |
-    |                            | 2     | the same: wheel 2                                  | -5  | 5    | 10 rad/s |
-    | `actions`                  | 0     | last action, clipped; 0 after a reset: motor 0     | -1  | 1    |          |
-    |                            | 1     | the same: motor 1                                  | -1  | 1    |          |
-    |                            | 2     | the same: motor 2                                  | -1  | 1    |          |
-    | `depth_0`                  | all   | planar depth of the right camera: (1, row, column) | 0   | 1    | m        |
-    | `depth_1`                  | all   | planar depth of the left camera: (1, row, column)  | 0   | 1    | m        |
-    | `relative_image_timestamp` | 0     | time since the two frames were taken               | 0   | 0.01 | s        |
-    | `command`                  | 0     | velocity wanted, in the world: x                   | -2  | 2    | m/s      |
-    |                            | 1     | the same: y                                        | -2  | 2    | m/s      |
+    | Key                        | Index   | Meaning                                           | Min | Max  | Unit     |
+    | -------------------------- | ------- | ------------------------------------------------- | --- | ---- | -------- |
+    | `orientation`              | 0, 1, 2 | rotation vector of the base, axis times angle     | -π  | π    | rad      |
+    | `angular_vel`              | 0, 1, 2 | angular velocity of the base, in its own frame    | -2  | 2    | rad/s    |
+    | `vel`                      | 0, 1, 2 | velocity of the base's origin, in the world       | -2  | 2    | m/s      |
+    | `motor_state`              | 0, 1, 2 | speed of each wheel about its axle, divided by 10 | -5  | 5    | 10 rad/s |
+    | `actions`                  | 0, 1, 2 | last action, clipped; 0 after a reset             | -1  | 1    |          |
+    | `depth_0`                  | all     | planar depth, right camera: (1, row, column)      | 0   | 1    | m        |
+    | `depth_1`                  | all     | planar depth, left camera: (1, row, column)       | 0   | 1    | m        |
+    | `relative_image_timestamp` | 0       | time since the two frames were taken              | 0   | 0.01 | s        |
+    | `command`                  | 0, 1    | commanded velocity, in the world                  | -2  | 2    | m/s      |
 
-    Values beyond Min and Max are clipped. With `cameras=False` depth and its timestamp are absent. `command` is there
-    only with `goal="command"` (see Commands). Position, and a goal that is a direction, are not observed. The images'
-    shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The maximum of `relative_image_timestamp`
-    follows from `camera_rate`; 0.01 s is that of the default.
+    Indices are x, y and z, or wheels 0, 1 and 2. Values beyond Min and Max are clipped. Depth and its timestamp are
+    absent with `cameras=False`, and `command` without `goal="command"` (see Commands). Position, and a goal that is a
+    direction, are not observed. The images' shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The
+    maximum of `relative_image_timestamp` depends on `camera_rate`; 0.01 s belongs to the default.
 
     ### Cameras
     - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
       the ground beside the ball. Camera 1 is its mirror image: x and the direction's x have the other sign. `fovy` is
-      90°; the images are square, so that they are 90° wide too.
+      90°. The images are square, so they are 90° wide too.
     - Row 0 is the top of the image (towards +y of the base), column 0 its left (towards -x), for both cameras.
-    - A pixel is the planar depth of what is seen through its centre: the distance along the camera's optical axis, not
-      along the pixel's ray. It is clipped to [0, 1] m; where nothing is hit it is 1.
+    - A pixel is the planar depth seen through its centre: the distance along the camera's optical axis, not along the
+      pixel's ray. It is clipped to [0, 1] m. A pixel that hits nothing is 1.
     - Of the robot itself only the ball is in view. It is always drawn where it is while the base rests on it.
     - A new frame is taken every 6 steps (83.3 Hz, the nearest below the nominal 90 Hz), and held in between. Both
-      cameras' frames are taken together, after the physics step, so that `relative_image_timestamp` is then 0. With
+      cameras' frames are taken together, after the physics step, where `relative_image_timestamp` is then 0. With
       `frame_skip` the cameras keep this clock: a frame taken while an action is held has some age when it is observed.
     - The cameras' clock runs freely across episodes: `reset(seed=...)` restarts it, `reset()` does not. Each reset
       takes a first frame, whatever the clock says, and the next may then follow after fewer than 6 steps.
@@ -176,50 +126,49 @@ class BallbotEnv(gym.Env):
     The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost + healthy_reward*:
 
     - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
-      observed, that is after clipping (without the noise of `randomization`), times the unit vector along `goal`
-      (default +y). With `goal="command"` it is the weight times 8 (|c|² - |v - c|²), where v is x and y of `vel` and c
-      the command: largest where v is c, 0 when standing still, and negative going elsewhere, or at all where c is 0.
-      Of distances in place of their squares little is learnt: the speeds that noise makes then cost more than following
-      is worth. The 8 makes up for commands being slower than what the robot can do.
+      observed, after clipping and without the noise of `randomization`, times the unit vector along `goal` (default
+      +y). With `goal="command"` it is the weight times 8 (|c|² - |v - c|²), where v is x and y of `vel` and c the
+      command: largest where v is c, 0 when standing still, negative in other directions. Distances instead of squares
+      teach little: the speeds that noise causes then cost more than following earns. The factor 8 makes up for
+      commands being slower than the robot's top speed.
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
     - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
 
     Standing still for 4000 steps returns 80. With `frame_skip` the rewards of all steps held are summed.
 
     ## Starting State
-    The robot stands upright, not moving, facing +y. Its x and y are drawn uniformly from [-10, 10] m, around the middle
-    of the terrain; nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the
-    highest point of the terrain under the ball, so that the robot first drops by about 3 cm.
+    The robot stands upright, still, facing +y. Its x and y are uniform in [-10, 10] m, around the middle of the
+    terrain. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
+    point of the terrain under the ball: the robot first drops by about 3 cm.
 
-    `reset(seed=...)` fixes all starts from then on. It does not change the terrain: that is `terrain_seed`.
-
-    `reset(options={...})` changes this one start. An option left out is as said above:
+    `reset(seed=...)` fixes all starts that follow. It does not change the terrain, which `terrain_seed` does.
+    `reset(options={...})` changes one start:
 
     | Option     | Type   | Meaning                                                                           | Unit |
     | ---------- | ------ | --------------------------------------------------------------------------------- | ---- |
-    | `position` | (x, y) | where the ball's centre is, from -19 to 19                                        | m    |
+    | `position` | (x, y) | of the ball's centre, from -19 to 19                                              | m    |
     | `heading`  | float  | turn of the base about the vertical, counterclockwise from above; 0 faces +y      | rad  |
     | `tilt`     | (x, y) | turn about the ball's centre after that, axis (in the world) times angle          | rad  |
-    | `velocity` | (x, y) | of base and ball alike, in the world; nothing turns                               | m/s  |
+    | `velocity` | (x, y) | of base and ball, in the world; nothing turns                                     | m/s  |
 
     A tilt must be below `max_tilt`. `gym.make_vec` takes each for all environments, or one for each.
 
-    ### Pushes
-    `env.unwrapped.push(force)` pushes the base at its centre of mass by (x, y, z) N, in the world's frame, from the
-    next step on, until a force is given anew ((0, 0, 0) ends it) or the episode ends.
+    ### Forces
+    `env.unwrapped.apply_force(force)` applies (x, y, z) N, in the world's frame, to the base's centre of mass from the
+    next step until another force is set ((0, 0, 0) ends it) or the episode ends.
 
     ### Commands
-    With `goal="command"` the velocity to go at is observed, and drawn anew at the start, once in the first 2000 steps
-    (4 s) of an episode, so that short ones see changes too, and every 2000 from there on: one in five is to stand
+    With `goal="command"` the velocity to drive at is observed. It is sampled at the start, once in the first 2000 steps
+    (4 s) of an episode, so that short ones see changes too, and every 2000 steps after that. One in five is to stand
     still, the others have speeds uniform from 0 to 0.6 m/s and directions uniform in the plane.
-    `env.unwrapped.command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s each: it counts from the
-    next step on, until one is set anew or the episode ends. None is drawn in between.
+    `env.unwrapped.set_command(velocity)` sets it to (x, y) m/s, in the world's frame, up to 2 m/s each, from the next
+    step until another is set or the episode ends. No command is sampled until then.
 
     ### Domain randomization
     `randomization={"push": 1.0, "mass": 0.1}` trains a policy for a robot that is not quite as modelled. It is off by
-    default. Each name may be left out; its value is the strength, and 0 is off:
+    default. Each name is optional; its value is the strength, and 0 is off:
 
-    | `randomization`     | Strength s and its unit      | What is drawn                                               |
+    | `randomization`     | Strength s and its unit      | What is sampled                                             |
     | ------------------- | ---------------------------- | ----------------------------------------------------------- |
     | `terrain_amplitude` | share of `terrain_amplitude` | its hills times 1 + u s, u in ±0.8, ±0.4 and 0              |
     | `mass`              | share of the mass            | mass and inertia of the base times U(1 - s, 1 + s)          |
@@ -232,27 +181,27 @@ class BallbotEnv(gym.Env):
     | `push_interval`     | s; 1 unless given            | time from push to push, and to the first: U(s/2, 3s/2)      |
     | `obs_noise`         | each sensor's own            | noise on the sensors: Gaussian, of standard deviation s     |
 
-    U(a, b) is uniform. All is drawn by the environment's own generator: noise and pushes as the episode goes on, all
-    else at its reset. An option of `reset()` wins over what would be drawn.
+    U(a, b) is uniform. The environment's own generator samples everything: noise and pushes during the episode, the
+    rest at its reset. An option of `reset()` replaces what would be sampled.
 
     - `latency`: in each physics step the motors get the command of so many physics steps before, and 0 in the first
-      ones; `actions` and *ctrl_cost* are of the last command all the same.
+      ones. `actions` and *ctrl_cost* use the last command all the same.
     - `push`: a force on the base's centre of mass for 20 ms, or for the actions that last so long, at least one. It
-      takes the place of what `push()` set. 1 N·s changes the speed of the robot by some 0.26 m/s.
-    - `obs_noise`: on `orientation`, `angular_vel`, `vel` and `motor_state` it is drawn for each observation, on depth
-      with each frame (a random stretch of a table of 2^17 Gaussian values or more, which is fast): 0.01 is 0.01 rad,
-      rad/s, m/s and m, and 0.1 rad/s of a wheel. What is observed is clipped after it.
+      replaces the force of `apply_force()`. 1 N·s changes the speed of the robot by some 0.26 m/s.
+    - `obs_noise`: sampled for each observation on `orientation`, `angular_vel`, `vel` and `motor_state`, and with each
+      frame on depth (a random stretch of a table of 2^17 Gaussian values or more, which is fast): 0.01 is 0.01 rad,
+      rad/s, m/s and m, and 0.1 rad/s of a wheel. Observations are clipped after it.
     - Mass, friction, damping and hills are fields of each environment's own model (`mujoco.batch`), bit for bit as if
-      the model had been compiled with them. `model` is the one that they are drawn around.
+      the model had been compiled with them. `model` has the usual values.
 
     ## Episode End
     ### Termination
     The episode terminates when
 
     1. the base tilts by more than `max_tilt` (default 20°) from the vertical, or
-    2. the physics fails: MuJoCo warns or raises an error, or the state is no longer finite (an action with NaN does
-       this). The observation is then finite, that of the robot at the origin in its initial pose, and
-       `info["physics_errors"]` has gone up by 1.
+    2. the physics fails: MuJoCo warns or raises an error, or the state is not finite (an action with NaN causes this).
+       The observation is then finite, of the robot at the origin in its initial pose, and
+       `info["physics_errors"]` increases by 1.
 
     ### Truncation
     The episode is truncated when
@@ -261,10 +210,8 @@ class BallbotEnv(gym.Env):
     2. the base's origin is less than 1 m from the terrain's edge, that is |x| or |y| > 19 m (on flat ground too).
 
     With `frame_skip` an episode that terminates or comes too close to the edge ends at the physics step, among those
-    held, at which this happens.
-
-    A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`, which may do so at its limit:
-    test for termination first.
+    held, at which this happens. A step that terminates is not truncated as well, except by Gymnasium's `TimeLimit`,
+    which may do so at its limit: test for termination first.
 
     ## Info
     `reset()` and `step()` return in `info`:
@@ -273,9 +220,9 @@ class BallbotEnv(gym.Env):
     | ---------------- | ------------------ | ------------------------------------------------ | ---- |
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
-    | `randomization`  | dict               | what was drawn, with `randomization` only        |      |
+    | `randomization`  | dict               | what was sampled, with `randomization` only      |      |
 
-    In `info["randomization"]` are, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
+    `info["randomization"]` has, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
     factors, float; `latency`, int; `tilt` and `velocity`, float64 arrays (2,) as `reset()` has them as options; and
     `push`, float64 array (2,), the impulse (x, y) in N·s of the push that acted in this step, else zeros.
 
@@ -285,11 +232,11 @@ class BallbotEnv(gym.Env):
     ## Saving and Copying
     `copy.deepcopy` and `pickle` copy an environment, with its wrappers, at any time, and the copy continues bit for
     bit. Windows and OpenGL's contexts are not copied. `env.unwrapped.get_state()` returns all that the future depends
-    on, and `env.unwrapped.set_state(state)` continues from there, in an environment made with the same arguments; what
-    Gymnasium's wrappers count, as `TimeLimit` does, is not in it. Both exist in `BallbotVectorEnv` too.
+    on, and `env.unwrapped.set_state(state)` continues from there, in an environment made with the same arguments. The
+    counts of Gymnasium's wrappers, such as `TimeLimit`, are not in it. `BallbotVectorEnv` has both methods too.
 
     ## Arguments
-    All can be given to `gym.make` and `gym.make_vec`:
+    `gym.make` and `gym.make_vec` take all of them:
 
     ```python
     import gymnasium as gym
@@ -323,26 +270,25 @@ class BallbotEnv(gym.Env):
 
     - `camera_rate`: a new frame comes every ceil(500 / `camera_rate`) steps, 6 for 90 Hz; from 500 Hz on, every step.
     - `frame_skip`: steps are physics steps of 2 ms everywhere, in the lengths of episodes too, so that numbers compare
-      at any value of it. `max_episode_steps` alone counts actions.
+      at any value of it. Only `max_episode_steps` counts actions.
     - `max_episode_steps`: the argument of Gymnasium, with its meaning, in `gym.make` and in `gym.make_vec` in every
-      vectorization mode: it counts actions, -1 is no limit, and `None` is 4000, that of the registration. It does not
-      follow `frame_skip`: with `frame_skip=4` the 8 s of the task are `max_episode_steps=1000`, and the 4000 of the
-      registration are 32 s. The class `BallbotEnv`, made without `gym.make`, has no limit unless it is given one.
+      vectorization mode: it counts actions, -1 is no limit, and `None` is 4000, as registered. It does not follow
+      `frame_skip`: with `frame_skip=4` the 8 s of the task are `max_episode_steps=1000`, and 4000 are 32 s. The class
+      `BallbotEnv`, made without `gym.make`, has no limit unless one is given.
     - `num_threads`: 1 by default, and one robot has no use for more. For `gym.make_vec` the default is 0. Results are
       the same, bit for bit, at any number of threads. PyTorch's own threads are neither used nor changed.
     - `device`: a PyTorch device. With `"cuda"` frames are made on the GPU and stay there: `depth_0` and `depth_1` are
-      then `torch` tensors on that device instead of arrays; all else is as before.
-    - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels; both need OpenGL,
+      then `torch` tensors on that device instead of arrays.
+    - `render_mode`: `"human"` opens MuJoCo's viewer, `"rgb_array"` gives pictures of 640x480 pixels. Both need OpenGL,
       which nothing else here does. `gym.make_vec` has `"rgb_array"` only. Arrows show goal or command (green), velocity
-      (white, to the same scale) and pushes (red).
-    - A picture is drawn 25 times a second: in the 20 steps after it `render()` returns it again, read-only.
-      `metadata["render_fps"]` is the rate of actions, 500 Hz / `frame_skip`, so that what `RecordVideo` records, a
-      picture for each, plays in real time.
+      (white, to the same scale) and forces (red). A picture is rendered 25 times a second: in the 20 steps after it
+      `render()` returns it again, read-only. `metadata["render_fps"]` is the rate of actions, 500 Hz / `frame_skip`:
+      videos of `RecordVideo`, with a picture for each action, play in real time.
 
     ## Version History
-    * v0: initial version. Since its rollers were mended (`upright_i` in `assets/ballbot.xml`) the robot can drive:
-      returns of before do not compare. `motor_state` is clipped at 50 rad/s instead of 20; `frame_skip`, options of
-      `reset()`, `push()`, `goal="command"`, `randomization` and the reward's terms in `info` are new.
+    * v0: initial version. Since its rollers were fixed (`upright_i` in `assets/ballbot.xml`) the robot can drive. Do
+      not compare returns with earlier ones. `motor_state` is clipped at 50 rad/s instead of 20. New are `frame_skip`,
+      options of `reset()`, `apply_force()`, `goal="command"`, `randomization` and the reward's terms in `info`.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -460,37 +406,35 @@ class BallbotEnv(gym.Env):
 class BallbotVectorEnv(gym.vector.VectorEnv):
     """Many ballbots at once, `gym.make_vec("Ballbot-v0", num_envs=10)`: the task of `BallbotEnv`, stepped on threads.
 
-    Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them; here every array has a
-    leading axis of `num_envs`, and actions are float (num_envs, 3).
+    Spaces, arguments and dynamics are those of `BallbotEnv`, which documents them. Here every array has a leading axis
+    of `num_envs`, and actions are float (num_envs, 3).
 
-    - `autoreset_mode` is a `gymnasium.vector.AutoresetMode`, or its value, a string, and says what happens when an
-      episode has ended, in the layout of `SyncVectorEnv`. `metadata["autoreset_mode"]` tells which it is.
-      - `SAME_STEP` (`"SameStep"`, the default): the step that ends an episode returns the next one's first observation,
-        and `info["final_obs"]`, `info["final_info"]` hold the last of the ended one. `info["episode"]` holds return
-        `r`, length `l` (physics steps) and time `t` (s) of the episodes that ended, so that `RecordEpisodeStatistics`
-        of `gymnasium.wrappers.vector` is not needed; here it needs a `stats_key` of its own.
-      - `NEXT_STEP` (`"NextStep"`, for wrappers that want it, as `NormalizeObservation` does): the next step starts the
-        new episode, whatever its action, and returns the first observation and a reward of 0. There is no
-        `info["episode"]`, which is `RecordEpisodeStatistics`'s; that wrapper counts actions.
-      - `DISABLED` (`"Disabled"`): the caller resets what has ended, before the next step, which else raises
+    - `autoreset_mode` is a `gymnasium.vector.AutoresetMode`, or its value, a string. It says what happens when an
+      episode has ended, in the layout of `SyncVectorEnv`. `metadata["autoreset_mode"]` has it too.
+      - `SAME_STEP` (`"SameStep"`, the default): the step that ends an episode returns the next one's first observation.
+        `info["final_obs"]` and `info["final_info"]` hold the last of the ended one. `info["episode"]` holds return `r`,
+        length `l` (physics steps) and time `t` (s) of the episodes that ended. `RecordEpisodeStatistics` of
+        `gymnasium.wrappers.vector` is not needed, and needs a `stats_key` of its own here.
+      - `NEXT_STEP` (`"NextStep"`, for wrappers such as `NormalizeObservation`): the next step starts the new episode,
+        whatever its action, and returns the first observation and a reward of 0. There is no `info["episode"]`, which
+        is left to `RecordEpisodeStatistics`; that wrapper counts actions.
+      - `DISABLED` (`"Disabled"`): the caller resets ended environments before the next step, which otherwise raises
         `gymnasium.error.ResetNeeded`.
-    - `reset(options={"reset_mask": mask})`, bool (num_envs,), resets some environments, in any mode. The others stay as
-      they are; of `info`, only what `_key` marks is told.
-    - `copy` (default True, as in `SyncVectorEnv`): what a step returns outlives the next one. With `copy=False`
-      `depth_0` and `depth_1` are read-only views of the environments' frame memory: a held frame costs nothing, and a
-      new one replaces it. All else is fresh each step.
-    - `new_frames`, bool (num_envs,), tells which environments' frames are new since the step before.
+    - `reset(options={"reset_mask": mask})`, bool (num_envs,), resets some environments, in any mode. The others do not
+      change, and `info` is about those in `_key` only.
+    - `copy` (default True, as in `SyncVectorEnv`): what a step returns stays valid. With `copy=False` `depth_0` and
+      `depth_1` are read-only views of the frame memory: a held frame costs nothing, and a new one replaces it.
+    - `new_frames`, bool (num_envs,), marks the environments whose frames are new since the step before.
     - `reset(seed)` seeds environment i with seed + i, as Gymnasium's vector environments do; a list gives each its own.
       Seeds s and s + 1 then share all but one of their environments: `spawn_seeds` gives independent ones.
-    - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as
-      terminated and counts it in `info["physics_errors"]`; the others go on.
-    - With `randomization` each environment has what it draws for itself.
+    - An environment whose physics fails (MuJoCo warning or error, state not finite) ends its episode as terminated and
+      counts it in `info["physics_errors"]`. The others are not affected. Each samples its own `randomization`.
 
-    To read, or to build on: `model` (MjModel), `batch` (`mujoco.batch.Batch`, the live physics), `goal` (unit vector,
-    or None with `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `velocities` (the bases', m/s,
-    (num_envs, 3)), `slopes()` (of the ground, which no sensor measures), `frames` (float32 tensor (num_envs, 2,
-    camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`), `frame_interval` (steps), `render_seconds`
-    (spent on frames so far) and `physics_errors` (num_envs,).
+    To read, or to build on: `model` (MjModel), `robots` (`Robots`: live poses, velocities and forces), `batch`,
+    `velocities` and `forces` (as in `robots`), `terrain` (`Terrain`), `goal` (unit vector, or None with
+    `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `slopes()` (of the ground), `frames`
+    (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`),
+    `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors` (num_envs,).
 
     Results are bit-identical at any `num_threads`.
     """
@@ -560,14 +504,15 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.batch, self.velocities, self.forces = self.robots.batch, self.robots.velocities, self.robots.forces
         self._randomization = None
         if self.randomization:
-            width = sum(columns.stop - columns.start for columns in NOISY_COLUMNS.values())
             size = camera_size if cameras else 0
             self._randomization = Randomization(
-                self.randomization, self.model, self.batch, self.forces, frame_skip, width, size, device
+                self.randomization, self.model, self.batch, self.forces, frame_skip, NOISE_WIDTH, size, device
             )
+        # Factors on the height of the hills (num_envs,), where `randomization` samples them, else None
+        self._height_scale = self._randomization and self._randomization.height_scale
 
         self._rngs = [None] * num_envs
-        self._actions = np.zeros((num_envs, 3), np.float32)
+        self.last_actions = np.zeros((num_envs, 3), np.float32)
         self._clock = np.zeros(num_envs, int)  # physics steps since the last seeded reset: the cameras run freely on it
         self._observed_at = np.zeros(num_envs, int)  # clock of the last observation
         self._ended = np.zeros(num_envs, bool)  # waiting for a reset
@@ -699,8 +644,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         velocities = np.asarray(velocities, float)
         if velocities.shape != (self.num_envs, 2):
             raise ValueError(f"velocities have shape {velocities.shape}, expected ({self.num_envs}, 2)")
-        check_argument((np.abs(velocities) <= COMMAND_LIMIT).all(), "the velocity", velocities,
-                       f"x and y from {-COMMAND_LIMIT:g} to {COMMAND_LIMIT:g} m/s")  # fmt: skip
         self._commands.set(velocities)
 
     def slopes(self) -> np.ndarray:
@@ -720,8 +663,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def _state_arrays(self):
         """All arrays that the future depends on, by name. Only the generators are missing."""
-        names = "_actions", "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"
-        arrays = {name: getattr(self, name) for name in names}
+        names = "_clock", "_observed_at", "_ended", "_steps", "_returns", "physics_errors"
+        arrays = {name: getattr(self, name) for name in names} | {"_actions": self.last_actions}
         arrays |= {"physics": self.batch.state, "warnings": self.batch.warning}
         if self._commands:
             arrays |= {"commands": self.commands, "commands_due": self._commands.due}
@@ -849,7 +792,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             zeros = np.zeros((self.num_envs, 2))
             defaults = {"heading": zeros[:, 0], "tilt": zeros, "velocity": zeros}
             self.robots.move(ids, **{name: options.get(name, default)[ids] for name, default in defaults.items()})
-        self._actions[ids] = 0
+        self.last_actions[ids] = 0
         self._steps[ids] = 0
         self._returns[ids] = 0
         self._started[ids] = time.perf_counter()
@@ -870,13 +813,13 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if actions.shape != (self.num_envs, 3):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.num_envs}, 3)")
         running = self._all_envs if running is None else running
-        self._actions = np.where(running[:, None], np.minimum(np.maximum(actions, -1), 1), np.float32(0))
+        self.last_actions = np.where(running[:, None], np.minimum(np.maximum(actions, -1), 1), np.float32(0))
         controls = None
         if self._randomization:
-            controls = self._randomization.before_action(self._actions, self._rngs, running)
-        failed = self.robots.step(self._actions, controls)
+            controls = self._randomization.before_action(self.last_actions, self._rngs, running)
+        failed = self.robots.step(self.last_actions, controls)
         if len(failed):
-            self._actions[failed] = np.nan_to_num(self._actions[failed])
+            self.last_actions[failed] = np.nan_to_num(self.last_actions[failed])
             self.physics_errors[failed] += 1
             if self._randomization:
                 self._randomization.forget_commands(failed)
@@ -932,7 +875,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         else:
             command = self.commands[:, None]
             speed = 8 * (np.square(command).sum(2) - np.square(velocity - command).sum(2))
-        ctrl_cost = np.square(self._actions, dtype=float).sum(1)
+        ctrl_cost = np.square(self.last_actions, dtype=float).sum(1)
         terms = {
             "reward_forward": self.forward_reward_weight * (speed * active).sum(1),
             "reward_ctrl": -self.ctrl_cost_weight * ctrl_cost * active.sum(1),
@@ -945,7 +888,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self._randomization and self._randomization.noise is not None:
             values |= add_sensor_noise(values, self._randomization.noise)
         for name, row in self._observations.items():
-            if row.needs != "cameras":
+            if len(row.shape) == 1:  # frames are clipped where they are taken
                 values[name] = np.minimum(np.maximum(values[name], row.low), row.high).astype(np.float32)
         return values
 
@@ -958,22 +901,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             infos["_randomization"] = self._all_envs
         return infos
 
-    @property
-    def _height_scale(self):
-        """Factors on the height of the hills (num_envs,), where `randomization` samples them, else None."""
-        return self._randomization and self._randomization.height_scale
-
-    # Sensors
-
-    def _read_orientation(self):
-        return rotation_vector(self.robots.quaternion).astype(np.float32)
-
-    def _read_frames(self, camera):
+    def frame_view(self, camera: int) -> np.ndarray | torch.Tensor:
+        """The newest frames (num_envs, 1, camera_size, camera_size), m, of a camera, as `copy` says."""
         frames = self._frame_views[:, camera : camera + 1]
         return copy_array(frames) if self._copy else frames
 
-    def _read_age(self):
-        return ((self._observed_at - self._frame_time) * TIMESTEP).astype(np.float32)[:, None]
+    def frame_ages(self) -> np.ndarray:
+        """Seconds (num_envs, 1) since the frames were taken, at the last observation."""
+        return ((self._observed_at - self._frame_time) * TIMESTEP)[:, None]
 
     def _take_frames(self, ids, position, quaternion, clock):
         """Frames of the environments `ids` from poses (n, 3) and (n, 4), taken at `clock` (n,)."""
@@ -994,29 +929,13 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.render_seconds += time.perf_counter() - started
 
 
-PROPRIOCEPTION = tuple(name for name, row in make_observations().items() if not row.needs)
-_noisy = [name for name, row in make_observations().items() if row.noisy]
-_widths = np.cumsum([0] + [make_observations()[name].shape[0] for name in _noisy]).tolist()
-NOISY_COLUMNS = dict(zip(_noisy, map(slice, _widths, _widths[1:])))  # in an array of noise (num_envs, width)
-
-
-def add_sensor_noise(obs: Mapping[str, np.ndarray], noise: np.ndarray) -> dict[str, np.ndarray]:
-    """The proprioceptive observations of `obs`, (n, ...) each, that have noise, with `noise` (n, width) added."""
-    return {name: obs[name] + noise[:, columns] for name, columns in NOISY_COLUMNS.items()}
-
-
 def reward_terms(infos: dict) -> dict:
     """The reward's terms in `infos`."""
     return {name: value for name, value in infos.items() if name.startswith("reward_")}
 
 
-def copy_array(value: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """A copy of an array or tensor."""
-    return value.clone() if torch.is_tensor(value) else value.copy()
-
-
 def spawn_seeds(seed: int, n: int) -> list[int]:
-    """Seeds for `n` environments, independent of each other and of those that any other `seed` gives.
+    """Seeds for `n` environments, independent of each other and of the seeds from any other `seed`.
 
     The first seeds of a longer list are those of a shorter one (`numpy.random.SeedSequence`).
     """

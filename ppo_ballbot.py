@@ -37,6 +37,9 @@ import ballbot_env
 import ballbot_runs
 from ballbot_runs import CLEAR_LINE, save, say, stop, summary
 from ballbot_utils.geometry import in_body_frame
+from ballbot_utils.model import OPTIMAL_HEADING
+from ballbot_utils.observations import PROPRIOCEPTION
+from ballbot_utils.state import copy_array
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
@@ -340,7 +343,7 @@ def proprioception(obs, agent):
         lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    keys = ballbot_env.PROPRIOCEPTION + ("command",) * agent.commanded
+    keys = PROPRIOCEPTION + ("command",) * agent.commanded
     keys += ("relative_image_timestamp",) if agent.encoder is not None else ()
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
 
@@ -369,7 +372,7 @@ def shaping_costs(obs, args):
         return costs
     costs += args.drift_cost * obs["vel"][:, 0] ** 2
     if args.heading_cost:
-        heading = in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.OPTIMAL_HEADING
+        heading = in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - OPTIMAL_HEADING
         costs += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
     return costs
 
@@ -577,7 +580,7 @@ class Policy:
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = in_blocks(agent.encode, images, 2)
-                self.frames = list(map(ballbot_env.copy_array, frames))
+                self.frames = list(map(copy_array, frames))
         action = in_blocks(agent.actor, agent.features(proprioception(obs, agent), self.depth), 16)
         if not deterministic:
             each = [(generator, len(action))] if not isinstance(generator, list) else [(one, 1) for one in generator]

@@ -30,10 +30,10 @@ import mujoco
 import numpy as np
 import torch
 
-import ballbot_env
 import ppo_ballbot
 from ballbot_utils.common import command, need, need_file, need_from, write
 from ballbot_utils.model import MAX_TORQUE
+from ballbot_utils.observations import PROPRIOCEPTION
 from ballbot_utils.terrain import TERRAIN_EXTENT
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def measure_sb3(kind: str, num_envs: int, steps: int) -> dict[str, float]:
 
         def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
             depth = [self.encoder(obs[f"depth_{i}"]) for i in (0, 1)]
-            keys = (*ballbot_env.PROPRIOCEPTION, "relative_image_timestamp")
+            keys = (*PROPRIOCEPTION, "relative_image_timestamp")
             return torch.cat([obs[key] for key in keys] + depth, 1)
 
     ours = ppo_ballbot.Args()

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from ballbot_utils.checks import check_argument
+
 MAX_COMMAND = 0.6  # m/s, fastest command that is sampled
 STANDING_FRACTION = 0.2  # of the commands, to stand still
 COMMAND_STEPS = 2000  # physics steps that a sampled command lasts
@@ -30,7 +32,9 @@ class Commands:
             self.due[i] += COMMAND_STEPS
 
     def set(self, velocities: np.ndarray) -> None:
-        """Replace the commands by `velocities` (n, 2), m/s, until the episodes end."""
+        """Replace the commands by `velocities` (n, 2), m/s, until the episodes end. ValueError above COMMAND_LIMIT."""
+        check_argument((np.abs(velocities) <= COMMAND_LIMIT).all(), "the velocity", velocities,
+                       f"x and y from {-COMMAND_LIMIT:g} to {COMMAND_LIMIT:g} m/s")  # fmt: skip
         self.velocities[:], self.due[:] = velocities, np.iinfo(int).max
 
     def directions(self) -> np.ndarray:

@@ -16,9 +16,10 @@ import tyro
 
 import ballbot_runs
 import ppo_ballbot
-from ballbot_env import NOISY_COLUMNS, START_EXTENT, BallbotVectorEnv, add_sensor_noise
+from ballbot_env import START_EXTENT, BallbotVectorEnv
 from ballbot_utils.depth import MAX_DEPTH
 from ballbot_utils.model import CAMERAS, TIMESTEP
+from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise
 from ballbot_utils.randomization import PUSH_STEPS, Pushes, add_depth_noise
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, TERRAINS
 
@@ -269,8 +270,7 @@ def add_obs_noise(obs: dict, envs: BallbotVectorEnv, std: float, generators: lis
     """
     if not std:
         return obs
-    width = max(columns.stop for columns in NOISY_COLUMNS.values())
-    noise = std * torch.stack([torch.randn(width, generator=generator) for generator in generators])
+    noise = std * torch.stack([torch.randn(NOISE_WIDTH, generator=generator) for generator in generators])
     noisy = obs | add_sensor_noise(obs, noise.numpy())
     for i in np.flatnonzero(envs.new_frames) if envs.frames is not None else ():
         noise = std * torch.randn(envs.frames[i].shape, generator=generators[i])

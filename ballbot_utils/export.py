@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import PROPRIOCEPTION, BallbotVectorEnv
+from ballbot_env import BallbotVectorEnv
 from ballbot_utils.common import Conditions, clear_progress, command, conditions, load, need, need_file, progress, write
 from ballbot_utils.model import TIMESTEP
+from ballbot_utils.observations import PROPRIOCEPTION
 from ppo_ballbot import Agent, Policy
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]

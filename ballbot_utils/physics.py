@@ -9,6 +9,11 @@ import numpy as np
 from ballbot_utils.geometry import heading_then_tilt, rotation_matrix
 from ballbot_utils.model import BALL_START, BASE_START, MAX_TORQUE
 
+# MuJoCo's warnings end the episode and are printed. No MUJOCO_LOG.TXT is written in the working directory.
+_log = mujoco.MjLogConfig.get()
+_log.logto_file = False
+_log.set()
+
 
 class Robots:
     """Robots of one model. All arrays below are live views: what is written to them is the robots' state.

@@ -1,6 +1,12 @@
-"""Saving and restoring the arrays of an environment."""
+"""Copying the arrays of an environment."""
 
+import numpy as np
 import torch
+
+
+def copy_array(value: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """A copy of an array or tensor."""
+    return value.clone() if torch.is_tensor(value) else value.copy()
 
 
 def to_tensors(arrays: dict) -> dict:
