@@ -44,6 +44,10 @@ from ballbot_utils.distributed import (
 )
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
+from ballbot_utils.geometry import in_body_frame
+from ballbot_utils.model import OPTIMAL_HEADING
+from ballbot_utils.observations import PROPRIOCEPTION
+from ballbot_utils.state import copy_array
 
 
 @dataclass
@@ -319,12 +323,12 @@ def proprioception(obs, agent):
     """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
     if agent.body_frame:
         if agent.commanded:
-            *_, command = ballbot_env.in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
+            *_, command = in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
             obs = obs | {"command": command[:, :2].astype(np.float32)}
-        lean, heading, vel = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])
+        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    keys = ballbot_env.PROPRIOCEPTION + ("command",) * agent.commanded
+    keys = PROPRIOCEPTION + ("command",) * agent.commanded
     keys += ("relative_image_timestamp",) if agent.encoder is not None else ()
     return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
 
@@ -353,7 +357,7 @@ def shaping_costs(obs, args):
         return costs
     costs += args.drift_cost * obs["vel"][:, 0] ** 2
     if args.heading_cost:
-        heading = ballbot_env.in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - ballbot_env.EASY_HEADING
+        heading = in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - OPTIMAL_HEADING
         costs += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
     return costs
 
@@ -536,7 +540,7 @@ class Policy:
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = apply_in_blocks(agent.encode, images, 2)
-                self.frames = [frame.clone() if torch.is_tensor(frame) else frame.copy() for frame in frames]
+                self.frames = list(map(copy_array, frames))
         action = apply_in_blocks(agent.actor, agent.features(proprioception(obs, agent), self.depth), 16)
         if not deterministic:
             each = [(generator, len(action))] if not isinstance(generator, list) else [(one, 1) for one in generator]

@@ -30,10 +30,12 @@ import mujoco
 import numpy as np
 import torch
 
-import ballbot_env
 import ppo_ballbot
 from ballbot_utils.common import require_min, require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.model import MAX_TORQUE
+from ballbot_utils.observations import PROPRIOCEPTION
+from ballbot_utils.terrain import TERRAIN_EXTENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,7 +159,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
     envs.reset(seed=0)
     batch, start = envs.batch, envs.batch.state.copy()
     controls = batch.bind("ctrl")[:, :3]
-    limit = ballbot_env.MAX_TORQUE
+    limit = MAX_TORQUE
     torques = np.random.default_rng(0).normal(0, limit, (FALL, num_envs, 3)).clip(-limit, limit)
 
     def physics():
@@ -170,7 +172,7 @@ def measure_floor(num_envs: int, seconds: float) -> dict[str, float]:
     sides = [64] + [len(renderer.coarse_pixels)] * (renderer.coarse_steps + 2)
     # Where the images of robots at random places look: some metre across
     places = torch.rand(2, images, 1, 1) - 0.5
-    grids = [places + (torch.rand(2, images, side, side) - 0.5) / ballbot_env.TERRAIN_EXTENT for side in sides]
+    grids = [places + (torch.rand(2, images, side, side) - 0.5) / TERRAIN_EXTENT for side in sides]
 
     def lookups():
         for grid in grids:
@@ -240,7 +242,7 @@ def measure_sb3(kind: str, num_envs: int, steps: int) -> dict[str, float]:
 
         def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
             depth = [self.encoder(obs[f"depth_{i}"]) for i in (0, 1)]
-            keys = (*ballbot_env.PROPRIOCEPTION, "relative_image_timestamp")
+            keys = (*PROPRIOCEPTION, "relative_image_timestamp")
             return torch.cat([obs[key] for key in keys] + depth, 1)
 
     ours = ppo_ballbot.Args()

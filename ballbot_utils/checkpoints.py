@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ballbot_env import ASSETS
 from ballbot_utils.console import MACHINE_FAULT, exit_with_error, print_rank0
 from ballbot_utils.flags import validate_types
+from ballbot_utils.model import ASSETS
 
 # Flags that a policy needs to run in the environment it was trained for. A checkpoint without other flags is accepted
 REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",

@@ -14,12 +14,16 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import EDGE, START_EXTENT, TERRAIN_EXTENT, TIMESTEP, BallbotVectorEnv
+from ballbot_env import START_EXTENT, BallbotVectorEnv
 from ballbot_utils.checkpoints import load_policy
 from ballbot_utils.console import ProgressLine, check_argument, exit_with_error, one_line_errors
+from ballbot_utils.depth import MAX_DEPTH
+from ballbot_utils.model import CAMERAS, TIMESTEP
+from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise
+from ballbot_utils.randomization import PUSH_STEPS, Pushes, add_depth_noise
+from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, TERRAINS
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
-PUSH_STEPS = 10  # steps that a push lasts: 20 ms
 
 
 @dataclass
@@ -120,7 +124,7 @@ def check_conditions(args: Conditions) -> None:
     check_argument(
         args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more"
     )
-    check_argument(args.terrain in (None, "perlin", "flat"), f"--terrain is {args.terrain}: give perlin or flat")
+    check_argument(args.terrain in (None, *TERRAINS), f"--terrain is {args.terrain}: give {' or '.join(TERRAINS)}")
     for name in ("terrain_seed", "terrain_amplitude"):
         unused = args.terrain == "flat" and getattr(args, name) is not None
         check_argument(not unused, f"--{name.replace('_', '-')} means nothing on --terrain flat: leave one out")
@@ -173,7 +177,7 @@ def conditions(args: Conditions, train_args: Any, policy: str | Path) -> dict[st
     }
     if train_args.goal == "command":
         task["goal"] = "command"
-    if task["terrain"] == "perlin":
+    if task["terrain"] != "flat":
         task["terrain_seed"] = train_args.eval_terrain_seed if args.terrain_seed is None else args.terrain_seed
         task["terrain_amplitude"] = args.terrain_amplitude or 0.1
     else:
@@ -190,7 +194,7 @@ def begin(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict,
     towards y = -18 m so that at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small.
     """
     obs, info = envs.reset(seed=seeds)
-    limit = TERRAIN_EXTENT - 2 * EDGE
+    limit = TERRAIN_EXTENT - 2 * TERRAIN_MARGIN
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
     if latest < START_EXTENT and envs.commands is None:
         x, y = info["position"][:, :2].T
@@ -213,47 +217,38 @@ def play(
     any number of others. After each step yields the physics steps so far, the actions, and what `envs.step` returned.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # of noise and actions
-    rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # of pushes; default_rng(seed) draws the start
-    act, steps = policy(envs, generators), 0
+    rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # of pushes; default_rng(seed) samples the start
+    pushes, act, steps = Pushes(envs.forces, envs.frame_skip), policy(envs, generators), 0
     while True:
-        actions = act(disturb(obs, envs, args.obs_noise, generators))
-        push(envs, args, steps, rngs)
+        actions = act(add_obs_noise(obs, envs, args.obs_noise, generators))
+        push(pushes, args, steps // envs.frame_skip, rngs)
         steps += envs.frame_skip
         result = envs.step(actions)
         obs = result[0]
         yield steps, actions, result
 
 
-def disturb(obs: dict, envs: BallbotVectorEnv, std: float, generators: list[torch.Generator]) -> dict:
+def add_obs_noise(obs: dict, envs: BallbotVectorEnv, std: float, generators: list[torch.Generator]) -> dict:
     """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place.
 
-    Each environment's is drawn by its own generator.
+    Each environment's noise is sampled by its own generator.
     """
     if not std:
         return obs
-    noisy, noise = dict(obs), std * torch.stack([torch.randn(4, 3, generator=generator) for generator in generators])
-    for k, key in enumerate(("orientation", "angular_vel", "vel", "motor_state")):
-        noisy[key] = obs[key] + noise[:, k].numpy()
+    noise = std * torch.stack([torch.randn(NOISE_WIDTH, generator=generator) for generator in generators])
+    noisy = obs | add_sensor_noise(obs, noise.numpy())
     for i in np.flatnonzero(envs.new_frames) if envs.frames is not None else ():
         noise = std * torch.randn(envs.frames[i].shape, generator=generators[i])
-        envs.frames[i] = (envs.frames[i] + noise).clamp_(0, 1)
+        envs.frames[i] = add_depth_noise(envs.frames[i], noise, MAX_DEPTH)
     if envs.frames is not None:
-        noisy |= {f"depth_{i}": envs.frames[:, i : i + 1].numpy() for i in (0, 1)}  # `obs` may have copies
+        noisy |= {name: envs.frames[:, i : i + 1].numpy() for i, name in enumerate(CAMERAS)}  # `obs` may have copies
     return noisy
 
 
-def push(envs: BallbotVectorEnv, args: Conditions, step: int, rngs: list[np.random.Generator]) -> None:
-    """Apply or end the push that is due before `step` (0 is the first of an episode), each by its own generator.
-
-    Where actions are held, a push lasts as many of them as 20 ms need, at least one, and its impulse stays."""
-    if not args.push:
-        return
-    held = envs.frame_skip
-    phase = step // held % max(1, round(args.push_interval / TIMESTEP / held))
-    lasts = -(-PUSH_STEPS // held)
-    if phase == 0 and step > 0:
+def push(pushes: Pushes, args: Conditions, action: int, rngs: list[np.random.Generator]) -> None:
+    """Begin or end the push that is due before `action` (0 is the first of an episode), each by its own generator."""
+    pushes.end_due()
+    interval = max(1, round(args.push_interval / TIMESTEP / pushes.frame_skip))  # actions
+    if args.push and action > 0 and action % interval == 0:
         angle = np.array([rng.uniform(0, 2 * np.pi) for rng in rngs])
-        direction = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
-        envs.push(args.push / (lasts * held * TIMESTEP) * direction)
-    elif phase == lasts:
-        envs.push(np.zeros((envs.num_envs, 3)))
+        pushes.begin(slice(None), args.push / pushes.seconds * np.stack([np.cos(angle), np.sin(angle)], 1))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import TIMESTEP, spawn_seeds
+from ballbot_env import spawn_seeds
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,
@@ -32,6 +32,7 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.model import TIMESTEP
 from ballbot_utils.watch import check_display, render
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def follow(
     obs, _ = begin(envs, seeds, SHORT)
     ends = np.cumsum(commands[:, 0])
     wanted = commands[0, 1:]
-    envs.command([wanted])
+    envs.set_command([wanted])
     obs["command"][:] = wanted
     rows = []
     for steps, _, result in play(envs, obs, policy, args, seeds):
@@ -119,7 +120,7 @@ def follow(
             return rows[:, 0], rows[:, 1:3], rows[:, 3:], end
         wanted = commands[min(np.searchsorted(ends, steps * TIMESTEP + 1e-9), len(ends) - 1), 1:]
         if (wanted != envs.commands[0]).any():
-            envs.command([wanted])
+            envs.set_command([wanted])
             obs["command"][:] = wanted
 
 
@@ -161,7 +162,7 @@ def by_keys(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
             print(f"command: {wanted[0]:+.1f} {wanted[1]:+.1f} m/s", flush=True)
 
     def steer(envs, viewer):
-        envs.command([wanted])
+        envs.set_command([wanted])
         x, y, _ = envs.velocities[0]
         figures = f"{wanted[0]:+.2f} {wanted[1]:+.2f} m/s\n{x:+.2f} {y:+.2f} m/s\narrow keys, space stops"
         viewer.set_texts((None, None, "command\nvelocity\nkeys", figures))

@@ -29,7 +29,7 @@ import torch
 import tyro
 from numpy.typing import ArrayLike
 
-from ballbot_env import TIMESTEP, spawn_seeds
+from ballbot_env import spawn_seeds
 from ballbot_utils.common import (
     Conditions,
     EpisodePolicy,
@@ -46,6 +46,7 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.console import check_argument
+from ballbot_utils.model import TIMESTEP
 from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import Policy
 
@@ -224,7 +225,9 @@ def table(results: list[dict[str, Any]], width: int) -> str:
 
     def ground(r):
         t = r["task"]
-        return f"perlin {t['terrain_seed']}, {t['terrain_amplitude']:g} m" if t["terrain"] == "perlin" else "flat"
+        if t["terrain"] == "flat":
+            return "flat"
+        return f"{t['terrain']} {t['terrain_seed']}, {t['terrain_amplitude']:g} m"
 
     def gap(r):
         g = r["gap"]
@@ -342,7 +345,7 @@ def main(args: Args) -> None:
     tasks = [conditions(args, policy.args, path) for path, policy, _ in loaded]
     for (path, policy, _), task in zip(loaded, tasks):
         seed = task.get("terrain_seed")
-        trained_on = policy.args.terrain == "perlin" and seed == policy.args.terrain_seed
+        trained_on = policy.args.terrain != "flat" and seed == policy.args.terrain_seed
         check_argument(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: "
                        "give another --terrain-seed, or --allow-training-terrain")  # fmt: skip
     show(args, evaluate(args, loaded, tasks))

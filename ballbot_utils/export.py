@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import tyro
 
-from ballbot_env import PROPRIOCEPTION, TIMESTEP, BallbotVectorEnv
+from ballbot_env import BallbotVectorEnv
 from ballbot_utils.common import Conditions, conditions, load, progress, require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.model import TIMESTEP
+from ballbot_utils.observations import PROPRIOCEPTION
 from ppo_ballbot import Agent, Policy
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]

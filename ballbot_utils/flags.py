@@ -17,8 +17,8 @@ import torch
 import tyro
 from pydantic import Field
 
-from ballbot_env import checked_randomization as validate_randomization
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.randomization import check_randomization
 
 # Types of flags with bounds
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -144,7 +144,7 @@ def validate_args(args: Any, world_size: int | None = None) -> float:
     """Exit with one line on the first invalid flag, before any work starts. Returns the memory a run takes, GB."""
     try:
         validate_types(asdict(args), type(args))
-        validate_randomization(args.randomization, args.terrain)
+        check_randomization(args.randomization, args.terrain)
     except (ValueError, OverflowError) as error:
         exit_with_error(error)
     world_size, size = world_size or args.num_processes, args.minibatch_size

@@ -17,10 +17,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ballbot_env import TIMESTEP, in_body_frame
 from ballbot_utils import evaluate
 from ballbot_utils.common import Act, conditions, run_program
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.geometry import in_body_frame
+from ballbot_utils.model import TIMESTEP
 from ppo_ballbot import Args as TrainArgs
 
 HOLD = 2  # steps that an action is held

@@ -18,19 +18,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ballbot_env import (
-    ASSETS,
-    BALL_RADIUS,
-    BASE_OVER_BALL,
-    EDGE,
-    TERRAIN_EXTENT,
-    DepthRenderer,
-    make_model,
-    perlin_terrain,
-)
 from ballbot_utils.checkpoints import read_checkpoint
 from ballbot_utils.common import progress, require_min, require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.depth import DepthRenderer
+from ballbot_utils.model import ASSETS, BALL_RADIUS, BASE_OVER_BALL, make_model
+from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
 from ppo_ballbot import DepthEncoder
 
 SIZE = 64  # pixels a side: the encoder's last layer fits no other
@@ -87,7 +80,7 @@ def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple
     starts there. One in twenty hovers up to 3 cm higher, as at the start of an episode. `targets` (n, 4) are the
     tilts about the robot's x and y axes, rad, and the terrain's slopes along them, yaw alone being turned.
     """
-    x, y = rng.uniform(EDGE - TERRAIN_EXTENT, TERRAIN_EXTENT - EDGE, (2, n))
+    x, y = rng.uniform(TERRAIN_MARGIN - TERRAIN_EXTENT, TERRAIN_EXTENT - TERRAIN_MARGIN, (2, n))
     yaw = rng.normal(0, 0.5, n)
     tilt, direction = MAX_TILT * rng.uniform(0, 1, n) ** 2, rng.uniform(0, 2 * np.pi, n)
     tilt_x, tilt_y = tilt * np.cos(direction), tilt * np.sin(direction)
@@ -119,10 +112,10 @@ def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple
 
 def make_frames(rng: np.random.Generator, terrain_seeds: Sequence[int], n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, 4)."""
-    model = make_model("flat")
+    model = make_model()
     frames, targets = torch.empty(n, 2, SIZE, SIZE), []
     for seed, share in zip(terrain_seeds, np.array_split(np.arange(n), len(terrain_seeds))):
-        heights = perlin_terrain(seed) * np.float32(TERRAIN_AMPLITUDE)
+        heights = Terrain("perlin", seed, TERRAIN_AMPLITUDE).heights
         renderer = DepthRenderer(model, SIZE, heights)
         position, quaternion, target = random_poses(rng, heights, len(share))
         targets.append(target)

@@ -23,7 +23,7 @@ import torch
 import tyro
 
 try:
-    from ballbot_env import TIMESTEP, BallbotVectorEnv, Painter, draw_arrows, spawn_seeds
+    from ballbot_env import BallbotVectorEnv, spawn_seeds
 except ImportError as error:  # MUJOCO_GL names what is not there
     sys.exit(f"error: {error}")
 
@@ -45,6 +45,8 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.model import TIMESTEP
+from ballbot_utils.scene import SceneRenderer, draw_arrows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
 PICTURE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
 SHOWN_EVERY = 8  # steps, in the window
 PUSH_SHOWN = 150  # steps that a push's arrow stays in a video
-TERRAIN = ("terrain", "terrain_seed", "terrain_amplitude")
 
 
 @dataclass
@@ -133,8 +134,7 @@ def render(
             started = time.perf_counter()
             for steps, total, end in episode(envs, policy, args, number):
                 if steps % SHOWN_EVERY < envs.frame_skip and not end:
-                    envs.batch.get_data(0, data)
-                    mujoco.mj_forward(envs.model, data)
+                    envs.get_data(0, data)
                     viewer.user_scn.ngeom = 0
                     draw_arrows(viewer.user_scn, envs.arrows(0))
                     if steer:
@@ -181,12 +181,12 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
     fps, (width, height) = FPS[args.video.suffix], PICTURE[args.video.suffix]
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     shots = []  # pose, depth images or None, arrows, caption
-    base, force, pushed = envs.model.body("base").id, np.zeros(3), 0  # of the last push, and the step of it
+    force, pushed = np.zeros(3), 0  # of the last push, and the step of it
     for step, total, end in episode(envs, policy, args, args.episode):
         if not end:
             pose = envs.batch.qpos[0].copy()
             frames = None if envs.frames is None else envs.frames[0].numpy().copy()
-            now = envs.batch.xfrc_applied[0, base, :3]
+            now = envs.forces[0]
             if now.any() or step > pushed + PUSH_SHOWN:  # a push is shorter than a picture
                 force, pushed = now.copy(), step
             speed, arrows = f"{np.linalg.norm(envs.velocities[0, :2]):.2f} m/s", envs.arrows(0, force)
@@ -199,16 +199,16 @@ def video(policy: EpisodePolicy, args: Args, task: dict[str, Any]) -> None:
             progress(f"playing: step {step:,} of at most {args.horizon:,}", step / args.horizon)
 
     places = [pose[envs.model.joint("base").qposadr[0] :][:2] for pose, *_ in shots]
-    painter = Painter(height, width, places, **{key: value for key, value in task.items() if key in TERRAIN})
+    renderer = SceneRenderer(height, width, np.array(places), envs.terrain)
 
     def pictures():
         for i, (pose, frames, arrows, caption) in enumerate(shots):
-            picture = compose(painter.picture(pose, arrows), frames, caption)
+            picture = compose(renderer.render(pose, arrows), frames, caption)
             yield from [picture] * (fps if i == len(shots) - 1 else 1)  # the end stays for a second
             progress(f"rendering: picture {i + 1} of {len(shots)}", (i + 1) / len(shots))
 
     write(args.video, lambda part: encode(pictures(), part, fps))
-    painter.close()
+    renderer.close()
     print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
 
 

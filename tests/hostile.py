@@ -40,6 +40,8 @@ import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
 from ballbot_utils import benchmark, common, diagnose, evaluate, plot, pretrain_encoder, watch
+from ballbot_utils.model import ASSETS
+from ballbot_utils.terrain import perlin_terrain
 
 SMALL = (
     "--frame-skip 1 --save-interval 0 --terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 "
@@ -385,7 +387,7 @@ def damaged(base, most, seed):
     }
     for i in range(most):
         name, load = list(loaders.items())[i % 3]
-        good = ((ballbot_env.ASSETS if "depth" in name else base) / name).read_bytes()
+        good = ((ASSETS if "depth" in name else base) / name).read_bytes()
         ends = rng.random() < 0.2  # where the archive's directory and the checksum are
         at = rng.randrange(len(good) - 200, len(good)) if ends else rng.randrange(len(good))
         bad = bytearray(good)
@@ -587,7 +589,7 @@ def environments(base, most, seed):
                 with contextlib.suppress(ValueError):
                     envs.reset(options={"position": rng.uniform(-19, 19, 2), "tilt": rng.normal(0, 0.2, 2)})
             if rng.random() < 0.05:
-                envs.push(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)))
+                envs.apply_force(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)))
             obs, reward, *_ = envs.step(actions)
             assert all(np.isfinite(value).all() for value in obs.values()) and np.isfinite(reward).all()
             assert all(space.contains(obs[key]) for key, space in envs.observation_space.items())
@@ -810,7 +812,7 @@ def main(small=False, shards=2, only=""):
         os.chdir(folder)
         assert os.waitpid(forked(make_base), 0)[1] == 0  # it starts threads, which a fork would not copy
         torch.set_num_threads(1)
-        ballbot_env.perlin_terrain(0), ballbot_env.perlin_terrain(1_000_000)
+        perlin_terrain(0), perlin_terrain(1_000_000)
         todo = []
         for kind, list_attempts in KINDS.items():
             part = list(list_attempts(folder / "runs" / "base"))

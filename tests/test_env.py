@@ -1,7 +1,7 @@
-"""What ballbot_env.py promises, tried from outside where that is possible.
+"""What ballbot_env.py promises, tested from outside.
 
-States are written through the vector environment's `batch`, `_qvel` and their slices, which are
-live views of the physics.
+States are written through the vector environment's `batch` and `robots`, which are live views of the physics, and
+through `get_state` and `set_state`.
 """
 
 import copy
@@ -26,7 +26,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import ballbot_env
-from ballbot_env import BallbotEnv, BallbotVectorEnv, DepthRenderer, make_model, perlin_terrain
+from ballbot_env import BallbotEnv, BallbotVectorEnv
+from ballbot_utils import geometry, model
+from ballbot_utils.depth import DepthRenderer
+from ballbot_utils.model import make_model
+from ballbot_utils.observations import make_observations
+from ballbot_utils.terrain import TERRAIN_NODES, TERRAINS, Terrain, perlin_terrain
 
 VISIBLE = [1, 1, 1, 0, 0, 0]  # geom groups a camera sees
 # Episodes of up to 100 steps, of which some end by a fall
@@ -71,6 +76,21 @@ def assert_same(a, b, path=""):
 
 def copied(obs):
     return {key: np.array(value) for key, value in obs.items()}
+
+
+def change_state(env, **values):
+    """Overwrite entries of the state of an environment, of one of `gym.make` too."""
+    state = env.unwrapped.get_state()
+    for name, value in values.items():
+        state[name][:] = torch.as_tensor(value)
+    env.unwrapped.set_state(state)
+
+
+def skip_to(env, actions, frame_skip=1):
+    """Let an environment count as if its episode had lasted so many actions."""
+    change_state(env, _steps=actions * frame_skip)
+    if env is not env.unwrapped:
+        env._elapsed_steps = actions  # of Gymnasium's TimeLimit, which has no public count
 
 
 def quaternion(axis, angle):
@@ -134,7 +154,7 @@ def test_rgb_array_render():
         assert "OpenGL" in str(error)
         pytest.skip("no OpenGL here")
     assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8 and picture.std() > 10
-    env.unwrapped.push((30, 0, 0))
+    env.unwrapped.apply_force((30, 0, 0))
     later = []
     for _ in range(20):
         env.step(np.zeros(3))
@@ -170,6 +190,9 @@ def test_docstring_matches_the_code():
         if stated != "see below":
             assert stated == (f'"{parameter.default}"' if isinstance(parameter.default, str) else stated)
             assert eval(stated) == parameter.default, name
+    units = {key: row.unit for key, row in make_observations().items()}
+    assert {key: table[key][5] for key in units} == units
+    assert list(TERRAINS) == re.findall(r'"(\w+)"', table["terrain"][4])
     bounds = {"π": np.float32(np.pi), "-π": np.float32(-np.pi)}
     for key, space in make(1, cameras=True).single_observation_space.items():
         low, high = (bounds.get(cell, cell) for cell in table[key][3:5])
@@ -351,9 +374,9 @@ def test_terrain_seeds():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_terrain_slopes_are_those_of_the_reference(seed):
-    model = make_model("perlin", seed)
-    half_x, half_y, amplitude, _ = model.hfield_size[0]
-    heights = model.hfield_data.reshape(model.hfield_nrow[0], model.hfield_ncol[0]) * amplitude
+    ground = make_model(Terrain("perlin", seed))
+    half_x, half_y, amplitude, _ = ground.hfield_size[0]
+    heights = ground.hfield_data.reshape(ground.hfield_nrow[0], ground.hfield_ncol[0]) * amplitude
     assert (half_x, half_y, amplitude) == (20, 20, 0.1)
     assert heights.min() == 0 and heights.max() == pytest.approx(0.1)
     slope_y, slope_x = np.gradient(heights, 2 * half_x / (len(heights) - 1))
@@ -366,10 +389,10 @@ def test_robots_start_upright_just_above_the_ground():
     ball_ground = {envs.model.geom("ball").id, envs.model.geom("ground").id}
 
     def touching(i):
-        return any({*contact.geom} == ball_ground for contact in envs._mjdata(i).contact)
+        return any({*contact.geom} == ball_ground for contact in envs.get_data(i).contact)
 
     obs, _ = envs.reset(seed=0)
-    assert np.all(obs["orientation"] == 0) and np.all(envs._qvel == 0)
+    assert np.all(obs["orientation"] == 0) and np.all(envs.batch.qvel == 0)
     assert not any(touching(i) for i in range(50))
     for _ in range(60):  # the fall takes 40
         envs.step(np.zeros((50, 3)))
@@ -409,14 +432,14 @@ def test_options_say_how_a_robot_starts():
         make(2, max_tilt=10.0).reset(options={"tilt": np.radians((0, 10.1))})
 
 
-def test_a_push_is_a_force_until_it_ends():
+def test_a_force_acts_until_it_ends():
     forces = np.array([[2.0, 0, 0], [0, -3.0, 0], [0, 0, 0]])
     envs, single = make(max_episode_steps=150), BallbotEnv("flat", cameras=False)
     start = {"position": (0, 0)}
     envs.reset(options=start), single.reset(options=start)
     for step in range(150):
         if step in (60, 80):  # standing on the ground
-            envs.push(forces * (step == 60)), single.push(forces[1] * (step == 60))
+            envs.apply_force(forces * (step == 60)), single.apply_force(forces[1] * (step == 60))
         obs = envs.step(np.zeros((3, 3)))[0]
         alone = single.step(np.zeros(3))[0]
         if step < 149:
@@ -424,14 +447,14 @@ def test_a_push_is_a_force_until_it_ends():
         if step == 79:
             vel = obs["vel"].copy()
     np.testing.assert_allclose(vel[:2] - vel[2], forces[:2] * 20 * 0.002 / 3.85, atol=0.01)
-    envs.push(forces)
+    envs.apply_force(forces)
     envs.reset(options=start)
     obs = envs.step(np.zeros((3, 3)))[0]
     assert_same(obs["vel"][0], obs["vel"][2])  # a reset ends it
     with pytest.raises(ValueError, match=r"forces have shape \(3,\), expected \(3, 3\)"):
-        envs.push(np.zeros(3))
+        envs.apply_force(np.zeros(3))
     with pytest.raises(ValueError, match=r"force has shape \(2,\), expected \(3,\)"):
-        single.push((1.0, 0.0))
+        single.apply_force((1.0, 0.0))
 
 
 # Depth
@@ -441,7 +464,7 @@ def test_a_push_is_a_force_until_it_ends():
 def test_slopes_are_those_of_the_ground_on_the_way(randomization):
     envs = make(20, "perlin", terrain_amplitude=0.15, goal=(1, 0), randomization=randomization)
     _, infos = envs.reset(seed=0)
-    heights, nodes = 0.15 * perlin_terrain(0), np.linspace(-20, 20, ballbot_env.TERRAIN_NODES)
+    heights, nodes = 0.15 * perlin_terrain(0), np.linspace(-20, 20, TERRAIN_NODES)
     factors = infos["randomization"]["terrain_amplitude"] if randomization else np.ones(20)
 
     def height(x, y):  # between the four nodes around
@@ -457,11 +480,11 @@ def test_slopes_are_those_of_the_ground_on_the_way(randomization):
     assert not make().slopes().any()
 
 
-def random_poses(model, heights, n, rng):
+def random_poses(mj_model, heights, n, rng):
     """Robots on the terrain, tilted by up to 20°: qpos (n, nq) and the bases' rotation matrices (n, 3, 3)."""
-    qpos = np.tile(model.qpos0, (n, 1))
+    qpos = np.tile(mj_model.qpos0, (n, 1))
     rotations = np.empty((n, 3, 3))
-    base, ball = model.joint("base").qposadr[0], model.joint("ball").qposadr[0]
+    base, ball = mj_model.joint("base").qposadr[0], mj_model.joint("ball").qposadr[0]
     for i in range(n):
         x, y = rng.uniform(-18, 18, 2)
         direction, tilt, yaw = rng.uniform(-np.pi, np.pi), np.radians(rng.uniform(0, 20)), rng.uniform(-np.pi, np.pi)
@@ -474,8 +497,8 @@ def random_poses(model, heights, n, rng):
         if heights is not None:
             column, row = (round((c + 20) / 40 * (len(heights) - 1)) for c in (x, y))
             ground = heights[row - 3 : row + 4, column - 3 : column + 4].max()
-        qpos[i, ball : ball + 3] = x, y, ground + ballbot_env.BALL_RADIUS
-        qpos[i, base : base + 3] = qpos[i, ball : ball + 3] + ballbot_env.BASE_OVER_BALL * rotations[i, :, 2]
+        qpos[i, ball : ball + 3] = x, y, ground + model.BALL_RADIUS
+        qpos[i, base : base + 3] = qpos[i, ball : ball + 3] + model.BASE_OVER_BALL * rotations[i, :, 2]
         qpos[i, base + 3 : base + 7] = quat
     return qpos, rotations
 
@@ -520,8 +543,8 @@ def depth_errors(depth, expected, geoms, limit=0.001):
 @pytest.mark.parametrize("size", [64, 40, 41])
 @pytest.mark.parametrize("terrain", ["perlin", "flat"])
 def test_depth_is_what_rays_measure(terrain, size):
-    model = make_model(terrain, 1)
-    heights = perlin_terrain(1) * np.float32(0.1) if terrain == "perlin" else None
+    terrain = Terrain(terrain, 1)
+    model, heights = make_model(terrain), terrain.heights
     qpos, rotations = random_poses(model, heights, 16, np.random.default_rng(size))
     expected, geoms = ray_depth(model, qpos, rotations, size)
     assert {model.geom("ball").id, model.geom("ground").id} <= {*geoms.ravel()}
@@ -544,7 +567,8 @@ def test_depth_is_what_rays_measure(terrain, size):
 
 @pytest.mark.parametrize("amplitude", [0.1, 0.2, 0.3, 0.5])
 def test_depth_is_of_the_first_crossing_on_high_hills(amplitude):
-    model, heights = make_model("perlin", 2, amplitude), perlin_terrain(2) * np.float32(amplitude)
+    terrain = Terrain("perlin", 2, amplitude)
+    model, heights = make_model(terrain), terrain.heights
     qpos, rotations = random_poses(model, heights, 24, np.random.default_rng(3))
     expected, geoms = ray_depth(model, qpos, rotations, 64)
     base = model.joint("base").qposadr[0]
@@ -568,7 +592,7 @@ def test_depth_of_a_moving_robot():
     for action in actions:
         obs, *_ = envs.step(action)
     assert envs.new_frames.all() and np.all(obs["relative_image_timestamp"] == 0)
-    rotations = ballbot_env.rotation_matrix(envs._quaternion)
+    rotations = geometry.rotation_matrix(envs.robots.quaternion)
     expected, geoms = ray_depth(envs.model, envs.batch.qpos.copy(), rotations, 64)
     depth = np.concatenate([obs["depth_0"], obs["depth_1"]], 1)
     median, good = depth_errors(depth, expected, geoms)
@@ -664,7 +688,7 @@ def test_orientation_is_the_shortest_rotation():
     envs = make(4)
     envs.reset(seed=0)
     for i, angle in enumerate((3.0, 3.2, -3.0, 7.0)):  # beyond π the quaternion's w is negative
-        envs._quaternion[i] = quaternion([0, 0, 1], angle)
+        envs.robots.quaternion[i] = quaternion([0, 0, 1], angle)
     orientation = envs.step(np.zeros((4, 3)))[0]["orientation"]
     expected = np.zeros((4, 3))
     expected[:, 2] = 3.0, 3.2 - 2 * np.pi, -3.0, 7.0 - 2 * np.pi
@@ -703,7 +727,7 @@ def test_reward(kwargs):
     falls, fast = 0, 0
     for step, action in enumerate(random_actions(300, 3, 1.2)):
         if step == 100:
-            envs._qvel[0, envs._velocity_columns[3:6]] = 3, 4, 0  # beyond what is observed
+            envs.robots.velocities[0] = 3, 4, 0  # beyond what is observed
         obs, rewards, terminations, truncations, infos = envs.step(action)
         obs = copied(obs)
         for i in np.flatnonzero(terminations):
@@ -737,7 +761,7 @@ def test_frame_skip_is_the_action_repeated(frame_skip):
         while not (terminated or truncated):
             action = rng.uniform(-1, 1, 3) * (0.3 if episode else 0)
             obs, reward, *end, info = holding.step(action)
-            total = dict.fromkeys(("reward", *ballbot_env.REWARD_TERMS), 0.0)
+            total = dict.fromkeys(("reward", "reward_forward", "reward_ctrl", "reward_healthy"), 0.0)
             for _ in range(frame_skip):
                 expected, step_reward, terminated, truncated, step_info = single.step(action)
                 for key, value in (step_info | {"reward": step_reward}).items():
@@ -750,8 +774,9 @@ def test_frame_skip_is_the_action_repeated(frame_skip):
             for key, value in (info | {"reward": reward}).items():
                 if key in total:
                     assert value == pytest.approx(total[key], abs=1e-12), key
-        ends.append((terminated, int(single._envs._steps[0])))
-        assert holding._envs._steps[0] == single._envs._steps[0]  # the length is in physics steps
+        length = int(single.get_state()["_steps"])
+        ends.append((terminated, length))
+        assert holding.get_state()["_steps"] == length  # in physics steps
     assert (False, limit * frame_skip) in ends and any(terminated for terminated, _ in ends), ends
 
 
@@ -769,7 +794,7 @@ def test_many_with_frame_skip_are_the_single_ones():
             assert (reward, terminated, truncated) == (rewards[i], terminations[i], truncations[i])
             if terminated or truncated:
                 lengths.append(int(infos["episode"]["l"][i]))
-                assert lengths[-1] == single._envs._steps[0]
+                assert lengths[-1] == single.get_state()["_steps"]
                 assert_same(infos["final_obs"][i], obs_i)
                 obs_i, _ = single.reset()
             assert_same({key: value[i] for key, value in obs.items()}, obs_i)
@@ -788,9 +813,8 @@ def test_max_episode_steps_counts_actions_everywhere(limit):
     for env in environments:
         env.reset(seed=0)
     begin = 10**6 if limit == -1 else last - 3
-    for env in (single, sync.envs[0]):
-        env._elapsed_steps, env.unwrapped._envs._steps[:] = begin, 4 * begin
-    ours._steps[:] = 4 * begin
+    for env in (single, sync.envs[0], ours):
+        skip_to(env, begin, frame_skip=4)
     for step in (1, 2, 3):
         truncated = [bool(env.step(np.zeros(env.action_space.shape, np.float32))[3]) for env in environments]
         assert truncated == [step == 3 and limit != -1] * len(environments)
@@ -864,11 +888,11 @@ def test_goal_changes_the_reward_alone():
     assert np.all(np.abs(rewards - rewards_b) > 1e-5)
 
 
-def test_commands_are_drawn_and_set():
+def test_commands_are_sampled_and_set():
     envs = make(2000, goal="command", frame_skip=4)
     obs, _ = envs.reset(seed=0)
     first = obs["command"]
-    np.testing.assert_allclose(np.quantile(envs._commands_due, [0, 0.5, 1]), [1, 1000, 2000], atol=70)
+    np.testing.assert_allclose(np.quantile(envs.get_state()["commands_due"], [0, 0.5, 1]), [1, 1000, 2000], atol=70)
     speed = np.linalg.norm(first, axis=1)
     assert (speed == 0).mean() == pytest.approx(0.2, abs=0.03) and 0.59 < speed.max() <= 0.6 + 1e-6
     assert speed[speed > 0].mean() == pytest.approx(0.3, abs=0.02) and np.abs(first.mean(0)).max() < 0.03
@@ -876,14 +900,14 @@ def test_commands_are_drawn_and_set():
     singles = [BallbotEnv("flat", cameras=False, goal="command", frame_skip=4) for _ in range(3)]
     obs, _ = envs.reset(seed=7)
     starts = [single.reset(seed=7 + i)[0] for i, single in enumerate(singles)]
-    for env in (envs, *(single._envs for single in singles)):
-        env._commands_due[:] = 13  # the next are drawn after the 4th action
+    for env in (envs, *singles):
+        change_state(env, commands_due=13)  # the next are sampled after the 4th action
     wanted = np.stack([start["command"] for start in starts])
     for step in range(10):
-        if step == 2:  # one of them is told
-            envs.command(np.stack([envs.commands[0], [0.1, -0.7], envs.commands[2]]))
-            envs._commands_due[[0, 2]] = 13
-            singles[1].command((0.1, -0.7))
+        if step == 2:  # one of them is set
+            envs.set_command(np.stack([envs.commands[0], [0.1, -0.7], envs.commands[2]]))
+            change_state(envs, commands_due=[13, np.iinfo(int).max, 13])
+            singles[1].set_command((0.1, -0.7))
             wanted[1] = 0.1, -0.7
         obs, rewards, *_, infos = envs.step(np.full((3, 3), 0.1))
         for i, single in enumerate(singles):
@@ -895,15 +919,15 @@ def test_commands_are_drawn_and_set():
         changed = (obs["command"] != wanted.astype(np.float32)).any(1)
         assert changed.tolist() == ([True, False, True] if step == 3 else [False] * 3), step
         wanted = obs["command"]
-    assert envs._commands_due.tolist() == [2013, np.iinfo(int).max, 2013]
+    assert envs.get_state()["commands_due"].tolist() == [2013, np.iinfo(int).max, 2013]
     envs.reset()
-    assert envs._commands_due.max() <= 2000
+    assert envs.get_state()["commands_due"].max() <= 2000
     for env, good in ((envs, np.zeros((3, 2))), (singles[0], np.zeros(2))):
         for bad in (np.zeros(3), good + 3, good + np.nan):
             with pytest.raises(ValueError, match=r"expected|give x and y from -2 to 2 m/s"):
-                env.command(bad)
+                env.set_command(bad)
     with pytest.raises(ValueError, match=r'needs the goal "command"'):
-        make().command(np.zeros((3, 2)))
+        make().set_command(np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_tilt": 5.0}])
@@ -927,7 +951,7 @@ def test_episodes_terminate_at_max_tilt_and_not_before(kwargs):
         for i in range(8):
             angle = i * np.pi / 4
             lean = quaternion([math.cos(angle), math.sin(angle), 0], math.radians(limit + excess))
-            mujoco.mju_mulQuat(envs._quaternion[i], lean, quaternion([0, 0, 1], i))
+            mujoco.mju_mulQuat(envs.robots.quaternion[i], lean, quaternion([0, 0, 1], i))
         assert np.all(envs.step(np.zeros((8, 3)))[2] == expected)
 
 
@@ -936,15 +960,15 @@ def test_episodes_are_truncated_near_the_edge():
         envs = make(4)
         envs.reset(seed=0)
         sides = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * (19.001 if beyond else 18.999)
-        envs._position[:, :2] = envs._ball_position[:, :2] = sides
+        envs.robots.position[:, :2] = envs.robots.ball_position[:, :2] = sides
         _, rewards, terminations, truncations, infos = envs.step(np.zeros((4, 3)))
         assert not terminations.any() and np.all(truncations == beyond)
         assert np.all(rewards > 0.01)  # alive
         if beyond:
             np.testing.assert_allclose(infos["final_info"]["position"][:, :2], sides, atol=1e-3)
             assert np.all(np.abs(infos["position"][:, :2]) <= 10)
-    envs._position[0, 0] = envs._ball_position[0, 0] = 19.5
-    envs._quaternion[0] = quaternion([1, 0, 0], 0.5)
+    envs.robots.position[0, 0] = envs.robots.ball_position[0, 0] = 19.5
+    envs.robots.quaternion[0] = quaternion([1, 0, 0], 0.5)
     _, _, terminations, truncations, _ = envs.step(np.zeros((4, 3)))
     assert terminations[0] and not truncations[0]  # a fall is a fall, there too
 
@@ -959,8 +983,7 @@ def test_episodes_are_truncated_at_max_episode_steps(limit):
         if begin > last:
             break
         if begin:
-            single._elapsed_steps = begin
-            single.unwrapped._envs._steps[:] = many._steps[:] = begin
+            skip_to(single, begin), skip_to(many, begin)
         for step in range(begin + 1, begin + 101):
             _, _, terminated, truncated, _ = single.step(np.zeros(3))
             _, _, terminations, truncations, _ = many.step(np.zeros((2, 3)))
@@ -973,20 +996,19 @@ def test_episodes_are_truncated_at_max_episode_steps(limit):
 def test_the_class_alone_has_no_limit():
     env = BallbotEnv("flat", cameras=False)
     env.reset(seed=0)
-    env._envs._steps[:] = 3999
+    skip_to(env, 3999)
     for _ in range(3):
         assert not env.step(np.zeros(3))[3]
 
 
 @pytest.mark.parametrize("damping, speed", [(0.4, 25.0), (0.8, 12.5)])
 def test_wheel_damping_sets_the_top_speed(damping, speed):
-    env = gym.make("Ballbot-v0", terrain="flat", cameras=False, wheel_damping=damping)
-    env.reset(seed=0)
-    envs = env.unwrapped._envs
-    envs._position[0, 2] = 50.0  # in the air nothing else brakes the wheels
+    envs = make(1, wheel_damping=damping)
+    envs.reset(seed=0)
+    envs.robots.position[0, 2] = 50.0  # in the air nothing else brakes the wheels
     for _ in range(300):
-        env.step(np.full(3, -1.0))
-    np.testing.assert_allclose(envs._qvel[0, envs._velocity_columns[6:]], speed, rtol=0.02)
+        assert not envs.step(np.full((1, 3), -1.0))[2].any()
+    np.testing.assert_allclose(envs.robots.wheel_speeds[0], speed, rtol=0.02)
 
 
 def test_arguments_change_the_model():
@@ -1023,11 +1045,11 @@ def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
                 case ["nan", "qpos"]:
                     envs.batch.qpos[1, 3] = np.nan
                 case ["nan", "qvel"]:
-                    envs._qvel[1] = np.nan
+                    envs.batch.qvel[1] = np.nan
                 case ["inf", "qvel"]:
-                    envs._qvel[1, 7] = np.inf
+                    envs.batch.qvel[1, 7] = np.inf
                 case ["huge", "qvel"]:
-                    envs._qvel[1, 0] = 1e12
+                    envs.batch.qvel[1, 0] = 1e12
                 case ["nan", "action"]:
                     action = action.copy()
                     action[1, 2] = np.nan
@@ -1155,6 +1177,6 @@ def test_bad_resets():
 
 
 def test_missing_assets(tmp_path, monkeypatch):
-    monkeypatch.setattr(ballbot_env, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(model, "ASSETS", tmp_path / "assets")
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "assets" / "ballbot.xml"))):
         make()

@@ -13,6 +13,7 @@ import torch
 import ballbot_env
 import ppo_ballbot as ppo
 from ballbot_utils import common, evaluate, watch
+from ballbot_utils.model import ASSETS
 
 ARGS = evaluate.Args(checkpoints=(), num_threads=1, episodes=3, horizon=600, seed=7)
 FLAT = {"terrain": "flat", "cameras": False, "wheel_damping": 0.4, "frame_skip": 1, "max_episode_steps": 600}
@@ -174,8 +175,9 @@ def test_pushes():
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT)
     envs.reset(seed=0)
     rngs, impulse, forced = [np.random.default_rng(seed) for seed in (0, 1)], 0, []
+    pushes = common.Pushes(envs.forces, 1)
     for step in range(100):
-        common.push(envs, args, step, rngs)
+        common.push(pushes, args, step, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += [step] if force.any() else []
         impulse = impulse + 0.002 * force
@@ -191,8 +193,9 @@ def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
     envs.reset(seed=0)
     args, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), 0, 0
     rngs = [np.random.default_rng(seed) for seed in (0, 1)]
+    pushes = common.Pushes(envs.forces, frame_skip)
     for step in range(0, 200, frame_skip):  # one push, at 0.2 s
-        common.push(envs, args, step, rngs)
+        common.push(pushes, args, step // frame_skip, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += frame_skip * force.any()
         impulse = impulse + 0.002 * frame_skip * force
@@ -236,22 +239,24 @@ def test_observation_noise():
     envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
     obs, _ = envs.reset(seed=0)
     frames, generators = envs.frames.clone(), [torch.Generator().manual_seed(seed) for seed in range(200)]
-    noisy = common.disturb(obs, envs, 0.05, generators)
+    noisy = common.add_obs_noise(obs, envs, 0.05, generators)
     noise = (ppo.proprioception(noisy, agent) - ppo.proprioception(obs, agent)).numpy()
     assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
     assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
     # A frame is drawn upon once, when it is new.
     frames = envs.frames.clone()
     obs, *_ = envs.step(np.zeros((200, 3)))
-    common.disturb(obs, envs, 0.05, generators)
+    common.add_obs_noise(obs, envs, 0.05, generators)
     assert torch.equal(envs.frames, frames)
-    assert common.disturb(obs, envs, 0.0, generators) is obs
+    assert common.add_obs_noise(obs, envs, 0.0, generators) is obs
 
 
 def test_noise_reaches_observations_that_are_copies():
     for copied in (False, True):
         envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
-        noisy = common.disturb(envs.reset(seed=0)[0], envs, 0.05, [torch.Generator().manual_seed(i) for i in (0, 1)])
+        noisy = common.add_obs_noise(
+            envs.reset(seed=0)[0], envs, 0.05, [torch.Generator().manual_seed(i) for i in (0, 1)]
+        )
         for i in (0, 1):
             assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
 
@@ -385,7 +390,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     assert "code, which is never run" in saved(**good | {"optimizer": code})
     assert not (tmp_path / "ran").exists()
     assert "is no checkpoint of ppo_ballbot.py or a copy" in saved(weights=torch.zeros(3))
-    assert "is no checkpoint of ppo_ballbot.py or a copy" in says(ballbot_env.ASSETS / "depth_encoder.pt")
+    assert "is no checkpoint of ppo_ballbot.py or a copy" in says(ASSETS / "depth_encoder.pt")
     args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
     assert "was trained on the robot before its rollers were mended" in saved(**good | {"args": args})
     args = {key: value for key, value in good["args"].items() if key != "cameras"}

@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ballbot_env
 import ballbot_runs
 import ppo_ballbot as ppo
+from ballbot_utils.geometry import in_body_frame
+from ballbot_utils.observations import PROPRIOCEPTION
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
 
@@ -55,7 +57,7 @@ class ScriptedEnvs:
         self.clock = 0
 
     def observation(self, vel):
-        obs = {key: np.zeros((2, 3), np.float32) for key in ballbot_env.PROPRIOCEPTION}
+        obs = {key: np.zeros((2, 3), np.float32) for key in PROPRIOCEPTION}
         obs["vel"][:, 0] = vel
         return obs
 
@@ -491,10 +493,11 @@ def test_existing_run_is_not_overwritten(run, monkeypatch):
 
 
 def test_file_copied_alone_runs(tmp_path):
-    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py and assets/ is enough."""
+    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py, ballbot_utils/ and assets/ is enough."""
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
+    for name in ("assets", "ballbot_utils"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
     flags = (
         "--frame-skip 1 --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
     )
@@ -549,7 +552,7 @@ def test_the_guides_values_are_the_defaults():
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
-    lean, heading, vel = ballbot_env.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    lean, heading, vel = in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
     assert lean == pytest.approx(np.zeros((1, 2)), abs=1e-6) and heading == pytest.approx(-np.pi / 2)
     assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
     # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
@@ -560,7 +563,7 @@ def test_body_frame_by_hand():
         mujoco.mju_mulQuat(rotation, np.array(turn), np.array(tilt))
         vector = np.zeros(3)
         mujoco.mju_quat2Vel(vector, rotation, 1.0)
-        lean, heading, _ = ballbot_env.in_body_frame(vector[None], np.zeros((1, 3)))
+        lean, heading, _ = in_body_frame(vector[None], np.zeros((1, 3)))
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 

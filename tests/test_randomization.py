@@ -1,16 +1,22 @@
 """Domain randomization: what is drawn, what it does, and that it is off by default."""
 
 import inspect
+import json
 import math
 import re
 
 import mujoco
 import numpy as np
 import pytest
+import torch
 from test_env import assert_same, copied, random_actions
 
-import ballbot_env
-from ballbot_env import RANDOMIZATION, TIMESTEP, BallbotEnv, BallbotVectorEnv, DepthRenderer
+from ballbot_env import BallbotEnv, BallbotVectorEnv
+from ballbot_utils import randomization as library
+from ballbot_utils.depth import DepthRenderer
+from ballbot_utils.model import TIMESTEP, make_model
+from ballbot_utils.randomization import RANDOMIZATION
+from ballbot_utils.terrain import Terrain
 
 ALL = dict(terrain_amplitude=0.8, mass=0.2, friction=0.3, wheel_damping=0.25, latency=3, tilt=2, velocity=0.3, push=1.0,
            push_interval=0.1, obs_noise=0.02)  # fmt: skip
@@ -22,7 +28,7 @@ def make(num_envs=3, terrain="flat", cameras=False, **randomization):
 
 
 def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
-    monkeypatch.setattr(ballbot_env, "NUM_RELIEFS", 2)  # they take time to compile
+    monkeypatch.setattr(library, "NUM_HEIGHT_SCALES", 2)  # they take time to compile
     kwargs = dict(camera_size=16, num_threads=1, max_episode_steps=50, frame_skip=3, randomization=ALL)
     many, again, single = BallbotVectorEnv(3, **kwargs), BallbotVectorEnv(3, **kwargs), BallbotEnv(**kwargs)
     obs, info = many.reset(seed=5)
@@ -35,10 +41,10 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
             state = many.get_state()
             again.set_state(state)
             assert again.new_frames.all()
-            for name in ("latency", "_relief"):
-                drawn = state["drawn"] | {name: state["drawn"][name] + 10**6}
-                with pytest.raises(ValueError, match=f"{name.strip('_')} is not as these environments have it"):
-                    again.set_state(state | {"drawn": drawn})
+            damaged = state["drawn"] | {"latency": state["drawn"]["latency"] + 10**6}
+            with pytest.raises(ValueError, match="latency is not as these environments have it"):
+                again.set_state(state | {"drawn": damaged})
+            again.set_state(state | {"drawn": state["drawn"] | {"_relief": torch.zeros(3, dtype=int)}})  # an older one
         result = obs, *_, info = many.step(action)
         if step >= 40:
             for a, b in zip(result, again.step(action)):
@@ -50,7 +56,7 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
         if terminated or truncated:
             assert_same(info["final_info"]["randomization"]["mass"][2], info_i["randomization"]["mass"])
             obs_i, info_i = single.reset()
-    assert single._envs._rngs[0].bit_generator.state == many._rngs[2].bit_generator.state
+    assert json.loads(single.get_state()["rngs"])[0] == json.loads(many.get_state()["rngs"])[2]
 
 
 def test_off_is_as_if_there_were_none():
@@ -109,7 +115,7 @@ def test_models_are_as_if_compiled_so():
     _, info = envs.reset(seed=1)
     for i in range(3):
         drawn = {key: value[i] for key, value in info["randomization"].items()}
-        model = ballbot_env.make_model("perlin", 0, 0.1 * drawn["terrain_amplitude"], 0.4 * drawn["wheel_damping"])
+        model = make_model(Terrain(amplitude=0.1 * drawn["terrain_amplitude"]), 0.4 * drawn["wheel_damping"])
         base = model.body("base").id
         model.body_mass[base] *= drawn["mass"]
         model.body_inertia[base] *= drawn["mass"]
@@ -120,7 +126,7 @@ def test_models_are_as_if_compiled_so():
         mujoco.mj_setConst(model, data)
         spec = mujoco.mjtState.mjSTATE_INTEGRATION
         mujoco.mj_setState(model, data, envs.batch.state[i], spec)
-        envs_state = envs.batch.state.copy()
+        state = envs.get_state()
         actions = random_actions(60, 3, 0.5)[:59]
         for action in actions:
             envs.step(action)
@@ -128,16 +134,15 @@ def test_models_are_as_if_compiled_so():
             mujoco.mj_step(model, data)
         assert data.ncon > 3
         assert np.array_equal(envs.batch.qpos[i], data.qpos) and np.array_equal(envs.batch.qvel[i], data.qvel)
-        envs.batch.state[:] = envs_state
-        envs._steps[:] = 0
+        envs.set_state(state)
 
 
 def test_cameras_see_the_hills_that_are_drawn():
     envs = make(6, "perlin", cameras=True, terrain_amplitude=0.9)
     obs, info = envs.reset(seed=0)
     for i, factor in enumerate(info["randomization"]["terrain_amplitude"]):
-        heights = ballbot_env.perlin_terrain(0) * np.float32(0.1 * factor)
-        frames = DepthRenderer(envs.model, 16, heights).render(envs._position[i : i + 1], envs._quaternion[i : i + 1])
+        heights, robots = Terrain(amplitude=0.1 * factor).heights, envs.robots
+        frames = DepthRenderer(envs.model, 16, heights).render(robots.position[[i]], robots.quaternion[[i]])
         assert frames[0, :1].numpy() == pytest.approx(obs["depth_0"][i], abs=1e-5)
         x, y, z = info["position"][i]
         around = np.abs(np.linspace(-20, 20, len(heights))[:, None] - (x, y)) < 0.08

@@ -318,8 +318,10 @@ def test_environment_state_is_all_of_it(goal):
     for action in actions[:200]:
         envs.step(action)
     if goal == "command":  # one is told, and two draw soon
-        envs.command(np.full((3, 2), 0.3))
-        envs._commands_due[1:] = envs._steps[1:] + 50
+        envs.set_command(np.full((3, 2), 0.3))
+        state = envs.get_state()
+        state["commands_due"][1:] = state["_steps"][1:] + 50
+        envs.set_state(state)
     again.set_state(envs.get_state())
     ends = 0
     for action in actions[200:]:

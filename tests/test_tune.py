@@ -825,7 +825,8 @@ def test_a_copy_of_a_script_is_the_one_that_is_asked():
 
 
 def test_real_trials(capfd):
-    Path("assets").symlink_to(ROOT / "assets")
+    for name in ("assets", "ballbot_utils"):
+        Path(name).symlink_to(ROOT / name)
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(ROOT / name, name)
     flags = "--frame-skip 1 --no-cameras --num-steps 32 --minibatch-size 32 --total-timesteps 128 --eval-interval 64 "

@@ -171,11 +171,12 @@ def test_wheel(tmp_path):
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     code = (
         "import gymnasium as gym, ppo_ballbot, ballbot_env\n"
+        "from ballbot_utils.model import ASSETS\n"
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
-        "path = ballbot_env.ASSETS.parent / ppo_ballbot.Args.encoder_path\n"
+        "path = ASSETS.parent / ppo_ballbot.Args.encoder_path\n"
         "ppo_ballbot.ballbot_runs.load_encoder(path, ppo_ballbot.DepthEncoder())\n"
-        "print(ballbot_env.__file__, ballbot_env.ASSETS, sep='\\n')"
+        "print(ballbot_env.__file__, ASSETS, sep='\\n')"
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)
     done = subprocess.run([venv / "bin" / "python", "-c", code], capture_output=True, **where)

@@ -133,18 +133,19 @@ def test_arrows_are_seen_in_all_directions():
     if backend is None:
         pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import json, numpy as np, ballbot_env as b\n"
+               "from ballbot_utils.scene import SceneRenderer, make_arrows\n"
                "envs = b.BallbotVectorEnv(terrain='flat', cameras=False)\n"
                "envs.reset(seed=0)\n"
-               "qpos, place, still, seen = envs.batch.qpos[0], envs._position[0], np.zeros(3), []\n"
-               "painter = b.Painter(240, 320, [place[:2]], 0, terrain='flat')\n"
-               "bare = painter.picture(qpos, []).astype(int)\n"
+               "qpos, place, still, seen = envs.batch.qpos[0], envs.robots.position[0], np.zeros(3), []\n"
+               "renderer = SceneRenderer(240, 320, [place[:2]], envs.terrain, 0)\n"
+               "bare = renderer.render(qpos, []).astype(int)\n"
                "for angle in np.radians(21.3) + np.arange(8) * np.pi / 4:\n"  # the first is towards the camera
                "    way = np.array([np.cos(angle), np.sin(angle), 0])\n"
                "    for arrows in ((way[:2], still, still), ([0, 0], way, still), ([0, 0], still, 60 * way)):\n"
-               "        picture = painter.picture(qpos, b.make_arrows(place, *arrows))\n"
+               "        picture = renderer.render(qpos, make_arrows(place, *arrows))\n"
                "        pixels = np.argwhere(np.abs(picture - bare).sum(2) > 60)\n"
                "        seen.append((len(pixels), *np.ptp(pixels, 0).tolist()))\n"
-               "painter.close()\n"
+               "renderer.close()\n"
                "print(json.dumps(seen))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=REPOSITORY, text=True,
                           capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
@@ -159,11 +160,11 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     captions = []
 
-    class Painter:
-        def __init__(self, *args, **terrain):
-            self.picture, self.close = (lambda pose, arrows: None), (lambda: None)
+    class Renderer:
+        def __init__(self, *args):
+            self.render, self.close = (lambda pose, arrows: None), (lambda: None)
 
-    monkeypatch.setattr(watch, "Painter", Painter)
+    monkeypatch.setattr(watch, "SceneRenderer", Renderer)
     monkeypatch.setattr(watch, "compose", lambda picture, frames, caption: captions.append(caption))
     monkeypatch.setattr(watch, "encode", lambda pictures, path, fps: path.write_text(str(list(pictures))))
     for goal in ("command", "forward"):
@@ -185,8 +186,9 @@ def test_record_video(tmp_path):
     if backend is None:
         pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
-               "picture, drawn = ballbot_env.Painter.picture, []\n"
-               "ballbot_env.Painter.picture = lambda *args: drawn.append(1) or picture(*args)\n"
+               "from ballbot_utils.scene import SceneRenderer\n"
+               "render, drawn = SceneRenderer.render, []\n"
+               "SceneRenderer.render = lambda *args: drawn.append(1) or render(*args)\n"
                "env = gym.make('Ballbot-v0', terrain='flat', render_mode='rgb_array')\n"
                "env = gym.wrappers.RecordVideo(env, sys.argv[1])\n"
                "env.reset(seed=0)\n"
