@@ -49,7 +49,7 @@ from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
 from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.model import OPTIMAL_HEADING
-from ballbot_utils.observations import PROPRIOCEPTION
+from ballbot_utils.observations import PROPRIOCEPTION, make_observations
 from ballbot_utils.state import copy_array
 
 
@@ -231,7 +231,9 @@ class Agent(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.commanded, self.num_slopes = args.goal == "command", 6 * args.privileged_critic
-        self.num_proprio = 15 + args.body_frame + args.cameras + 2 * self.commanded
+        self.keys = PROPRIOCEPTION + ("command",) * self.commanded + ("relative_image_timestamp",) * args.cameras
+        observations = make_observations()
+        self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
         self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale = args.body_frame, args.depth_scale
         self.norm_obs, self.norm_value = args.norm_obs, args.norm_value
@@ -346,9 +348,7 @@ def proprioception(obs, agent):
         lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
         orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
         obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    keys = PROPRIOCEPTION + ("command",) * agent.commanded
-    keys += ("relative_image_timestamp",) if agent.encoder is not None else ()
-    return torch.from_numpy(np.concatenate([obs[key] for key in keys], 1)).to(agent.log_std.device)
+    return torch.from_numpy(np.concatenate([obs[key] for key in agent.keys], 1)).to(agent.log_std.device)
 
 
 @torch.no_grad()
