@@ -45,9 +45,37 @@ from ballbot_utils.distributed import (
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
 from ballbot_utils.geometry import in_body_frame
-from ballbot_utils.model import OPTIMAL_HEADING
+from ballbot_utils.model import CAMERAS, OPTIMAL_HEADING
 from ballbot_utils.observations import PROPRIOCEPTION, make_observations
 from ballbot_utils.state import copy_array
+from ballbot_utils.terrain import TERRAINS
+
+# The guide's three configurations differ only by what it states. "paper" has Stable-Baselines3's values for the rest.
+PRESETS = {
+    "aggressive": dict(
+        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64, num_envs=16,
+    ),
+    "conservative": dict(
+        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024, update_epochs=10,
+        hidden_size=256, num_envs=8,
+    ),
+    "balanced": dict(clip_coef=0.015, ent_coef=0.001),
+    "paper": dict(
+        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
+        wheel_damping=0.8,
+    ),
+    "tuned": dict(
+        num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.15, vf_coef=1.0,
+        ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
+        gae_lambda=0.96, norm_adv=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
+        vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
+        log_std_lr_scale=2.0, terrain_amplitude=0.15, randomization=dict(push=0.5),
+        max_episode_steps=1000, total_timesteps=3_000_000, eval_interval=250_000,
+    ),
+}  # fmt: skip
+PRESETS["robust"] = PRESETS["tuned"] | dict(log_std_lr_scale=5.0, max_episode_steps=4000, terrain_amplitude=0.2)
+PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
+                                          tilt=3, velocity=0.2, push=1.5, obs_noise=0.01)  # fmt: skip
 
 
 @dataclass
@@ -56,7 +84,7 @@ class Args:
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: a new name
     # a configuration to start from: the guide's three, tuned (the fastest reliable one), robust (tuned, with
     # randomization), or paper (the choices of arXiv 2505.18417)
-    preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust", "paper"] = ""
+    preset: Literal["", *PRESETS] = ""
     config: str = ""  # start from a run's config.json; other flags take precedence
     resume: str = ""  # continue a run exactly: runs/<run name>, or its last.pt. Add only a larger --total-timesteps
     init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with the same network flags
@@ -68,7 +96,7 @@ class Args:
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
     # The task
-    terrain: Literal["perlin", "flat"] = "perlin"  # kind of ground
+    terrain: Literal[*TERRAINS] = "perlin"  # kind of ground
     terrain_seed: Seed = 0  # the training terrain
     terrain_amplitude: Positive = 0.1  # height of the training terrain's hills, m; evaluations use 0.1
     randomization: MutableMapping[str, float] = field(default_factory=dict)  # in training, as push 1.0 mass 0.1
@@ -131,35 +159,6 @@ class Args:
     wandb_entity: str = ""  # the team; empty: your default
 
 
-# The guide's three configurations, which differ by what it states, the best that we know, and the paper's: what the
-# guide does not state has Stable-Baselines3's values there.
-PRESETS = {
-    "aggressive": dict(
-        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64, num_envs=16,
-    ),
-    "conservative": dict(
-        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024, update_epochs=10,
-        hidden_size=256, num_envs=8,
-    ),
-    "balanced": dict(clip_coef=0.015, ent_coef=0.001),
-    "paper": dict(
-        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
-        wheel_damping=0.8,
-    ),
-    "tuned": dict(
-        num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.15, vf_coef=1.0,
-        ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
-        gae_lambda=0.96, norm_adv=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
-        vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
-        log_std_lr_scale=2.0, terrain_amplitude=0.15, randomization=dict(push=0.5),
-        max_episode_steps=1000, total_timesteps=3_000_000, eval_interval=250_000,
-    ),
-}  # fmt: skip
-PRESETS["robust"] = PRESETS["tuned"] | dict(log_std_lr_scale=5.0, max_episode_steps=4000, terrain_amplitude=0.2)
-PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
-                                          tilt=3, velocity=0.2, push=1.5, obs_noise=0.01)  # fmt: skip
-
-
 class DepthEncoder(nn.Module):
     """Depth frames (n, 1, size, size) in m to features (n, 20) in [-1, 1] (arXiv 2505.18417, table I)."""
 
@@ -216,7 +215,7 @@ class Agent(nn.Module):
         self.keys = PROPRIOCEPTION + ("command",) * self.commanded + ("relative_image_timestamp",) * args.cameras
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
-        self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
+        self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale = args.body_frame, args.depth_scale
         self.norm_obs, self.norm_value = args.norm_obs, args.norm_value
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None  # faster
@@ -398,7 +397,7 @@ def rollout(envs, agent, args, observation, show=lambda steps: None):
             if not terminations[i]:  # a truncated episode's final observation has a value
                 final_depth = depth[:1]
                 if agent.encoder is not None:
-                    frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
+                    frames = torch.cat([torch.as_tensor(final[name]) for name in CAMERAS], 1)
                     final_depth = agent.encode(frames.to(device))
                 slopes = torch.from_numpy(envs.final_slopes[[i], : agent.num_slopes]).to(device)
                 value = agent.value(agent.features(proprioception(final, agent), final_depth), slopes)
@@ -534,9 +533,11 @@ class Policy:
         if len(self.depth) != len(obs["vel"]):
             self.frames, self.depth = None, agent.log_std.new_empty(len(obs["vel"]), agent.num_depth)
         if agent.encoder is not None:
-            frames = obs["depth_0"], obs["depth_1"]
-            right, left = (frame != old for frame, old in zip(frames, self.frames or (np.nan, np.nan)))
-            new = right.any((1, 2, 3)) | left.any((1, 2, 3))
+            frames = [obs[name] for name in CAMERAS]
+            new = (
+                sum((frame != old).any((1, 2, 3)) for frame, old in zip(frames, self.frames or [np.nan] * len(frames)))
+                > 0
+            )
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = apply_in_blocks(agent.encode, images, 2)
