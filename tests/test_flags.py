@@ -1,4 +1,4 @@
-"""A flag that would change nothing beside the others is refused, unless it comes from a preset or a config file."""
+"""A flag without effect is an error, unless it comes from a preset or a config file."""
 
 import json
 import sys

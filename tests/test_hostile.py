@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("hostile.py")
 KINDS = ("command line", "config file", "checkpoint, resumed", "checkpoint, evaluated", "bit flips and cuts", "faults",
          "environment", "tools")  # fmt: skip

@@ -1,4 +1,4 @@
-"""How ranks end. Two machines: network namespaces with their own addresses and a cable, a rank of the run in each."""
+"""How ranks end, and a run on two machines: network namespaces with an address each, connected by a cable."""
 
 import os
 import subprocess
@@ -16,11 +16,13 @@ FLAGS = (
 ).split()
 
 
-# Python's own end always aborts it; with a gloo thread that waits for the GIL it does so now and then
+# Python's finalization aborts this program always; one with a gloo thread that waits for the GIL, sometimes
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import ballbot_runs
+
+pytestmark = pytest.mark.slow
 class Aborts:
     def __del__(self):
         os.abort()
@@ -51,7 +53,7 @@ def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path)
     assert output.returncode == code, output.stderr
     assert sorted(output.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
     assert "SIGABRT" not in output.stderr and output.stderr.count("error: it is wrong") == code
-    assert output.stderr == "" or code  # torchrun says more of failures
+    assert output.stderr == "" or code  # torchrun adds lines of its own to failures
 
 
 def ip(arguments):
@@ -72,7 +74,7 @@ def machines():
             ip(f"-n {name} link set lo up")
         yield names
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("network namespaces are not to be had here")
+        pytest.skip("needs root and network namespaces")
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)

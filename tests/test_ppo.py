@@ -13,14 +13,14 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+import stable_baselines3
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ballbot_env
 import ballbot_runs
 import ppo_ballbot as ppo
-from ballbot_utils.geometry import in_body_frame
-from ballbot_utils.observations import PROPRIOCEPTION
+import ppo_ballbot_schedules as schedules
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
 
@@ -32,7 +32,7 @@ SMALL = ppo.Args(
 
 
 def test_gae_by_hand():
-    # Two environments, three steps, gamma 0.5, lambda 0.5. The first goes on; in the second, step 1 terminates.
+    # Two environments, three steps, gamma 0.5, lambda 0.5. In the second, step 1 terminates.
     rewards = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     values = torch.tensor([[4.0, 4.0], [6.0, 6.0], [8.0, 8.0]])
     next_values = torch.tensor([[6.0, 6.0], [8.0, 0.0], [10.0, 10.0]])
@@ -57,7 +57,7 @@ class ScriptedEnvs:
         self.clock = 0
 
     def observation(self, vel):
-        obs = {key: np.zeros((2, 3), np.float32) for key in PROPRIOCEPTION}
+        obs = {key: np.zeros((2, 3), np.float32) for key in ballbot_env.PROPRIOCEPTION}
         obs["vel"][:, 0] = vel
         return obs
 
@@ -180,34 +180,142 @@ def test_log_prob_is_the_normal_density():
     assert torch.allclose(ppo.log_prob(actions, mean, log_std), expected, atol=1e-5)
 
 
-def one_update(advantages, logprob_shift=0.0, **changes):
-    """Log probabilities of four samples before and after one update with the given advantages."""
+def make_agent(**changes):
+    """Flags without cameras for one gradient step on four samples, and an agent of them."""
+    one_step = dict(minibatch_size=4, update_epochs=1, clip_coef=0.2, ent_coef=0.0)
+    args = replace(SMALL, cameras=False, **one_step | changes)
     torch.manual_seed(0)
-    args = replace(SMALL, cameras=False, minibatch_size=4, update_epochs=1, clip_coef=0.2, ent_coef=0.0, **changes)
-    agent = ppo.Agent(args)
-    x, actions = torch.randn(4, 15), torch.randn(4, 3)
-    before = ppo.log_prob(actions, agent.actor(x), agent.log_std).detach()
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4, weight_decay=0)
-    batch = dict(proprio=x, depth=torch.zeros(4, 0), slopes=torch.zeros(4, 0), actions=actions,
-                 logprobs=before + logprob_shift, advantages=torch.tensor(advantages), values=torch.zeros(4),
-                 returns=torch.zeros(4))  # fmt: skip
-    losses = ppo.update(agent, optimizer, args, batch)
-    return ppo.log_prob(actions, agent.actor(x), agent.log_std).detach() - before, losses
+    return ppo.Agent(args), args
+
+
+@torch.no_grad()
+def make_batch(agent, samples=4, ratio=1.0, **values):
+    """A batch for `update` with this `ratio` of action probabilities, now to acting; other values are 0 or given."""
+    proprio, actions = torch.randn(samples, 15), torch.randn(samples, 3)
+    logprobs = ppo.log_prob(actions, agent.actor(proprio), agent.log_std) - torch.tensor(ratio).log()
+    batch = dict(proprio=proprio, depth=torch.zeros(samples, 0), slopes=torch.zeros(samples, 0), actions=actions,
+                 logprobs=logprobs)  # fmt: skip
+    zeros = torch.zeros(samples)
+    return batch | {key: torch.as_tensor(values.get(key, zeros)) for key in ("advantages", "values", "returns")}
+
+
+def update(agent, args, batch, learning_rate=0.1):
+    """The losses of an `update` with plain gradient steps."""
+    return ppo.update(agent, torch.optim.SGD(agent.parameters(), lr=learning_rate), args, batch)
+
+
+def flat(agent):
+    return torch.cat([p.detach().flatten() for p in agent.parameters()])
+
+
+def one_update(advantage, ratio=1.0):
+    """How one update on equal advantages changes log probabilities, and its losses."""
+    agent, args = make_agent()
+    batch = make_batch(agent, ratio=ratio, advantages=torch.full((4,), advantage))
+
+    def logprobs():
+        return ppo.log_prob(batch["actions"], agent.actor(batch["proprio"]), agent.log_std).detach()
+
+    before, losses = logprobs(), update(agent, args, batch, 1e-2)
+    return logprobs() - before, losses
 
 
 def test_update_follows_advantages_within_the_clip_range():
-    change, losses = one_update([1.0, 1.0, 1.0, 1.0])
+    change, losses = one_update(1.0)
     assert change.mean() > 0
     assert losses["policy_loss"] == pytest.approx(-1) and losses["approx_kl"] == pytest.approx(0, abs=1e-6)
-    change, _ = one_update([-1.0, -1.0, -1.0, -1.0])
+    change, _ = one_update(-1.0)
     assert change.mean() < 0
-    # A ratio of e^0.5 is beyond 1.2: a positive advantage has no gradient there, a negative one has.
-    change, losses = one_update([1.0, 1.0, 1.0, 1.0], logprob_shift=-0.5)
+    # A ratio of 1.5 is beyond 1.2: a positive advantage has no gradient there, a negative one has.
+    change, losses = one_update(1.0, ratio=1.5)
     assert change.abs().max() == 0
     assert losses["policy_loss"] == pytest.approx(-1.2) and losses["clipfrac"] == 1
-    change, losses = one_update([-1.0, -1.0, -1.0, -1.0], logprob_shift=-0.5)
+    change, losses = one_update(-1.0, ratio=1.5)
     assert change.mean() < 0
-    assert losses["policy_loss"] == pytest.approx(np.exp(0.5))
+    assert losses["policy_loss"] == pytest.approx(1.5)
+
+
+def test_clip_vloss_by_hand():
+    """The critic says 1 everywhere. Its values when acting, clipped to 0.2 from them, and the returns:
+
+    0, 0.2, 0: max(1, 0.04) = 1;  0, 0.2, 3: max(4, 7.84) = 7.84;  2, 1.8, 1: max(0, 0.64) = 0.64;  1, 1, 1: 0.
+    """
+    for clip_vloss, value_loss in ((True, (1 + 7.84 + 0.64) / 4), (False, (1 + 4) / 4)):
+        agent, args = make_agent(clip_vloss=clip_vloss, vf_layers=0)
+        torch.nn.init.zeros_(agent.critic.weight_0)
+        torch.nn.init.ones_(agent.critic.bias_0)
+        batch = make_batch(agent, values=[0.0, 0.0, 2.0, 1.0], returns=[0.0, 3.0, 1.0, 1.0])
+        assert update(agent, args, batch)["value_loss"] == pytest.approx(value_loss)
+
+
+def test_norm_adv_by_hand():
+    """Advantages 0, 0, 0, 4 have mean 1 and standard deviation 3^0.5; the ratios are 1, 1, 1, 2 and not clipped."""
+    for norm_adv, minibatch_size, policy_loss in ((False, 4, -2.0), (True, 4, -(3**0.5) / 4), (True, 1, 0.0)):
+        agent, args = make_agent(norm_adv=norm_adv, minibatch_size=minibatch_size, clip_coef=10.0)
+        batch = make_batch(agent, ratio=[1.0, 1.0, 1.0, 2.0], advantages=[0.0, 0.0, 0.0, 4.0])
+        assert update(agent, args, batch, 1e-9)["policy_loss"] == pytest.approx(policy_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("target_kl, epochs", [(0.2, 1), (0.201, 5)])
+def test_target_kl_ends_the_epochs(target_kl, epochs):
+    """Ratios of 2 have a divergence of 2 - 1 - log 2 = 0.307, ratios of 1.5 of 0.095: 0.2007 in the mean."""
+    agent, args = make_agent(target_kl=target_kl, update_epochs=5, minibatch_size=2)
+    losses = update(agent, args, make_batch(agent, ratio=[2.0, 2.0, 1.5, 1.5], advantages=torch.ones(4)), 0.0)
+    assert losses["approx_kl"] == pytest.approx(0.2007, abs=1e-4) and losses["epochs"] == epochs
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 1e6])
+def test_max_grad_norm_bounds_the_gradient(max_grad_norm):
+    agent, args = make_agent(max_grad_norm=max_grad_norm)
+    before = flat(agent)
+    losses = update(agent, args, make_batch(agent, advantages=torch.ones(4), returns=torch.ones(4)), 1e-2)
+    assert losses["grad_norm"] > 1  # before clipping
+    step = (flat(agent) - before).norm().item() / 1e-2
+    assert step == pytest.approx(min(max_grad_norm, losses["grad_norm"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
+def test_losses_and_gradients_are_stable_baselines3_s(max_grad_norm):
+    """Of the same networks on the same batch, with one gradient step."""
+    coefs = dict(ent_coef=0.01, vf_coef=0.7, max_grad_norm=max_grad_norm)
+    agent, args = make_agent(minibatch_size=256, hidden_size=16, pi_layers=2, vf_layers=1, init_log_std=-0.5, **coefs)
+    names = ("advantages", "values", "returns")
+    batch = make_batch(agent, 256, (0.3 * torch.randn(256)).exp().tolist(), **{key: torch.randn(256) for key in names})
+
+    spaces = gym.spaces.Box(-np.inf, np.inf, (15,)), gym.spaces.Box(-1, 1, (3,))
+    env = gym.Env()
+    env.observation_space, env.action_space = spaces
+    theirs = stable_baselines3.PPO(
+        "MlpPolicy", env, learning_rate=0.1, n_steps=256, batch_size=256, n_epochs=1, clip_range=0.2,
+        normalize_advantage=False, **coefs, policy_kwargs=dict(
+            net_arch=dict(pi=[16, 16], vf=[16]), activation_fn=torch.nn.LeakyReLU, optimizer_class=torch.optim.SGD,
+            optimizer_kwargs={},
+        ),
+    )  # fmt: skip
+    policy = theirs.policy
+    ours = [*agent.actor.parameters(), *agent.critic.parameters(), agent.log_std]
+    layers = (policy.mlp_extractor.policy_net, policy.action_net, policy.mlp_extractor.value_net, policy.value_net)
+    same = [p for layer in layers for p in layer.parameters()] + [policy.log_std]
+    with torch.no_grad():
+        for p, q in zip(same, ours, strict=True):
+            p.copy_(q.t())
+    buffer, named = theirs.rollout_buffer, {"observations": "proprio", "log_probs": "logprobs"}
+    for name in ("observations", "actions", "log_probs", *names):
+        value = batch[named.get(name, name)].numpy()
+        setattr(buffer, name, value.reshape(getattr(buffer, name).shape))
+    buffer.full = True
+    theirs.set_logger(stable_baselines3.common.logger.configure(None, []))
+
+    losses = update(agent, args, batch)
+    theirs.train()
+    logged = {"policy_loss": "policy_gradient_loss", "value_loss": "value_loss", "clipfrac": "clip_fraction",
+              "approx_kl": "approx_kl", "entropy": "entropy_loss"}  # fmt: skip
+    expected = {key: theirs.logger.name_to_value[f"train/{name}"] for key, name in logged.items()}
+    expected["entropy"] *= -1
+    assert {key: losses[key] for key in logged} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert losses["clipfrac"] > 0.1 and losses["grad_norm"] > 0.5
+    for p, q in zip(same, ours):
+        torch.testing.assert_close(p, q.t(), rtol=1e-4, atol=1e-6)
 
 
 def test_moments_of_parts_are_those_of_the_whole():
@@ -259,6 +367,7 @@ def test_checkpoint_is_the_policy(run):
     assert result == pytest.approx(checkpoint["eval"])
 
 
+@pytest.mark.slow
 def test_frozen_encoder_stays_and_free_encoder_learns(run, tmp_path, monkeypatch):
     shipped = torch.load(REPOSITORY / "assets" / "depth_encoder.pt", weights_only=True)["encoder"]
     frozen = torch.load(run / "last.pt", weights_only=True)["model"]
@@ -300,32 +409,16 @@ def test_held_frames_keep_their_features():
             assert torch.allclose(depth, agent.encode(seen), atol=1e-6)
 
 
-def random_batch(agent, samples):
-    """A batch for `update`, some ratios of which are clipped."""
-    x, actions = torch.randn(samples, 15), torch.randn(samples, 3)
-    with torch.no_grad():
-        logprobs = ppo.log_prob(actions, agent.actor(x), agent.log_std) + 0.3 * torch.randn(samples)
-    batch = {key: torch.randn(samples) for key in ("advantages", "values", "returns")}
-    return batch | dict(
-        proprio=x, depth=torch.zeros(samples, 0), slopes=torch.zeros(samples, 0), actions=actions, logprobs=logprobs
-    )
-
-
 @pytest.mark.parametrize(
     "mean, bound_coef, moves", [(3.0, 0.5, True), (-3.0, 0.5, True), (3.0, 0.0, False), (0.9, 0.5, False)]
 )
 def test_bound_coef_pulls_means_back_to_where_actions_are_not_clipped(mean, bound_coef, moves):
-    torch.manual_seed(0)
-    args = replace(SMALL, cameras=False, minibatch_size=64, update_epochs=20, bound_coef=bound_coef, target_kl=1e6,
-                   max_grad_norm=100.0)  # fmt: skip
-    agent = ppo.Agent(args)
+    agent, args = make_agent(update_epochs=20, bound_coef=bound_coef, max_grad_norm=100.0, target_kl=1e6)
     with torch.no_grad():
         agent.actor.weight_4.zero_()
         agent.actor.bias_4.fill_(mean)
-    batch = random_batch(agent, 64)
-    with torch.no_grad():
-        batch["logprobs"] = ppo.log_prob(batch["actions"], agent.actor(batch["proprio"]), agent.log_std)
-    ppo.update(agent, torch.optim.SGD(agent.actor.parameters(), lr=0.1), args, batch | {"advantages": torch.zeros(64)})
+    batch = make_batch(agent)
+    update(agent, args, batch)
     with torch.no_grad():
         means = agent.actor(batch["proprio"]).abs()
     assert (means < 2.5).all() if moves else torch.allclose(means, torch.tensor(abs(mean)), atol=1e-4)
@@ -356,13 +449,11 @@ def update_of_rank(rank, size, store, folder):
     """One minibatch in equal shares of `size` ranks, and the moments of its proprioception."""
     if size > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    torch.manual_seed(0)
-    args = replace(SMALL, cameras=False, minibatch_size=240, update_epochs=1, clip_coef=0.2, norm_adv=True)
-    agent = ppo.Agent(args)
-    batch = {
-        key: value[rank * 240 // size : (rank + 1) * 240 // size] for key, value in random_batch(agent, 240).items()
-    }
-    losses = ppo.update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), args, batch)
+    agent, args = make_agent(minibatch_size=240, norm_adv=True)
+    values = {key: torch.randn(240) for key in ("advantages", "values", "returns")}
+    batch = make_batch(agent, 240, (0.3 * torch.randn(240)).exp().tolist(), **values)
+    batch = {key: value[rank * 240 // size : (rank + 1) * 240 // size] for key, value in batch.items()}
+    losses = update(agent, args, batch)
     agent.update_obs_moments(batch["proprio"])
     torch.save((agent.state_dict(), losses), f"{folder}/{size}_{rank}.pt")
     if size > 1:
@@ -370,9 +461,10 @@ def update_of_rank(rank, size, store, folder):
         os._exit(0)  # as `be_rank` ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_learn_together_what_one_would_alone(size, tmp_path):
-    """Gradients, normalised advantages, statistics and moments are those of the whole minibatch, alike on all ranks."""
+    """Gradients, normalised advantages, statistics and moments equal the whole minibatch's, on all ranks."""
     update_of_rank(0, 1, None, tmp_path)
     torch.multiprocessing.spawn(update_of_rank, (size, tmp_path / "store", tmp_path), size)
     alone, losses = torch.load(tmp_path / "1_0.pt", weights_only=True)
@@ -417,6 +509,7 @@ def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     assert left == [(7,)] * args.update_epochs  # statistics of an epoch
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = []
@@ -431,6 +524,7 @@ def test_same_seed_same_weights_at_any_number_of_threads(tmp_path, monkeypatch):
     assert not torch.allclose(weights[0], weights[3], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     """They share one run. tests/test_resume.py holds two, the script's own and torchrun's, to the same weights."""
     command = [sys.executable, str(REPOSITORY / "ppo_ballbot.py"), "--run-name", "four", "--num-processes", "4"]
@@ -445,6 +539,7 @@ def test_four_ranks(tmp_path):
     assert len(run["ranks"]) == run["args"]["num_processes"] == 4
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, monkeypatch):
     """Some 160,000 steps without cameras: clearly longer balance than at the start."""
     monkeypatch.chdir(tmp_path)
@@ -492,12 +587,12 @@ def test_existing_run_is_not_overwritten(run, monkeypatch):
     assert (run / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_file_copied_alone_runs(tmp_path):
-    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py, ballbot_utils/ and assets/ is enough."""
+    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py and assets/ is enough."""
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    for name in ("assets", "ballbot_utils"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
     flags = (
         "--frame-skip 1 --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
     )
@@ -507,14 +602,38 @@ def test_file_copied_alone_runs(tmp_path):
     assert "targets, mean over 2 episodes on unseen terrain: return > 100 missed, length > 3000 missed" in output.stdout
 
 
-def test_every_field_has_a_flag_with_help():
-    output = subprocess.run([sys.executable, REPOSITORY / "ppo_ballbot.py", "--help"], capture_output=True, text=True)
-    help_text = " ".join(output.stdout.split())
-    readme = (REPOSITORY / "README.md").read_text()
-    for name in vars(SMALL):
-        flag = "--" + name.replace("_", "-")
-        assert flag in help_text, flag
-        assert f"| `{flag}`" in readme, flag
+def documentation():
+    """The text of README.md and docs/."""
+    return "\n".join(page.read_text() for page in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")))
+
+
+@pytest.mark.parametrize("script", [ppo, schedules])
+def test_every_flag_is_documented_with_its_default(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit):
+        script.parse()
+    help_text = capsys.readouterr().out
+    rows = re.findall(r"^\| `--([a-z-]+)`.*?\|(.*?)\|", documentation(), re.MULTILINE)
+    for name, default in vars(script.Args()).items():
+        flag = name.replace("_", "-")
+        assert re.search(rf"--{flag}\b", help_text), flag
+        shown = [text.strip() for row, text in rows if row == flag]
+        if isinstance(default, bool):
+            assert ("on" if default else "off") in shown, flag
+        elif isinstance(default, (int, float)):
+            assert default in map(float, shown), flag
+        elif name != "exp_name":
+            assert str(default or "") in shown, flag
+
+
+def test_documented_presets_are_those_of_the_script(monkeypatch):
+    """Each row of the table has the flags of a preset; `robust`'s row has what differs from `tuned`."""
+    rows = {name: text for name, text in re.findall(r"^\| `(\w+)` \|(.*)", documentation(), re.MULTILINE)}
+    for preset, values in ppo.PRESETS.items():
+        flags = " ".join(re.findall(r"`(--[^`]*)`", rows[preset]))
+        base = ["--preset", "tuned"] if preset == "robust" else []
+        monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *base, *flags.split()])
+        assert vars(ppo.parse()) | {"preset": ""} == vars(ppo.Args(**values)), preset
 
 
 def test_the_guides_values_are_the_defaults():
@@ -552,7 +671,7 @@ def test_the_guides_values_are_the_defaults():
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
-    lean, heading, vel = in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    lean, heading, vel = ballbot_env.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
     assert lean == pytest.approx(np.zeros((1, 2)), abs=1e-6) and heading == pytest.approx(-np.pi / 2)
     assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
     # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
@@ -563,7 +682,7 @@ def test_body_frame_by_hand():
         mujoco.mju_mulQuat(rotation, np.array(turn), np.array(tilt))
         vector = np.zeros(3)
         mujoco.mju_quat2Vel(vector, rotation, 1.0)
-        lean, heading, _ = in_body_frame(vector[None], np.zeros((1, 3)))
+        lean, heading, _ = ballbot_env.in_body_frame(vector[None], np.zeros((1, 3)))
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 
@@ -576,6 +695,7 @@ def test_the_age_of_frames_counts_for_no_more_than_the_frames():
     assert features[:, 15].std() == pytest.approx(0.1, abs=0.001)
 
 
+@pytest.mark.slow
 def test_a_privileged_critic_sees_slopes_and_the_policy_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = replace(SMALL, cameras=False, privileged_critic=True)
@@ -634,6 +754,7 @@ def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys
     assert "2 iterations of 800 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_time_to_the_targets_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ppo, "TARGET_RETURN", 1)

@@ -52,6 +52,7 @@ def test_kl_adaptation_by_hand():
     assert schedules.kl_adapted(4e-6, 0.0, 0.01) == pytest.approx(6e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rate, schedule",
     [
