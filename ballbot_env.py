@@ -726,9 +726,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def arrows(self, i: int, force: ArrayLike | None = None) -> list[tuple]:
         """Arrows, for `draw_arrows`, of environment i: goal, velocity, and the force on it, or `force` (3,), N."""
         goal = self.goal if self.commands is None else self.commands[i]
-        return make_arrows(
-            self.robots.position[i], goal, self.velocities[i], self.forces[i] if force is None else force
-        )
+        force = self.forces[i] if force is None else force
+        return make_arrows(self.robots.position[i], goal, self.velocities[i], force)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
@@ -767,8 +766,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._ended = self._ended & ~mask
         self.new_frames[:] = False
         self._reset(np.flatnonzero(mask), options)
-        infos = self._get_info()
-        return self._get_obs(), infos if mask.all() else mask_infos(infos, mask)
+        return self._get_obs(), self._get_info() if mask.all() else mask_infos(self._get_info(), mask)
 
     def _reset(self, ids, options=None):
         """New episodes of the environments `ids`, and their first frames. `options` are for all environments."""
@@ -869,7 +867,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         `terminated` and `active` are those of `_get_ends`. A term is a name that starts with "reward_" and a sum
         (num_envs,); all of them are in `info`.
         """
-        velocity = np.minimum(np.maximum(self.robots.substep_velocity(), -2), 2)
+        vel = self._observations["vel"]
+        velocity = np.minimum(np.maximum(self.robots.substep_velocity(), vel.low), vel.high)
         if self.commands is None:
             speed = velocity @ self.goal
         else:

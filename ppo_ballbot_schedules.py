@@ -5,7 +5,7 @@ goes on; `diff ppo_ballbot.py ppo_ballbot_schedules.py` shows all of it.
 
 Proximal Policy Optimization (Schulman et al., arXiv 1707.06347) with generalized advantage estimation
 (Schulman et al., arXiv 1506.02438) on Ballbot-v0: proprioception and two depth cameras over uneven
-terrain. It needs ballbot_env.py, ballbot_runs.py and assets/ beside it. The defaults are the "balanced"
+terrain. It needs ballbot_env.py, ballbot_runs.py, ballbot_utils/ and assets/. The defaults are the "balanced"
 configuration of the hyperparameter guide of openballbot-rl; `--help` lists every flag.
 
 It runs on --num-processes ranks of this machine, or on those that torchrun starts, on many:
@@ -43,6 +43,7 @@ from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.model import OPTIMAL_HEADING
 from ballbot_utils.observations import PROPRIOCEPTION
 from ballbot_utils.state import copy_array
+from ballbot_utils.terrain import TERRAINS
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 
@@ -66,7 +67,7 @@ class Args:
     torch_threads: int = 1  # CPU threads of networks; more pay only with --no-freeze-encoder, on an idle machine
 
     # The task
-    terrain: Literal["perlin", "flat"] = "perlin"  # ground: perlin or flat
+    terrain: Literal[tuple(TERRAINS)] = "perlin"  # ground: perlin or flat
     terrain_seed: int = 0  # the training terrain
     terrain_amplitude: float = 0.1  # height of the training terrain's hills, m; evaluations have the task's 0.1
     randomization: MutableMapping[str, float] = field(default_factory=dict)  # of training, as push 1.0 mass 0.1
