@@ -669,7 +669,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self._commands:
             arrays |= {"commands": self.commands, "commands_due": self._commands.due}
         if self._randomization:
-            arrays["drawn"] = self._randomization.sampled
+            arrays["randomization"] = self._randomization.sampled
         if self.frames is not None:
             arrays |= {"frames": self.frames, "frame_time": self._frame_time}
         return arrays
@@ -686,13 +686,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         Raises ValueError for any other or damaged state, and changes nothing then.
         """
         arrays, rngs = self._state_arrays(), [np.random.default_rng() for _ in range(self.num_envs)]
-        if isinstance(state, dict) and isinstance(state.get("drawn"), dict):  # older states have one entry more
-            state = state | {"drawn": {name: value for name, value in state["drawn"].items() if name != "_relief"}}
+        if isinstance(state, dict) and isinstance(state.get("drawn"), dict):  # of an older version
+            sampled = {name: value for name, value in state["drawn"].items() if name != "_relief"}
+            state = {name: value for name, value in state.items() if name != "drawn"} | {"randomization": sampled}
         wrong = find_mismatch(state, to_tensors(arrays) | {"rngs": ""})
         if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"
         if not wrong and self._randomization:
-            wrong = self._randomization.find_invalid(state["drawn"])
+            wrong = self._randomization.find_invalid(state["randomization"])
         try:
             for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
                 rng.bit_generator.state = rng_state
