@@ -48,7 +48,10 @@ def validate_types(settings: dict, cls: type) -> Any:
         flag = "--" + "-".join(map(str, error["loc"])).replace("_", "-")
         if error["type"] == "unexpected_keyword_argument":
             raise ValueError(f"there is no flag {flag:.40}") from None
+        words = {"ge": "give {:,} or more", "gt": "give more than {:,}", "le": "give {:,} or less"}
         problem = error["msg"].replace("Input should be", "give")
+        for bound, limit in error.get("ctx", {}).items():
+            problem = words.get(bound, problem).format(limit)
         raise ValueError(f"{flag} is {error['input']!s:.40}: {problem}") from None
 
 

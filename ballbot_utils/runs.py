@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -307,6 +308,8 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
                        f"are {size}: use the same number")  # fmt: skip
         return Run(args, run_dir, checkpoint, weights, started)
     memory = validate_args(args, size)
+    if args.capture_video and is_rank_zero() and not in_rank:
+        check_video()
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
         different = [name for name in NETWORK_FLAGS if getattr(args, name, None) != getattr(policy.args, name, None)
@@ -324,6 +327,19 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         print_rank0(f"this takes about {memory:.0f} GB of memory")
     args.num_processes = size
     return Run(args, run_dir, None, weights, started)
+
+
+def check_video() -> None:
+    """Exit with one line if no video can be recorded."""
+    try:
+        import moviepy  # noqa: F401
+
+        env = gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")
+        env.reset()
+        env.render()
+        env.close()
+    except (ImportError, RuntimeError) as error:
+        exit_with_error(f"--capture-video: {error}")
 
 
 def read_run(path: Path, module: ModuleType) -> dict:

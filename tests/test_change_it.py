@@ -111,7 +111,7 @@ def train_copy(folder, source, *flags):
     """The weights after a short run of the script."""
     folder.mkdir()
     (folder / "ppo_ballbot.py").write_text(source)
-    for name in ("ballbot_env.py", "ballbot_runs.py", "ballbot_utils", "assets"):
+    for name in ("ballbot_env.py", "ballbot_utils", "assets"):
         (folder / name).symlink_to(REPOSITORY / name)
     output = subprocess.run(
         [sys.executable, "ppo_ballbot.py", *FLAGS, *flags], cwd=folder, capture_output=True, text=True

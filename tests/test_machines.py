@@ -16,13 +16,13 @@ FLAGS = (
 ).split()
 
 
+pytestmark = pytest.mark.slow
+
 # Python's finalization aborts this program always; one with a gloo thread that waits for the GIL, sometimes
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {folder!r})
-import ballbot_runs
-
-pytestmark = pytest.mark.slow
+from ballbot_utils import console, distributed, runs
 class Aborts:
     def __del__(self):
         os.abort()
@@ -30,20 +30,20 @@ class Args:
     resume, run_name, num_processes, cuda = "", "run", 2, False
 def train(args, started=None):
     if "RANK" not in os.environ:
-        return ballbot_runs.start_ranks(train, args, 0.0)
-    ballbot_runs.join_ranks(args)
+        return distributed.spawn_ranks(train, args, 0.0)
+    distributed.init_distributed(args.num_processes, args.cuda)
     global aborts
     aborts = Aborts()
     sys.stdout.write("rank " + os.environ["RANK"] + " is done\\n")
     {end}
 if __name__ == "__main__":
-    ballbot_runs.main(Args, train)
+    runs.run_training(Args, train)
 """
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --monitor-interval 0.1".split()
 
 
 @pytest.mark.parametrize("launcher, end, code", [(TORCHRUN, "pass", 0), ([], "pass", 0),
-                                                 (TORCHRUN, "ballbot_runs.stop('it is wrong')", 1)])  # fmt: skip
+                                                 (TORCHRUN, "console.exit_with_error('it is wrong')", 1)])  # fmt: skip
 def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(folder=str(SCRIPT.parent), end=end))
     output = subprocess.run(

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import mujoco
@@ -18,9 +19,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ballbot_env
-import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
+from ballbot_utils.distributed import pin_to_core_share
+from ballbot_utils.geometry import in_body_frame
+from ballbot_utils.observations import PROPRIOCEPTION
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
 
@@ -51,13 +54,13 @@ def test_gae_by_hand():
 class ScriptedEnvs:
     """Two environments whose `vel` counts steps; at step 1 the first terminates and the second is truncated."""
 
-    num_envs, new_frames, final_slopes = 2, np.zeros(2, bool), np.zeros((2, 6), np.float32)
+    render_seconds, num_envs, new_frames, final_slopes = 0.0, 2, np.zeros(2, bool), np.zeros((2, 6), np.float32)
 
     def __init__(self):
         self.clock = 0
 
     def observation(self, vel):
-        obs = {key: np.zeros((2, 3), np.float32) for key in ballbot_env.PROPRIOCEPTION}
+        obs = {key: np.zeros((2, 3), np.float32) for key in PROPRIOCEPTION}
         obs["vel"][:, 0] = vel
         return obs
 
@@ -82,14 +85,15 @@ def test_truncation_bootstraps_and_termination_does_not():
     torch.nn.init.zeros_(agent.critic.bias)
     agent.critic.weight.data = torch.eye(15)[6:7]
     envs = ScriptedEnvs()
-    proprio = ppo.proprioception(envs.observation(0), agent)
-    batch, (proprio, depth), episodes, _ = ppo.rollout(envs, agent, args, proprio, torch.zeros(2, 0))
+    observation = ppo.proprioception(envs.observation(0), agent), torch.zeros(2, 0)
+    batch, transitions, (proprio, depth), episodes, _ = ppo.rollout(envs, agent, args, observation)
+    _, _, next_values, dones = transitions
     assert proprio[:, 6].tolist() == [3, 3] and depth.shape == (2, 0)
     assert batch["values"].tolist() == [[0, 0], [1, 1], [0, 0]]
     # Step 1 leads to vel 100 before the reset: worth nothing where terminated, 100 where truncated.
-    assert batch["next_values"].tolist() == pytest.approx(np.array([[1, 1], [0, 100], [3, 3]]), rel=1e-5)
-    assert batch["dones"].tolist() == [[0, 0], [1, 1], [0, 0]]
-    advantages = ppo.gae(*(batch[k] for k in ("rewards", "values", "next_values", "dones")), 0.9, 0.8)
+    assert next_values.tolist() == pytest.approx(np.array([[1, 1], [0, 100], [3, 3]]), rel=1e-5)
+    assert dones.tolist() == [[0, 0], [1, 1], [0, 0]]
+    advantages = ppo.gae(*transitions, 0.9, 0.8)
     # deltas: 0.5+0.9*1-0 = 1.4; 0.5-1 = -0.5 and 0.5+90-1 = 89.5; 0.5+0.9*3-0 = 3.2, which must not leak back
     expected = [[1.4 + 0.72 * -0.5, 1.4 + 0.72 * 89.5], [-0.5, 89.5], [3.2, 3.2]]
     assert advantages.numpy() == pytest.approx(np.array(expected), rel=1e-4)
@@ -119,8 +123,9 @@ def test_costs_are_learnt_from_and_not_shown(body_frame):
         torch.manual_seed(0)
         agent, envs = ppo.Agent(args), ppo.make_envs(args, 4)
         obs, _ = envs.reset(seed=0)
-        batch, _, episodes, _ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), torch.zeros(4, 0))
-        rewards.append(batch["rewards"])
+        observation = ppo.proprioception(obs, agent), torch.zeros(4, 0)
+        batch, transitions, _, episodes, _ = ppo.rollout(envs, agent, args, observation)
+        rewards.append(transitions[0])
         returns.append(episodes)
     assert returns[0] == returns[1] and returns[0]
     envs, ends = ppo.make_envs(args, 4), 0
@@ -149,13 +154,14 @@ def test_a_truncated_episodes_value_is_of_its_final_slopes():
     agent.critic = torch.nn.Linear(21, 1, bias=False)  # the value is 10 times the first slope
     agent.critic.weight.data = torch.eye(21)[15:16]
     obs, _ = envs.reset(seed=0)
-    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), torch.zeros(4, 0))
+    observation = ppo.proprioception(obs, agent), torch.zeros(4, 0)
+    batch, (_, _, next_values, dones), *_ = ppo.rollout(envs, agent, args, observation)
     others = ppo.make_envs(replace(args, max_episode_steps=4), 4)  # which do not end there
     others.reset(seed=0)
     for actions in batch["actions"]:
         others.step(actions.numpy())
-    assert batch["dones"][2].all() and len(np.unique(others.slopes()[:, 0])) == 4
-    assert batch["next_values"][2].numpy() == pytest.approx(10 * others.slopes()[:, 0], rel=1e-5)
+    assert dones[2].all() and len(np.unique(others.slopes()[:, 0])) == 4
+    assert next_values[2].numpy() == pytest.approx(10 * others.slopes()[:, 0], rel=1e-5)
 
 
 def test_adjacent_seeds_share_no_environment(monkeypatch):
@@ -166,7 +172,8 @@ def test_adjacent_seeds_share_no_environment(monkeypatch):
         monkeypatch.setattr(ppo, "rank", lambda: rank)  # noqa: B023
         monkeypatch.setattr(ppo, "world_size", lambda: size)  # noqa: B023
         with pytest.raises(ZeroDivisionError):
-            ppo.learn(replace(SMALL, seed=seed), None, None, {}, 0.0)
+            args = replace(SMALL, seed=seed)
+            ppo.start(args, SimpleNamespace(checkpoint=None, weights={}), *ppo.build(args))
     assert len({*seeds[0], *seeds[1]}) == 8 and seeds[2] + seeds[3] == seeds[0]
     agent, first = ppo.Agent(SMALL), ballbot_env.spawn_seeds(1_000_000, 3)
     with pytest.raises(ZeroDivisionError):
@@ -201,6 +208,7 @@ def make_batch(agent, samples=4, ratio=1.0, **values):
 
 def update(agent, args, batch, learning_rate=0.1):
     """The losses of an `update` with plain gradient steps."""
+    batch = {key: value[None] for key, value in batch.items()}  # (steps, samples, ...)
     return ppo.update(agent, torch.optim.SGD(agent.parameters(), lr=learning_rate), args, batch)
 
 
@@ -319,7 +327,7 @@ def test_losses_and_gradients_are_stable_baselines3_s(max_grad_norm):
 
 
 def test_moments_of_parts_are_those_of_the_whole():
-    agent = ppo.Agent(replace(SMALL, cameras=False))
+    agent = ppo.Agent(replace(SMALL, cameras=False, norm_obs=True))
     samples = torch.randn(1000, 15) * torch.arange(1, 16) + 3
     for part in samples.split([10, 490, 500]):
         agent.update_obs_moments(part)
@@ -328,10 +336,10 @@ def test_moments_of_parts_are_those_of_the_whole():
 
 
 def test_learning_rates():
-    schedule = [ppo.learning_rate_now(SMALL, p) for p in (1, 0.67, 0.66, 0.34, 0.33, 0)]
+    schedule = [ppo.learning_rate_at(SMALL, p) for p in (1, 0.67, 0.66, 0.34, 0.33, 0)]
     assert schedule == [1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5]
-    assert ppo.learning_rate_now(replace(SMALL, learning_rate=3e-4), 0.5) == 3e-4
-    assert ppo.learning_rate_now(replace(SMALL, learning_rate=3e-4, anneal_lr=True), 0.5) == 1.5e-4
+    assert ppo.learning_rate_at(replace(SMALL, learning_rate=3e-4), 0.5) == 3e-4
+    assert ppo.learning_rate_at(replace(SMALL, learning_rate=3e-4, anneal_lr=True), 0.5) == 1.5e-4
 
 
 @pytest.fixture(scope="module")
@@ -387,9 +395,8 @@ def test_end_to_end_update_starts_from_the_features_of_the_rollout():
     envs, agent = ppo.make_envs(args, 4), ppo.Agent(args)
     obs, _ = envs.reset(seed=0)
     depth = ppo.depth_features(envs, agent, torch.zeros(4, 40))
-    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth)
-    batch = {key: value.flatten(0, 1) for key, value in batch.items()}
-    batch |= {"advantages": torch.randn(64), "returns": torch.randn(64)}
+    batch, *_ = ppo.rollout(envs, agent, args, (ppo.proprioception(obs, agent), depth))
+    batch |= {"advantages": torch.randn(16, 4), "returns": torch.randn(16, 4)}
     losses = ppo.update(agent, torch.optim.AdamW(agent.parameters(), lr=1e-4), args, batch)
     assert losses["approx_kl"] == pytest.approx(0, abs=1e-6)
 
@@ -437,7 +444,7 @@ def test_ranks_keep_to_their_own_cores(size, number, kept, monkeypatch):
     for rank in range(size):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
-        shares.append(ballbot_runs.own_cores.__wrapped__())
+        shares.append(pin_to_core_share.__wrapped__())
     assert shares[0] == number
     if kept is None:
         assert not chosen and shares == [1] * size
@@ -449,7 +456,7 @@ def update_of_rank(rank, size, store, folder):
     """One minibatch in equal shares of `size` ranks, and the moments of its proprioception."""
     if size > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    agent, args = make_agent(minibatch_size=240, norm_adv=True)
+    agent, args = make_agent(minibatch_size=240, norm_adv=True, norm_obs=True)
     values = {key: torch.randn(240) for key in ("advantages", "values", "returns")}
     batch = make_batch(agent, 240, (0.3 * torch.randn(240)).exp().tolist(), **values)
     batch = {key: value[rank * 240 // size : (rank + 1) * 240 // size] for key, value in batch.items()}
@@ -458,13 +465,13 @@ def update_of_rank(rank, size, store, folder):
     torch.save((agent.state_dict(), losses), f"{folder}/{size}_{rank}.pt")
     if size > 1:
         torch.distributed.destroy_process_group()
-        os._exit(0)  # as `be_rank` ends
+        os._exit(0)  # as `rank_main` ends
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_learn_together_what_one_would_alone(size, tmp_path):
-    """Gradients, normalised advantages, statistics and moments equal the whole minibatch's, on all ranks."""
+    """Gradients, normalized advantages, statistics and moments equal the whole minibatch's, on all ranks."""
     update_of_rank(0, 1, None, tmp_path)
     torch.multiprocessing.spawn(update_of_rank, (size, tmp_path / "store", tmp_path), size)
     alone, losses = torch.load(tmp_path / "1_0.pt", weights_only=True)
@@ -498,12 +505,11 @@ def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     obs, _ = envs.reset(seed=0)
     assert obs["depth_0"].device.type == "meta"
     depth = ppo.depth_features(envs, agent, torch.zeros(4, 40, device="meta"))
-    batch, *_ = ppo.rollout(envs, agent, args, ppo.proprioception(obs, agent), depth)
+    batch, transitions, *_ = ppo.rollout(envs, agent, args, (ppo.proprioception(obs, agent), depth))
     assert left == [(4, 3)] * 8  # actions
-    batch["advantages"] = ppo.gae(*(batch[k] for k in ("rewards", "values", "next_values", "dones")), 0.9, 0.9)
+    batch["advantages"] = ppo.gae(*transitions, 0.9, 0.9)
     batch["returns"] = batch["advantages"] + batch["values"]
-    batch = {key: value.flatten(0, 1) for key, value in batch.items()}
-    agent.update_obs_moments(batch["proprio"])
+    agent.update_obs_moments(batch["proprio"].flatten(0, 1))
     left.clear()
     ppo.update(agent, optimizer, args, batch)
     assert left == [(7,)] * args.update_epochs  # statistics of an epoch
@@ -554,12 +560,12 @@ def test_it_learns(tmp_path, monkeypatch):
     "changes, message",
     [
         ({"minibatch_size": 100}, "which does not divide --num-envs * --num-steps = 256: 64 does"),
-        ({"num_envs": -1}, "--num-envs is -1: give 1 to 1e+12"),
-        ({"num_processes": 0}, "--num-processes is 0: give 1 to 1000"),
+        ({"num_envs": -1}, "--num-envs is -1: give 1 or more"),
+        ({"num_processes": 0}, "--num-processes is 0: give 1 or more"),
         ({"total_timesteps": 100}, "give at least --num-envs * --num-steps * --frame-skip = 256"),
         ({"num_processes": 3}, "3 processes cannot share --num-envs 4 and --minibatch-size 64"),
         ({"learning_rate": -2.0}, "give -1 for the schedule"),
-        ({"learning_rate": float("nan")}, "give -1 for the schedule"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan: give a finite number"),
         ({"anneal_lr": True}, "--anneal-lr needs a positive --learning-rate"),
         ({"gamma": 1.5}, "--gamma is 1.5"),
         ({"clip_coef": 0.0}, "--clip-coef is 0.0"),
@@ -589,10 +595,11 @@ def test_existing_run_is_not_overwritten(run, monkeypatch):
 
 @pytest.mark.slow
 def test_file_copied_alone_runs(tmp_path):
-    """ppo_ballbot.py beside ballbot_env.py, ballbot_runs.py and assets/ is enough."""
-    for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):
+    """ppo_ballbot.py beside ballbot_env.py, ballbot_utils/ and assets/ is enough."""
+    for name in ("ppo_ballbot.py", "ballbot_env.py"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    shutil.copytree(REPOSITORY / "assets", tmp_path / "assets")
+    for name in ("ballbot_utils", "assets"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
     flags = (
         "--frame-skip 1 --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 64 --final-eval-episodes 2"
     )
@@ -611,7 +618,7 @@ def documentation():
 def test_every_flag_is_documented_with_its_default(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
     with pytest.raises(SystemExit):
-        script.parse()
+        script.parse_args()
     help_text = capsys.readouterr().out
     rows = re.findall(r"^\| `--([a-z-]+)`.*?\|(.*?)\|", documentation(), re.MULTILINE)
     for name, default in vars(script.Args()).items():
@@ -633,7 +640,7 @@ def test_documented_presets_are_those_of_the_script(monkeypatch):
         flags = " ".join(re.findall(r"`(--[^`]*)`", rows[preset]))
         base = ["--preset", "tuned"] if preset == "robust" else []
         monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *base, *flags.split()])
-        assert vars(ppo.parse()) | {"preset": ""} == vars(ppo.Args(**values)), preset
+        assert vars(ppo.parse_args()) | {"preset": ""} == vars(ppo.Args(**values)), preset
 
 
 def test_the_guides_values_are_the_defaults():
@@ -664,14 +671,14 @@ def test_the_guides_values_are_the_defaults():
         assert {k: v for k, v in vars(args).items() if k not in stated} == {
             k: v for k, v in vars(base).items() if k not in stated
         }
-    schedule = [ppo.learning_rate_now(base, left) for left in (1.0, 0.67, 0.66, 0.34, 0.33, 0.0)]
+    schedule = [ppo.learning_rate_at(base, left) for left in (1.0, 0.67, 0.66, 0.34, 0.33, 0.0)]
     assert schedule == [1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5]
 
 
 def test_body_frame_by_hand():
     # Facing +x (a quarter turn to the right about z) and driving along +x: forward is +y in the robot's frame.
     quarter = np.float32([[0, 0, -np.pi / 2]])
-    lean, heading, vel = ballbot_env.in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
+    lean, heading, vel = in_body_frame(quarter, np.float32([[0.5, 0, 0.1]]))
     assert lean == pytest.approx(np.zeros((1, 2)), abs=1e-6) and heading == pytest.approx(-np.pi / 2)
     assert vel == pytest.approx(np.array([[0, 0.5, 0.1]]), abs=1e-6)
     # Leaning by 0.1 rad about the robot's x axis looks the same at any heading.
@@ -682,7 +689,7 @@ def test_body_frame_by_hand():
         mujoco.mju_mulQuat(rotation, np.array(turn), np.array(tilt))
         vector = np.zeros(3)
         mujoco.mju_quat2Vel(vector, rotation, 1.0)
-        lean, heading, _ = ballbot_env.in_body_frame(vector[None], np.zeros((1, 3)))
+        lean, heading, _ = in_body_frame(vector[None], np.zeros((1, 3)))
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 
@@ -714,20 +721,20 @@ def test_a_privileged_critic_sees_slopes_and_the_policy_none(tmp_path, monkeypat
 
 def test_new_units_of_the_critic_leave_its_values():
     torch.manual_seed(0)
-    agent, x, none = ppo.Agent(replace(SMALL, cameras=False)), torch.randn(50, 15), torch.empty(50, 0)
+    agent, x, none = ppo.Agent(replace(SMALL, cameras=False, norm_value=True)), torch.randn(50, 15), torch.empty(50, 0)
     with torch.no_grad():
         before = agent.value(x, none)
-        first, second = 20 + 3 * torch.randn(1000), 30 + torch.randn(8, 125)
-        agent.rescale_values(torch.stack([first.mean(), first.square().mean()]))
+        first, second = 20 + 3 * torch.randn(1000), 30 + torch.randn(1000)
+        explained = agent.update_value_moments(first, first - 20)  # the critic says 20
+        assert explained == pytest.approx(0, abs=1e-4)
         assert agent.value_mean == pytest.approx(first.mean().item()) and agent.value_std == pytest.approx(3, rel=0.1)
-        moments = torch.stack([second.mean(), second.square().mean()])
-        agent.rescale_values(moments)
+        agent.update_value_moments(second, second)
         # The second iteration's share is a half: a mixture of the two.
         assert agent.value_mean == pytest.approx(25, abs=0.2)
         assert agent.value_std == pytest.approx((0.5 * (9 + 1) + 25) ** 0.5, rel=0.02)
         assert torch.allclose(agent.value(x, none), before, atol=1e-4)
         for _ in range(200):
-            agent.rescale_values(moments)
+            agent.update_value_moments(second, second)
         assert agent.value_mean == pytest.approx(second.mean().item(), abs=0.01)
         assert torch.allclose(agent.value(x, none), before, atol=1e-3)
         assert not torch.allclose(agent.critic(x).squeeze(-1), before, atol=1)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_ballbot as plain
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import check
+from ballbot_utils.flags import validate_args as check
 
 SMALL = dict(
     frame_skip=1, norm_obs=False, privileged_critic=False,

@@ -1,9 +1,9 @@
 """What the README says on using policies and the environment elsewhere is run from its text; so is an installation."""
 
+import contextlib
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,12 +17,11 @@ import onnxruntime
 import pytest
 import tyro
 from stable_baselines3 import PPO
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_policy import make_run
 
-import ballbot_runs
 import ppo_ballbot as ppo
 from ballbot_utils import export
+from ballbot_utils.console import ProgressLine
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -166,7 +165,7 @@ def test_wheel(tmp_path):
     """Installed from a wheel in a fresh environment, it is found from anywhere, with its assets."""
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py", "ballbot_runs.py",
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py",
                  "ppo_ballbot.py", "ppo_ballbot_schedules.py", "ballbot_utils", "assets"):  # fmt: skip
         (source / name).symlink_to(ROOT / name)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
@@ -181,8 +180,8 @@ def test_wheel(tmp_path):
         "from ballbot_utils.model import ASSETS\n"
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
-        "path = ASSETS.parent / ppo_ballbot.Args.encoder_path\n"
-        "ppo_ballbot.ballbot_runs.load_encoder(path, ppo_ballbot.DepthEncoder())\n"
+        "from ballbot_utils.checkpoints import load_encoder\n"
+        "load_encoder(ppo_ballbot.Args.encoder_path, ppo_ballbot.Agent(ppo_ballbot.Args()))\n"
         "print(ballbot_env.__file__, ASSETS, sep='\\n')"
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)
@@ -241,10 +240,12 @@ def test_a_dumb_terminal(monkeypatch):
     with open(main), open(terminal, "w") as stream:
         for name in ("xterm", "dumb"):
             monkeypatch.setenv("TERM", name)
-            assert ballbot_runs.is_terminal(stream) == (name == "xterm")
-            assert not ballbot_runs.is_terminal(None)
+            with contextlib.redirect_stderr(stream):
+                assert ProgressLine().is_terminal == (name == "xterm")
+            with contextlib.redirect_stderr(None):
+                assert not ProgressLine().is_terminal
     sources = [*ROOT.glob("*.py"), *ROOT.glob("ballbot_utils/*.py")]
-    assert [source.name for source in sources if "isatty()" in source.read_text()] == ["ballbot_runs.py"]
+    assert [source.name for source in sources if "isatty()" in source.read_text()] == ["console.py"]
 
 
 def test_help_names_the_command(monkeypatch, capsys):
@@ -264,7 +265,7 @@ def error_without(module, flags, folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *SHORT.split(), *flags.split()])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as error:
-        ppo.train(ppo.parse())
+        ppo.train(ppo.parse_args())
     assert not list(folder.iterdir())
     return str(error.value)
 
@@ -299,7 +300,7 @@ def test_capture_video(tmp_path, opengl):
     """A real video of each evaluation."""
     run(f"python {ROOT / 'ppo_ballbot.py'} {SHORT} --capture-video", tmp_path)
     videos = sorted(tmp_path.glob("runs/run/videos/*"))
-    assert [video.name for video in videos] == ["16.mp4", "32.mp4"]
+    assert [video.name for video in videos] == ["16-episode-0.mp4", "32-episode-0.mp4"]
     for video in videos:
         with imageio.get_reader(video) as reader:
             first, fifth = reader.get_data(0), reader.get_data(4)
@@ -336,8 +337,8 @@ def test_a_command_of_the_documentation_parses(program, flags, tmp_path, monkeyp
     for module, words in ((program, own), ("ppo_ballbot", rest)):
         module = importlib.import_module(module)
         monkeypatch.setattr(sys, "argv", [module.__file__, *words.split()])
-        if hasattr(module, "parse"):
-            "--help" in words or module.parse()
+        if hasattr(module, "parse_args"):
+            "--help" in words or module.parse_args()
             continue
         with monkeypatch.context() as patch:
             parse = tyro.cli
