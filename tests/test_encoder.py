@@ -8,8 +8,8 @@ import torch
 
 import ballbot_env
 import ppo_ballbot as ppo
-from ballbot_runs import load_encoder
 from ballbot_utils import pretrain_encoder as pretrain
+from ballbot_utils.checkpoints import load_encoder
 
 SMALL = pretrain.Args(num_threads=1, num_frames=1024, num_val_frames=512, num_terrains=1, epochs=4)
 
@@ -21,9 +21,10 @@ def test_small_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     assert saved["seed"] == 1 and saved["args"]["epochs"] == 4 and saved["val_mse"] == result["val_mse"]
-    state = load_encoder(tmp_path / "encoder.pt", ppo.DepthEncoder())
-    for key, value in ppo.DepthEncoder().state_dict().items():
-        assert state[key].shape == value.shape and state[key].is_contiguous()
+    agent = ppo.Agent(ppo.Args())
+    weights = load_encoder(tmp_path / "encoder.pt", agent)
+    assert set(weights) == {key for key in agent.state_dict() if key.startswith("encoder.")}
+    assert all(value.is_contiguous() for value in weights.values())
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,11 @@ def test_poses_rest_on_the_terrain():
 
 
 def test_shipped_encoder_sees_the_ground():
-    encoder = ppo.DepthEncoder()
+    agent = ppo.Agent(ppo.Args())
     torch.manual_seed(0)
     untrained = ppo.DepthEncoder()
-    encoder.load_state_dict(load_encoder(ballbot_env.ASSETS / "depth_encoder.pt", ppo.DepthEncoder()))
+    encoder = agent.encoder
+    agent.load_state_dict(load_encoder(ppo.Args().encoder_path, agent), strict=False)
     rng = np.random.default_rng(4)
     (frames, targets), (val_frames, val_targets) = (
         pretrain.make_frames(rng, [seed], 768) for seed in (4_000_000, 4_000_001)
