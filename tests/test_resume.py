@@ -132,7 +132,7 @@ def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path
         if process.returncode == 0:
             break
         assert killed and time.time() - killed < 30, error
-        assert read_checkpoint(run / "last.pt")["iteration"] < ITERATIONS  # not to the end alone
+        assert read_checkpoint(run / "last.pt")["global_step"] < 256 * ITERATIONS  # not to the end alone
         if victim == process.pid:
             assert process.returncode == -signal.SIGKILL
         else:
@@ -196,12 +196,12 @@ def test_a_run_resumes_with_more_steps(tmp_path, monkeypatch, capsys):
     assert plot.read(short)[0]["total_timesteps"] == "512"
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(read_checkpoint(run / "last.pt")["model"] for run in (short, long)))
-    for argv, total in ((" --total-timesteps 8000000", 8_000_000), (" --total-timesteps 10000000", 10_000_000), ("", 512)):
-        monkeypatch.setattr(sys, "argv", ("ppo_ballbot.py --resume runs/short" + argv).split())
+    for argv, total in (("--total-timesteps 8000000", 8_000_000), ("--total-timesteps 9000000", 9_000_000), ("", 512)):
+        monkeypatch.setattr(sys, "argv", f"ppo_ballbot.py --resume runs/short {argv}".split())
         args = ppo.parse_args()
-        with runs.prepare_run(args, 0.0, in_rank=False):
+        with runs.prepare_run(args, 0.0, in_rank=False).open():
             assert args.total_timesteps == total
-    assert json.loads((short / "config.json").read_text())["total_timesteps"] == 512
+    assert json.loads((short / "config.json").read_text())["total_timesteps"] == 9_000_000
 
 
 def logged_steps(run):
@@ -290,7 +290,7 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     second = read_checkpoint(ppo.train(still) / "best.pt")["model"]
     moved = {key for key in first if not torch.equal(first[key], second[key])}
     assert moved == {"obs_mean", "obs_var", "obs_count"}  # they are updated
-    with pytest.raises(SystemExit, match="--init-from runs/first: use the same cameras, hidden_size as in its training"):
+    with pytest.raises(SystemExit, match="runs/first: use the same cameras, hidden_size as in its training"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", cameras=False, hidden_size=16))
     with pytest.raises(SystemExit, match="use the same privileged_critic, depth_scale as"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", privileged_critic=False, depth_scale=0.1))
@@ -301,14 +301,14 @@ def test_a_randomized_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
     args = replace(SHORT, total_timesteps=384, randomization=randomization, save_interval=0.0, run_name="one")
-    first = ppo.train(args)
+    first = ppo.train(args).rename("first")
     assert json.loads((first / "config.json").read_text())["randomization"] == randomization
     updates = iter([ppo.update, ppo.update, interrupt])
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "update", lambda *args: next(updates)(*args))
         with pytest.raises(KeyboardInterrupt):
-            ppo.train(replace(args, run_name="two"))
-    again = ppo.train(ppo.Args(resume="runs/two"))
+            ppo.train(args)
+    again = ppo.train(ppo.Args(resume="runs/one"))
     assert_same_end(again, first)
 
 
@@ -361,7 +361,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(uninterrupted, tmp_path):
     assert_refused("last.pt does not fit its flags: .*actor.0.weight", *resume, cwd=tmp_path)
     assert_refused("add only --total-timesteps", *resume, "--seed", "3", cwd=tmp_path)
     shutil.copy(uninterrupted / "best.pt", run)
-    assert_refused("best.pt is only a policy: --resume its run's folder", "--resume", str(run / "best.pt"), cwd=tmp_path)
+    assert_refused("best.pt is only a policy: --resume its", "--resume", str(run / "best.pt"), cwd=tmp_path)
     content = read_checkpoint(uninterrupted / "last.pt")
     save_checkpoint(run / "last.pt", content | {"args": content["args"] | {"lr_schedule": "linear"}})
     assert_refused("of another program or version: its flags differ in lr_schedule$", *resume, cwd=tmp_path)
@@ -431,9 +431,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, {"a": 2})
-    assert error.value.code == os.EX_TEMPFAIL
     assert read_checkpoint(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
@@ -444,8 +443,9 @@ def test_two_processes_never_write_to_one_run(tmp_path, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in Path("runs/run").iterdir()}
     folder = os.open("runs/run", os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         ppo.train(ppo.Args(resume="runs/run", total_timesteps=512))
+    assert error.value.code == os.EX_TEMPFAIL
     assert "error: runs/run is in use by another process" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="runs/run exists: give another --run-name"):
         ppo.train(replace(SHORT, run_name="run"))
@@ -493,13 +493,13 @@ def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_p
     monkeypatch.chdir(tmp_path)
     saves, save = [], runs.save_checkpoint
     monkeypatch.setattr(runs, "save_checkpoint", lambda path, content: (saves.append(path.name), save(path, content)))
-    monkeypatch.setattr(ppo, "evaluate", lambda *_: (time.sleep(1), RESULT)[1])
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: (time.sleep(3), RESULT)[1])
     started = time.perf_counter()
     run = ppo.train(replace(SHORT, run_name="run", total_timesteps=512, eval_interval=256))
     log = EventAccumulator(str(run)).Reload()
     by_the_clock, iterations = (log.Scalars(tag)[-1] for tag in ("charts/SPS", "SPS/train"))
     assert by_the_clock.step == iterations.step == 512
-    assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 1 < iterations.value  # an evaluation
+    assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 3 < iterations.value  # an evaluation
     assert saves.count("last.pt") == 2  # the last iteration's, and the one that says that the run has finished
     saves.clear()
     ppo.train(replace(SHORT, run_name="often", total_timesteps=512, save_interval=0))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import ballbot_env
 import ppo_ballbot as ppo
@@ -96,7 +95,7 @@ def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch
     missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there"
     assert error_of(common.load, best) == missing + ", or give --script" and error_of(ppo.load_policy, best) == missing
     assert type(common.load(best, best.parents[2] / "my_ppo.py")[0]) is copy.Policy
-    for text, problem in (("1 +", "cannot be imported: SyntaxError"), ("x = 1", "with Args and Agent and Policy, which")):
+    for text, problem in (("1 +", "cannot be imported: SyntaxError"), ("x = 1", "Args and Agent and Policy, which")):
         Path("my_ppo.py").write_text(text)
         assert problem in error_of(common.load, best)
 
@@ -140,7 +139,8 @@ def test_runs_resume_by_their_own_script(copy, capsys):
     capsys.readouterr()
     for changed in (False, True):  # as if the script had been edited since
         for name in ("last.pt", "best.pt") if changed else ():
-            save_checkpoint(Path("runs/first", name), read_checkpoint(Path("runs/first", name)) | {"script_sha256": "0"})
+            path = Path("runs/first", name)
+            save_checkpoint(path, read_checkpoint(path) | {"script_sha256": "0"})
         train(ppo, init_from="runs/first", run_name=f"from_{changed}")
         ppo.train(ppo.Args(resume="runs/first", total_timesteps=768 if changed else 512))
         warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
