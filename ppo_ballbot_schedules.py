@@ -40,6 +40,7 @@ from ballbot_utils.distributed import (
     all_reduce_mean,
     gather_objects,
     init_distributed,
+    must_spawn,
     pin_to_core_share,
     rank,
     spawn_ranks,
@@ -610,23 +611,24 @@ def train(args: Args, started: float | None = None) -> Path:
     if run.final:
         print_rank0(f"{run.dir} has finished, with {runs.format_evaluation(run.final)}: to continue, give more "
                     "--total-timesteps")  # fmt: skip
-    elif args.num_processes > 1 and "RANK" not in os.environ:
-        spawn_ranks(train, args, STARTED)
-    else:
-        init_distributed(args.num_processes, args.cuda)
-        with run:
+        return run.dir
+    with run.open():
+        if must_spawn(args):
+            spawn_ranks(train, args, STARTED)
+        else:
+            init_distributed(args.num_processes, args.cuda)
             train_rank(args, run)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return run.dir
 
 
 def train_rank(args, run):
     """Train in this rank; `run` is the record of the run."""
     agent, optimizer, envs = build(args)
-    iteration, observation = start(args, run, agent, optimizer, envs)
+    observation = start(args, run, agent, optimizer, envs)
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
-    num_iterations = args.total_timesteps // iteration_steps
+    iteration, num_iterations = run.global_step // iteration_steps, args.total_timesteps // iteration_steps
     print_rank0(f"{run.dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
 
     while iteration < num_iterations:
@@ -665,7 +667,7 @@ def train_rank(args, run):
             run.log_evaluation(agent, evaluate(agent, args, args.eval_episodes))
             record_video(args, run, agent)
         if run.save_is_due() or iteration == num_iterations:
-            run.save_last(agent, capture_state(agent, optimizer, envs, observation, iteration))
+            run.save_last(agent, capture_state(agent, optimizer, envs, observation))
 
     envs.close()
     run.finish(agent, lambda: evaluate(agent, args, args.final_eval_episodes))
@@ -689,32 +691,33 @@ def build(args):
 
 
 def start(args, run, agent, optimizer, envs):
-    """Load initial weights or the checkpoint. Returns the iteration that has been completed, and the observation."""
+    """Load initial weights or the checkpoint. Returns the observation."""
     if run.checkpoint is None:
         agent.load_state_dict(run.weights, strict=False)
         torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
         seeds = ballbot_env.spawn_seeds(args.seed, args.num_envs)
         obs, _ = envs.reset(seed=seeds[envs.num_envs * rank() :][: envs.num_envs])
         depth = agent.log_std.new_zeros(envs.num_envs, agent.num_depth)
-        return 0, (proprioception(obs, agent), depth_features(envs, agent, depth))
+        return proprioception(obs, agent), depth_features(envs, agent, depth)
     try:
         agent.load_state_dict(run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        state, device = run.checkpoint["ranks"][rank()], agent.log_std.device
+        checkpoints.load_optimizer(optimizer, run.checkpoint["optimizer"])
+        state = run.checkpoint["ranks"][rank()]
         envs.set_state(state["envs"])
         torch.set_rng_state(state["rng"])
         if args.cuda:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        return run.checkpoint["iteration"], (state["proprio"].to(device), state["depth"].to(device))
+        widths = {"proprio": agent.num_proprio, "depth": agent.num_depth}
+        return tuple(agent.log_std.new_zeros(envs.num_envs, n).copy_(state[name]) for name, n in widths.items())
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         exit_with_error(f"{args.resume} does not fit its flags: {str(error).splitlines()[0]}")
 
 
-def capture_state(agent, optimizer, envs, observation, iteration):
+def capture_state(agent, optimizer, envs, observation):
     """What `start` needs, with the state of every rank."""
     state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
                  cuda_rng=torch.cuda.get_rng_state() if agent.log_std.is_cuda else None)  # fmt: skip
-    return dict(optimizer=optimizer.state_dict(), iteration=iteration, ranks=gather_objects(state))
+    return dict(optimizer=optimizer.state_dict(), ranks=gather_objects(state))
 
 
 def record_video(args, run, agent):

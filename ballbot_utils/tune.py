@@ -44,9 +44,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
+import ballbot_runs
 import numpy as np
 
-import ballbot_runs
 from ballbot_utils import diagnose, plot
 from ballbot_utils.common import clear_progress, command, need, need_from, progress, write
 from ppo_ballbot import TARGET_LENGTH, TARGET_RETURN

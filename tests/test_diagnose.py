@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from ballbot_runs import as_config, begin, check, save
 from torch.utils.tensorboard import SummaryWriter
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import as_config, begin, check, save
 from ballbot_utils import diagnose
 
 # Learns, as far as 8 iterations go; each run below breaks one thing.

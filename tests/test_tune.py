@@ -12,13 +12,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import ballbot_runs
 import numpy as np
 import optuna
 import pytest
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ballbot_runs
 import ppo_ballbot
 import ppo_ballbot_schedules
 from ballbot_utils import tune
