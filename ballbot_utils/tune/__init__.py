@@ -18,6 +18,7 @@ Samplers, pruners, storages and plots are Optuna's.
 
 import math
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,11 +89,10 @@ class Search:
     args: Args
     name: str  # of the study, and of its folder under runs/
     space: Space
-    seeds: tuple[int, ...]
+    combinations: list[dict[str, Any]] | None  # to try, each once; None: the sampler chooses
     num_trials: int
-    grid: bool  # try every combination
+    seeds: tuple[int, ...]
     deadline: float  # in seconds since the epoch
-    given: dict[str, Any] | None = None  # the parameters of the flags after `--`, for the first trial
 
     @property
     def folder(self) -> Path:
@@ -105,11 +105,6 @@ class Search:
         return Path("runs") / self.args.study
 
     @property
-    def num_combinations(self) -> float:
-        """How many combinations grid or random search has; inf in a range of floats, and for tpe."""
-        return self.space.size if self.grid or self.args.strategy == "random" else math.inf
-
-    @property
-    def minimize(self) -> bool:
-        """Whether a lower value of the objective is better."""
-        return self.args.objective == "steps-to-target"
+    def best(self) -> Callable[[Iterable[float]], float]:
+        """The function that returns the best of several values of the objective."""
+        return min if self.args.objective == "steps-to-target" else max

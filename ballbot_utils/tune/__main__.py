@@ -1,5 +1,6 @@
 """The program: check the flags, then run one study, or one study for each step."""
 
+import math
 import re
 import sys
 import time
@@ -14,7 +15,7 @@ import ballbot_runs
 from ballbot_utils import tune
 from ballbot_utils.common import clear_progress, command, need, need_from
 from ballbot_utils.tune import GUIDE_SEEDS, SIX_STEPS, Args, Search
-from ballbot_utils.tune.report import conclude, flags_text, report_trial, save_best, write_report
+from ballbot_utils.tune.report import compare, conclude, describe, flags_text, report_trial, save_best, write_report
 from ballbot_utils.tune.space import (
     SPACE,
     Space,
@@ -25,70 +26,81 @@ from ballbot_utils.tune.space import (
     on_grid,
     parse_space,
 )
-from ballbot_utils.tune.study import best_trial, configure_process, exit_on_machine_fault, run_study, valid_trials
+from ballbot_utils.tune.study import (
+    best_trial,
+    configure_process,
+    exit_on_machine_fault,
+    finished,
+    run_study,
+    valid_trials,
+)
+
+Changes = dict[str, dict[str, Any]]  # {label: {flag: value}}
 
 
-def list_steps(args: Args, module: ModuleType) -> dict[str, dict[str, dict[str, Any]]]:
-    """The steps of one-at-a-time or six-steps: {title: {label: {flag: value}}}."""
-    titles = SIX_STEPS if args.strategy == "six-steps" else {text.partition("=")[0]: text for text in args.space}
-    steps = {}
-    for title, text in titles.items():
+def list_steps(args: Args, module: ModuleType) -> dict[str, Changes]:
+    """The steps of one-at-a-time or six-steps, {title: changes to try}, between baseline and validation."""
+    texts = SIX_STEPS if args.strategy == "six-steps" else {text.partition("=")[0]: text for text in args.space}
+    steps = {"baseline": {"baseline": {}}}
+    for title, text in texts.items():
         ((key, values),) = on_grid(parse_space([text], module), args.points).items()
         changes = [dict.fromkeys(key.split("+"), value) for value in values]
         steps[title] = {flags_text(change): change for change in changes} if len(changes) > 1 else {}
-    return steps
+    return steps | ({"validation": {}} if args.strategy == "six-steps" else {})
 
 
 def run_steps(args: Args, module: ModuleType, base: dict[str, Any], deadline: float) -> None:
-    """Run a study for each step, keep the best value of each, and write the report."""
-    steps = {"baseline": {"baseline": {}}, **list_steps(args, module)}
-    if args.strategy == "six-steps":
-        steps["validation"] = {}
-    current, best_value, rows, stopped, report = dict(base), None, [], "", ""
-    for number, (title, changes) in enumerate(steps.items(), 1):
-        seeds = GUIDE_SEEDS if title == "validation" else args.seeds
-        if title == "validation":
-            changes = {"baseline": base} | ({"winner": current} if current != base else {})
+    """Run a study for each step on top of the best changes so far, and write the report after each."""
+    current, best, kept, tried, stopped = dict(base), None, [], [], ""
+    lines = [f"# {args.strategy}: {args.study}", "",
+             f"Objective: {args.objective} on unseen terrain, the median (and range) over seeds; `{args.script.name}`, "
+             f"{base['total_timesteps']:,} steps. Each step keeps its best change if it improves."]  # fmt: skip
+    for number, (title, changes) in enumerate(list_steps(args, module).items(), 1):
+        validation = title == "validation"
+        if validation:
+            changes = {"baseline": base, "winner": current} if current != base else {"baseline": base}
         elif title != "baseline":
             changes = {label: change for label, change in changes.items() if current | change != current}
         errors = {label: find_error(module, current | change) for label, change in changes.items()}
-        changes = {label: change for label, change in changes.items() if not errors[label]}
-        rows += [dict(step=title, label=label, values=[], kept=False, note=f"impossible: {error}")
-                 for label, error in errors.items() if error]  # fmt: skip
-        if not changes:
+        possible = [label for label, error in errors.items() if not error]
+        lines += ["", f"## {number}. {title.capitalize()}", "",
+                  *(f"- impossible: {label}: {error}" for label, error in errors.items() if error)]  # fmt: skip
+        if not possible:
             continue
-        space = Space(current, {"change": list(changes)}, {"change": changes})
-        name = f"{args.study}/{number}-" + re.sub(r"\W+", "-", title)
-        search = Search(args, name, space, seeds, len(changes), True, deadline)
+        space = Space(current, {"change": possible}, {"change": changes})
+        name, seeds = f"{args.study}/{number}-" + re.sub(r"\W+", "-", title), GUIDE_SEEDS if validation else args.seeds
+        search = Search(args, name, space, space.combinations(), len(possible), seeds, deadline)
         study = run_study(search, report_trial)
-        best, by_label = best_trial(study), {trial.params.get("change"): trial for trial in valid_trials(study)}
-        better = title != "validation" and best is not None and (
-            best_value is None or (best.value < best_value if search.minimize else best.value > best_value))  # fmt: skip
-        for label in changes:
-            trial = by_label.get(label)
-            state = trial.state if trial else TrialState.WAITING
-            note = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}.get(
-                state, "not run"
-            )
-            if state == TrialState.FAIL:
-                note += f": {trial.user_attrs['reason']}"
-            values = list(trial.user_attrs["results"].values()) if state == TrialState.COMPLETE else []
-            kept = better and trial.number == best.number if trial else False
-            rows.append(dict(step=title, label=label, values=values, note=note, kept=kept))
-        if better:
-            best_value, current = best.value, current | changes[best.params["change"]]
-        save_best(current, Path("runs") / args.study)
-        if any(row["note"] == "not run" for row in rows):
+        trials, winner, values = finished(valid_trials(study)), best_trial(study), {}
+        if winner and not validation and (best is None or search.best(winner.value, best) != best):
+            best, current = winner.value, current | changes[winner.params["change"]]
+            kept.append(winner.params["change"])
+        for trial in trials:
+            label, keep = trial.params["change"], not validation and trial.params["change"] in kept
+            lines.append(f"- {'**kept** ' if keep else ''}{describe(trial, search)}")
+            if trial.state == TrialState.COMPLETE:
+                values[label] = list(trial.user_attrs["results"].values())
+                tried.append((f"{title}: {label}", values[label], keep))
+        save_best(current, search.root)
+        if len(trials) < len(possible):
             stopped = f"It ended in step {number}, {title}; the same command resumes there."
-        elif title == "baseline" and not better:
+        elif not kept:
             stopped = "The baseline failed: there is nothing to compare with."
-        report = write_report(search, base, current, rows, stopped)
         if stopped:
             break
+    changed = {key: value for key, value in current.items() if value != base[key]}
+    lines += ["", "## Result", "", "Changes kept: " + (f"`{flags_text(changed)}`" if changed else "none") + "."]
+    results = [values for _, values, keep in tried if keep]
+    if not stopped and validation and len(values) == 2:
+        fresh = " These seeds took no part in the choice." if not set(GUIDE_SEEDS) & set(args.seeds) else ""
+        lines.append(compare(search, values["baseline"], values["winner"]) + fresh)
+    elif len(results) > 1:
+        lines.append(compare(search, results[0], results[-1]))
+        lines.append("The choice was made on these seeds, which favours the winner.")
+    write_report(search, [*lines, stopped] if stopped else lines, tried)
     clear_progress()
-    folder = Path("runs") / args.study
-    print(report)
-    print(f"wrote {folder}/report.md, report.png and best.json: python {args.script} --config {folder}/best.json")
+    print((search.root / "report.md").read_text(encoding="utf-8"))
+    print(f"wrote report.md, report.png and best.json: python {args.script} --config {search.root}/best.json")
 
 
 @exit_on_machine_fault()
@@ -118,16 +130,14 @@ def main(args: Args, flags: list[str]) -> None:
             return run_steps(args, module, base, deadline)
         specs = parse_space(args.space, module)
         space = build_space(on_grid(specs, args.points) if grid else specs, module, base)
-        if args.strategy == "one-at-a-time":
+        if stepwise:
             return run_steps(args, module, base | fixed_values(specs), deadline)
-        search = Search(args, args.study, space, args.seeds, 0, grid, deadline)
-        size = search.num_combinations
+        size = math.prod(map(len, space.specs.values()))
         need(args.trials or not grid or size <= 1000, f"the grid has {size:,} combinations: give a smaller --space, or "
              "--trials")  # fmt: skip
-        search.num_trials = min(args.trials or (size if grid else 20), size)
-        search.given = space.parameters(base) if args.strategy == "tpe" else None
-        if flags and args.strategy == "tpe" and not search.given:
-            print("the flags after -- lie outside --space: no trial has them, and TPE does not start near them")
+        combinations = space.combinations() if args.strategy != "tpe" else None
+        num_trials = min(args.trials or (size if grid else 20), len(combinations) if combinations else math.inf)
+        search = Search(args, args.study, space, combinations, num_trials, args.seeds, deadline)
         conclude(run_study(search, report_trial), search)
     except KeyboardInterrupt:
         clear_progress()

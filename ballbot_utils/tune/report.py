@@ -14,17 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 import ballbot_runs
 from ballbot_utils import diagnose, plot
 from ballbot_utils.common import write
-from ballbot_utils.tune import GUIDE_SEEDS, Search
+from ballbot_utils.tune import Search
 from ballbot_utils.tune.study import attempts, best_trial, finished, print_line, valid_trials
 from ballbot_utils.tune.trial import format_value
-
-# A value that a step tried: its step and label, its results over seeds, a note, and whether it was kept.
-Row = dict[str, Any]
 
 
 def describe(trial: FrozenTrial, search: Search) -> str:
     """A finished trial in one line."""
-    show = partial(format_value, search.args.objective)
+    show, results = partial(format_value, search.args.objective), trial.user_attrs.get("results", {}).values()
     words = " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in trial.params.items())  # fmt: skip
     if trial.state == TrialState.FAIL:
@@ -32,7 +29,6 @@ def describe(trial: FrozenTrial, search: Search) -> str:
     value = "" if trial.value is None else f" {search.args.objective} {show(trial.value)}"
     if trial.state == TrialState.PRUNED:
         return f"trial {trial.number} pruned after {trial.last_step:,} steps:{value} ({words})"
-    results = trial.user_attrs["results"].values()
     spread = f" ({show(min(results))} to {show(max(results))})" if len(results) > 1 else ""
     return f"trial {trial.number}:{value}{spread} ({words})"
 
@@ -63,7 +59,7 @@ def trial_runs(trial: FrozenTrial, search: Search) -> tuple[Path, ...]:
 
 
 def draw_study(study: optuna.Study, search: Search) -> None:
-    """Draw Optuna's pictures of a study, and the learning curves of its three best trials and of the flags given."""
+    """Draw Optuna's pictures of a study, and the learning curves of its three best trials."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,9 +79,8 @@ def draw_study(study: optuna.Study, search: Search) -> None:
                 ax.tick_params(axis="x", which="both", rotation=45)  # long labels would overlap
             write(search.folder / f"{name}.png", partial(axes[0].figure.savefig, dpi=150, bbox_inches="tight"))
             pyplot.close(axes[0].figure)
-    ranked = sorted(complete, key=lambda trial: trial.value, reverse=not search.minimize)
-    shown = ranked[:3] + [trial for trial in ranked[3:] if trial.params == search.given]
-    runs = tuple(run for trial in shown for run in trial_runs(trial, search))
+    ranked = sorted(complete, key=lambda trial: trial.value, reverse=search.best is max)
+    runs = tuple(run for trial in ranked[:3] for run in trial_runs(trial, search))
     try:
         plot.main(plot.Args(runs, search.folder / "curves.png", overwrite=True))
     except SystemExit:
@@ -101,14 +96,15 @@ def conclude(study: optuna.Study, search: Search) -> None:
     states = [trial.state for trial in trials]
     print_line(f"{search.folder}: {len(trials)} of {search.num_trials} trials, {states.count(TrialState.PRUNED)} "
                f"pruned, {states.count(TrialState.FAIL)} failed")  # fmt: skip
-    if len(trials) == search.num_combinations:
+    if len(trials) == len(search.combinations or ()):
         print(f"all {len(trials)} combinations of --space are tried")
     if best is None:
         return print("no trial is complete: there is no best")
     save_best(search.space.settings(best.params), search.folder)
     draw_study(study, search)
-    worst = (max if search.minimize else min)((t for t in trials if t.value is not None), key=lambda t: t.value)
-    for rank, trial in {"best": best, "worst": worst}.items() if worst.number != best.number else [("best", best)]:
+    by_value = {trial.value: trial for trial in trials if trial.value is not None}
+    worst = by_value[(min if search.best is max else max)(by_value)]
+    for rank, trial in ({worst.number: ("worst", worst)} | {best.number: ("best", best)}).values():
         print(f"trial {trial.number}, the {rank}:")
         try:
             diagnose.main(diagnose.Args(trial_runs(trial, search)[:1]))
@@ -132,67 +128,26 @@ def flags_text(settings: dict[str, Any]) -> str:
 
 def compare(search: Search, before: list[float], after: list[float]) -> str:
     """How much better `after` is than `before`, values over seeds, and whether that exceeds their spread."""
-    show, objective = partial(format_value, search.args.objective), search.args.objective
-    old, new = statistics.median(before), statistics.median(after)
-    gain, spread = (old - new if search.minimize else new - old), max(max(v) - min(v) for v in (before, after))
-    more = f"That is {'' if gain > spread else 'not '}more than the seeds' spread, {show(spread)} from worst to best."
-    if len(before) == 1 or len(after) == 1:
+    show, old, new = partial(format_value, search.args.objective), statistics.median(before), statistics.median(after)
+    better, spread = search.best(old, new) == new, max(max(values) - min(values) for values in (before, after))
+    more = f"That is {'' if abs(new - old) > spread else 'not '}more than the spread over seeds, {show(spread)}."
+    if len(before) == 1:
         more = "With one seed, the spread over seeds is unknown."
-    return (f"The winner's median {objective} is {show(new)}, the baseline's {show(old)}: "
-            f"{'better' if gain >= 0 else 'worse'} by {show(abs(gain))}. {more}")  # fmt: skip
+    return (f"The winner's median {search.args.objective} is {show(new)}, the baseline's {show(old)}: "
+            f"{'better' if better else 'worse'} by {show(abs(new - old))}. {more}")  # fmt: skip
 
 
-def write_report(search: Search, base: dict[str, Any], current: dict[str, Any], rows: list[Row], stopped: str) -> str:
-    """Write report.md and report.png: what was tried, what won, and by how much. Returns the text.
-
-    `base` and `current`: the flags before and after all steps; `stopped`: why the steps ended early, or "".
-    """
-    args, show = search.args, partial(format_value, search.args.objective)
-    changed = {key: value for key, value in current.items() if value != base[key]}
-    lines = [
-        f"# {args.strategy}: {args.study}", "",
-        f"Objective: {args.objective} on unseen terrain, the median over seeds {', '.join(map(str, args.seeds))}; "
-        f"{base['total_timesteps']:,} steps each, `{args.script.name}`. Each step keeps its best change if that is "
-        "better than what was kept before.", "",
-        "Changes kept: " + (f"`{flags_text(changed)}`" if changed else "none: the baseline is best"), "",
-    ]  # fmt: skip
-    for number, step in enumerate(dict.fromkeys(row["step"] for row in rows), 1):
-        lines += [f"## {number}. {step.capitalize()}", "",
-                  f"| tried | median {args.objective} | seeds, worst to best |  |", "| --- | --- | --- | --- |"]  # fmt: skip
-        for row in (row for row in rows if row["step"] == step):
-            ends, note = sorted(row["values"], reverse=search.minimize), row["note"].replace("|", "/")
-            seeds = f"{show(statistics.median(ends))} | {show(ends[0])} to {show(ends[-1])}" if ends else " | "
-            lines.append(f"| `{row['label']}` | {seeds} | {'**kept**' if row['kept'] else note} |")
-        lines.append("")
-    kept = [row["values"] for row in rows if row["kept"]]
-    validated = {row["label"]: row["values"] for row in rows if row["step"] == "validation"}
-    if validated.get("baseline") and validated.get("winner"):
-        fresh = " These seeds took no part in the choice." if not set(GUIDE_SEEDS) & set(args.seeds) else ""
-        result = compare(search, validated["baseline"], validated["winner"]) + fresh
-    elif len(kept) > 1:
-        result = compare(search, kept[0], kept[-1]) + " The choice was made on these seeds, which favours the winner."
-    else:
-        result = "Nothing was better than the baseline."
-    lines += ["## Result", "", result] + (["", stopped] if stopped else [])
-    write(search.root / "report.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    draw_report(args.objective, [row for row in rows if row["values"]], search.root / "report.png")
-    return "\n".join(lines)
-
-
-def draw_report(objective: str, rows: list[Row], path: Path) -> None:
-    """Draw the seeds of each value tried as points and their median as a line; what is kept has another colour."""
+def write_report(search: Search, lines: list[str], tried: list[tuple[str, list[float], bool]]) -> None:
+    """Write report.md, the lines, and report.png, the values over seeds of what was tried, [(label, values, kept)]."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6, 2 + 0.7 * len(rows)), 4.5), layout="constrained")
+    write(search.root / "report.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    figure = Figure(figsize=(max(6, 2 + 0.7 * len(tried)), 4.5), layout="constrained")
     ax = figure.subplots()
-    for x, row in enumerate(rows):
-        color = plot.COLORS[1] if row["kept"] or row["label"] == "winner" else plot.COLORS[0]
-        ax.plot([x] * len(row["values"]), row["values"], "o", ms=4, color=color, alpha=0.6)
-        ax.hlines(statistics.median(row["values"]), x - 0.35, x + 0.35, color=color, lw=2)
-        if row["step"] != rows[x - 1]["step"]:
-            ax.axvline(x - 0.5, color="0.8", lw=1)
-    labels = [f"{row['step']}: {row['label']}" if row["step"] == "validation" else row["label"] for row in rows]
-    ax.set_xticks(range(len(rows)), labels, rotation=45, ha="right", size=7)
-    ax.set_ylabel(objective)
+    for x, (_, values, kept) in enumerate(tried):
+        ax.plot([x] * len(values), values, "o", ms=4, color=plot.COLORS[kept], alpha=0.6)
+        ax.hlines(statistics.median(values), x - 0.35, x + 0.35, color=plot.COLORS[kept], lw=2)
+    ax.set_xticks(range(len(tried)), [label for label, _, _ in tried], rotation=45, ha="right", size=7)
+    ax.set_ylabel(search.args.objective)
     ax.set_title("points: seeds; line: their median; orange: kept", size=9)
-    write(path, partial(figure.savefig, dpi=200))
+    write(search.root / "report.png", partial(figure.savefig, dpi=200))

@@ -28,6 +28,7 @@ SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that di
 # Where a run lies, how long it is and how it is evaluated is the same in all trials.
 NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
              "randomization eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
+MAX_COMBINATIONS = 10_000  # of a study in which none is repeated
 
 Spec = tuple | list  # (low, high, log) or a list of choices
 
@@ -47,35 +48,26 @@ class Space:
             chosen |= self.options[name][value] if name in self.options else {name.replace("-", "_"): value}
         return self.base | chosen
 
-    def parameters(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The parameters of a trial with these flags; None if they lie outside the space."""
+    def parameters(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of a trial with these flags, without those that lie outside the space."""
         params = {}
         for name, spec in self.specs.items():
             value = settings.get(name.replace("-", "_"))
             if name in self.options:
-                fitting = [label for label, flags in self.options[name].items() if settings | flags == settings]
-            else:
-                fitting = [value] if (spec[0] <= value <= spec[1] if isinstance(spec, tuple) else value in spec) else []
-            if not fitting:
-                return None
-            params[name] = fitting[0]
-        return params if self.settings(params) == settings else None
-
-    @property
-    def size(self) -> float:
-        """The number of combinations of lists and linear ranges of whole numbers; inf with other ranges."""
-        return math.prod(len(spec) if isinstance(spec, list) else
-                         spec[1] - spec[0] + 1 if isinstance(spec[0], int) and not spec[2] else math.inf
-                         for spec in self.specs.values())  # fmt: skip
-
-    def combination(self, code: int) -> dict[str, Any]:
-        """The parameters of the combination number `code` of a finite space."""
-        params = {}
-        for key, spec in self.specs.items():
-            values = spec if isinstance(spec, list) else range(spec[0], spec[1] + 1)
-            code, i = divmod(code, len(values))
-            params[key] = values[i]
+                value = next((key for key, flags in self.options[name].items() if settings | flags == settings), None)
+            if spec[0] <= value <= spec[1] if isinstance(spec, tuple) else value in spec:
+                params[name] = value
         return params
+
+    def combinations(self) -> list[dict[str, Any]] | None:
+        """All combinations; None if there are more than MAX_COMBINATIONS, or a range that is not of linear integers."""
+        lists = []
+        for spec in self.specs.values():
+            if isinstance(spec, tuple) and (isinstance(spec[0], float) or spec[2]):
+                return None
+            lists.append(range(spec[0], spec[1] + 1) if isinstance(spec, tuple) else spec)
+        if math.prod(map(len, lists)) <= MAX_COMBINATIONS:
+            return [dict(zip(self.specs, values)) for values in itertools.product(*lists)]
 
 
 def load_script(script: Path, flags: list[str]) -> tuple[ModuleType, dict[str, Any]]:
@@ -175,14 +167,15 @@ def build_space(specs: dict[str, Spec], module: ModuleType, base: dict[str, Any]
     errors = [find_error(module, base | sizes_tried) for sizes_tried in combinations]
     good = [sizes_tried for sizes_tried, error in zip(combinations, errors) if not error]
     need(good, f"--space leaves no possible trial: {errors[-1]}")
-    base |= good[0]
+    checked = base | good[0]
+    base |= good[0] if len(good) == 1 else {}
     specs = {key: spec for key, spec in specs.items() if key not in sizes}
     for key, spec in specs.items():
         for value in ends(spec):
-            error = find_error(module, base | dict.fromkeys(key.split("+"), value))
+            error = find_error(module, checked | dict.fromkeys(key.split("+"), value))
             need(not error, f"--space {key.replace('_', '-')}: {error}")
     if not hasattr(module, "check"):  # a flag without effect; another parameter may give it one
-        tried = [base, *(base | dict.fromkeys(key.split("+"), value) for key, spec in all_specs.items()
+        tried = [checked, *(checked | dict.fromkeys(key.split("+"), value) for key, spec in all_specs.items()
                          for value in ends(spec))]  # fmt: skip
         useless = [ballbot_runs.without_effect(module.Args(**settings)) for settings in tried]
         for name in (name for key in all_specs for name in key.split("+")):

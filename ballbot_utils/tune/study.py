@@ -25,8 +25,6 @@ from ballbot_utils.tune import Search
 from ballbot_utils.tune.trial import GRACE, MachineFault, TrialAborted, TrialFailed, format_value, run_trial
 
 STOPPED = threading.Event()  # by Ctrl-C
-# Takes the finished seeds of a lost trial over to a new trial. Runs are repeatable, and so are their reported values.
-requeue = optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
 
 
 @contextlib.contextmanager
@@ -97,7 +95,7 @@ def open_study(search: Search) -> tuple[optuna.Study, Storage]:
             storage = Storage(search)
             study = optuna.create_study(
                 storage=storage, sampler=sampler, pruner=pruner, study_name=search.name, load_if_exists=True,
-                direction="minimize" if search.minimize else "maximize",
+                direction="minimize" if search.best is min else "maximize",
             )  # fmt: skip
         except Exception as error:  # SQLAlchemy and its drivers raise many kinds
             kind = args.storage.partition("://")[0] or "file"  # without the password in the address
@@ -111,12 +109,12 @@ def open_study(search: Search) -> tuple[optuna.Study, Storage]:
         need(not wrong, f"study {search.name} was begun with other flags ({', '.join(wrong)}): give the same flags, or "
              "another --study")  # fmt: skip
         study.set_user_attr("settings", settings)
-        if search.given:
-            study.enqueue_trial(search.given, skip_if_exists=True)
-        size = search.num_combinations
-        if size < sys.maxsize:  # in a random order that does not depend on --trials
-            for code in random.Random(search.name).sample(range(size), min(size, 10_000))[: search.num_trials]:
-                study.enqueue_trial(search.space.combination(code), skip_if_exists=True)
+        first = list(search.combinations or [])
+        random.Random(search.name).shuffle(first)
+        if args.strategy == "tpe":
+            first = [search.space.parameters(search.space.base)]
+        for params in first[: search.num_trials]:
+            study.enqueue_trial(params, skip_if_exists=True)
     return study, storage
 
 
@@ -133,12 +131,17 @@ def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 def attempts(trial: FrozenTrial) -> list[int]:
     """The numbers of a requeued trial's earlier attempts, oldest first."""
-    return requeue.retry_history(trial)
+    return optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trial)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The best complete trial, or None."""
     return study.best_trial if study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]) else None
+
+
+def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a lost trial again, with its finished seeds. Runs are repeatable, and so are the values they reported."""
+    optuna.storages.RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, trial)
 
 
 def requeue_dead(study: optuna.Study, storage: Storage) -> None:
@@ -166,7 +169,7 @@ def run_study(search: Search, report_trial: ReportTrial) -> optuna.Study:
     def objective(trial: optuna.Trial) -> float:
         earlier = [other for other in valid_trials(study) if other.number < trial.number]
         fixed = trial.study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params")
-        twice = search.num_combinations < sys.maxsize and fixed in [other.params for other in earlier]
+        twice = search.combinations and fixed in [other.params for other in earlier]
         if twice or sum(other.state != TrialState.WAITING for other in earlier) >= search.num_trials:
             trial.set_user_attr("superfluous", True)  # two machines took trials at the same moment
             raise TrialAborted

@@ -147,15 +147,14 @@ def run_seed(trial: optuna.Trial, search: Search, seed: int, earlier: list[float
                                       "return {}, length {}".format(*values))  # fmt: skip
                 # Equal for all batch sizes: an evaluation comes at the first iteration after its interval
                 step, steps = (total, total) if final else (steps // interval * interval, steps)
-                new = not evaluations or evaluations[-1][0] < steps  # the last step may have two evaluations
                 evaluations.append((steps, *values))
                 value = score(objective, evaluations, total, hold)
                 if objective == "steps-to-target" and first_met(evaluations, hold) is not None:
                     met_at = (folder / "metrics.jsonl").stat().st_mtime_ns
                 # A run that met the targets ends; it is compared with others at later steps too
-                for known in range(step, total + 1, interval) if met_at else [step] * new:
+                for known in range(step, total + 1, interval) if met_at else [step]:
                     trial.report(statistics.median([*earlier, value]), len(earlier) * total + known)
-                if new and not final and not met_at and trial.should_prune():
+                if not final and not met_at and trial.should_prune():
                     raise optuna.TrialPruned
             checkpoint = folder / "last.pt"  # saved after the evaluation is logged
             if met_at and checkpoint.exists() and checkpoint.stat().st_mtime_ns >= met_at:
