@@ -171,10 +171,10 @@ def test_space_by_hand():
     assert grid == {"a": [1e-5, 1e-4, 1e-3], "b": [0.5, 1.25, 2.0], "c": [3, 4], "d": [1, 2]}
     assert space.on_grid({"a": (0.1230, 0.1231, False)}, 3) == {"a": [0.123]}  # no value twice
     finite = space.Space({}, {"a": [1, 2], "b": (1, 3, False)})
-    assert finite.size == 6
-    found = {tuple(finite.combination(code).values()) for code in range(6)}
-    assert found == {(a, b) for a in (1, 2) for b in (1, 2, 3)}
-    assert space.Space({}, {"a": [1, 2], "b": (0.0, 1.0, False)}).size == float("inf")
+    found = [tuple(params.values()) for params in finite.combinations()]
+    assert found == [(a, b) for a in (1, 2) for b in (1, 2, 3)]
+    for spec in ((0.0, 1.0, False), (1, 3, True), (1, 10_000, False)):
+        assert space.Space({}, {"a": [1, 2], "b": spec}).combinations() is None
 
 
 def test_the_default_space_is_possible():
@@ -394,7 +394,7 @@ def test_no_combination_is_tried_twice(strategy, capfd):
 def test_a_fault_of_the_machine_does_not_count(fault, message, workers, capfd):
     Path("fault").write_text(str(fault))
     words = [*GRID, "clip-coef=0.01,0.1", "--workers", workers]
-    with pytest.raises(SystemExit, match="^error: trial . seed 1: ".replace(". s", "[01], s")) as error:
+    with pytest.raises(SystemExit, match="^error: trial [01], seed 1: ") as error:
         run(*words)
     assert f"{message}: fix that (make room" in error.value.code
     run(*words)
@@ -422,11 +422,11 @@ def test_a_script_that_logs_no_evaluation_ends_the_command():
 
 
 def test_a_budget_ends_in_time_and_loses_nothing():
-    words = [*GRID, "clip-coef=0.01,0.1", "--budget-minutes", "0.03"]
+    words = [*GRID, "clip-coef=0.01,0.1", "--budget-minutes", "0.1"]
     before = time.monotonic()
     run(*words, flags=["--seconds", "60"])
     run(*words, flags=["--seconds", "60"])
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 40
     trials = [t for t in load("tune-grid").trials if t.params]
     assert trials[0].params == trials[1].params and len(started()) == 2 == len(trials)
 
@@ -504,7 +504,7 @@ def test_one_at_a_time_keeps_the_best_and_resumes(capfd):
         lines[next(i for i, line in enumerate(lines) if "failed" in line)],
     ])  # fmt: skip
     assert " failed (change --clip-coef 0.5): seed 1: error: the losses are not finite" in text
-    assert [line for line in text.splitlines() if "**kept**" in line and "90.2" in line][0].endswith("-coef 0.1)")
+    assert next(line for line in text.splitlines() if "**kept**" in line and "90.2" in line).endswith("-coef 0.1)")
     assert "better by 8.5. That is more than the spread over seeds, 0.1" in text
     assert Path("runs/tune-one-at-a-time/report.png").stat().st_size > 10_000
     count = len(started())

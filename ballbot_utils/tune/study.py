@@ -33,7 +33,9 @@ def exit_on_machine_fault() -> Iterator[None]:
     try:
         yield
     except (MachineFault, OSError, MemoryError, StorageInternalError, SQLAlchemyError, AssertionError) as error:
-        error = error.__cause__ or error.__context__ or error  # Optuna's AssertionError hides the error of a storage
+        if isinstance(error, AssertionError):  # Optuna's own hides the error of a storage
+            error = error.__context__ or error
+        error = error.__cause__ or error
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"error: {text}: fix that (make room, or give fewer --workers); then the same command resumes")
 
@@ -173,13 +175,18 @@ def run_study(search: Search, report_trial: ReportTrial) -> optuna.Study:
         if twice or sum(other.state != TrialState.WAITING for other in earlier) >= search.num_trials:
             trial.set_user_attr("superfluous", True)  # two machines took trials at the same moment
             raise TrialAborted
-        return run_trial(trial, search, lambda: tick(study, search))
+        try:
+            return run_trial(trial, search, lambda: tick(study, search))
+        except (MachineFault, OSError, StorageInternalError) as error:
+            faults.append(error)  # `optimize` ignores the last errors of several workers
+            raise
 
     def callback(study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.state != TrialState.FAIL or "reason" in trial.user_attrs:
             report_trial(study, trial, search)
 
-    while (left := search.deadline - time.time()) > 0:
+    faults: list[Exception] = []
+    while not faults and (left := search.deadline - time.time()) > 0:
         requeue_dead(study, storage)
         trials = valid_trials(study)
         if len(finished(trials)) >= search.num_trials:
@@ -194,6 +201,8 @@ def run_study(search: Search, report_trial: ReportTrial) -> optuna.Study:
             if "Cannot tell a FAIL trial" not in str(error):
                 raise
             # Another worker took the trial over, for example while this machine was suspended
+    if faults:
+        raise faults[0]
     return study
 
 
