@@ -279,6 +279,7 @@ def test_median_over_seeds_and_best_json():
     assert all("_hparams_/session_start_info" in log.PluginTagToContent("hparams") for log in logged)
 
 
+@pytest.mark.slow
 def test_steps_to_target_ends_runs_that_met_it():
     words = ["--objective", "steps-to-target", *GRID, "clip-coef=0.1,2.5,4.0"]
     run(*words, flags=["--seconds", "2"])
@@ -325,6 +326,7 @@ def test_a_bad_trial_is_pruned_and_its_run_ended():
 # Strategies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "workers"), [("random", "2"), ("tpe", "1")])
 def test_a_study_resumes_and_its_name_decides_what_it_tries(strategy, workers, tmp_path, monkeypatch, capfd):
     words = ["--strategy", strategy, "--space", "clip-coef=0.01:0.3", "ent-coef=0.001:0.1:log", "norm-adv=true,false",
@@ -394,7 +396,7 @@ def test_no_combination_is_tried_twice(strategy, capfd):
 def test_a_fault_of_the_machine_does_not_count(fault, message, workers, capfd):
     Path("fault").write_text(str(fault))
     words = [*GRID, "clip-coef=0.01,0.1", "--workers", workers]
-    with pytest.raises(SystemExit, match="^error: trial [01], seed 1: ") as error:
+    with pytest.raises(SystemExit, match=r"^error: trial [01], seed 1: ") as error:
         run(*words)
     assert f"{message}: fix that (make room" in error.value.code
     run(*words)
@@ -422,7 +424,7 @@ def test_a_script_that_logs_no_evaluation_ends_the_command():
 
 
 def test_a_budget_ends_in_time_and_loses_nothing():
-    words = [*GRID, "clip-coef=0.01,0.1", "--budget-minutes", "0.1"]
+    words = [*GRID, "clip-coef=0.01,0.1", "--trials", "1", "--budget-minutes", "0.1"]
     before = time.monotonic()
     run(*words, flags=["--seconds", "60"])
     run(*words, flags=["--seconds", "60"])
@@ -431,6 +433,7 @@ def test_a_budget_ends_in_time_and_loses_nothing():
     assert trials[0].params == trials[1].params and len(started()) == 2 == len(trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupt_then_the_same_command(workers, capfd):
     words = [*GRID, "clip-coef=0.01,0.1,0.2", "--workers", workers]
@@ -449,6 +452,7 @@ def test_interrupt_then_the_same_command(workers, capfd):
     assert set(by_clip("tune-grid", "COMPLETE")) == {0.01, 0.1, 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [None, "sqlite:///shared.db"])
 def test_kill_then_the_same_command_keeps_finished_seeds(storage):
     words = [*GRID, "clip-coef=0.1", "norm-adv=false,true", "--trials", "1", "--seeds", "1", "2", "3", "--heartbeat",
@@ -590,6 +594,7 @@ def test_two_machines_with_two_workers_each_one_killed(database, request):
 # Real runs
 
 
+@pytest.mark.slow
 def test_real_trials(capfd):
     Path("assets").symlink_to(ROOT / "assets")
     for name in ("ppo_ballbot.py", "ballbot_env.py", "ballbot_runs.py"):

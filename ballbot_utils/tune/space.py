@@ -28,7 +28,7 @@ SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that di
 # Where a run lies, how long it is and how it is evaluated is the same in all trials.
 NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
              "randomization eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
-MAX_COMBINATIONS = 10_000  # of a study in which none is repeated
+MAX_COMBINATIONS = 10_000  # above this, a combination may repeat
 
 Spec = tuple | list  # (low, high, log) or a list of choices
 
@@ -49,7 +49,7 @@ class Space:
         return self.base | chosen
 
     def parameters(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of a trial with these flags, without those that lie outside the space."""
+        """The parameters of a trial with these flags, unless they lie outside the space."""
         params = {}
         for name, spec in self.specs.items():
             value = settings.get(name.replace("-", "_"))

@@ -45,7 +45,7 @@ def interrupt_once(*_: Any) -> NoReturn:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(GRACE + 5)
+    signal.alarm(GRACE + 20)
     STOPPED.set()
     raise KeyboardInterrupt
 
@@ -233,6 +233,6 @@ def configure_process() -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line in place of the live line."""
+    """Print a line where the live line was."""
     clear_progress()
     print(text, flush=True)
