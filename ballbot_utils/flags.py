@@ -99,7 +99,8 @@ def format_flags(settings: dict[str, Any]) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else [value]
-            words += [f"--{flag}", *(shlex.quote(format(x, "g") if isinstance(x, float) else str(x)) for x in values)]
+            short = [f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x) for x in values]
+            words += [f"--{flag}", *map(shlex.quote, short)]
     return " ".join(words)
 
 

@@ -9,10 +9,10 @@ import torch
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_utils import tune
 from ballbot_utils.checkpoints import save_checkpoint
 from ballbot_utils.flags import config_json, validate_args
 from ballbot_utils.runs import prepare_run
+from ballbot_utils.tune.space import build_space, parse_space
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_torchrun_and_gpus_set_the_number_of_processes(parse, monkeypatch):
 def test_a_study_over_a_flag_without_effect_is_an_error():
     def study(*space, **changes):
         base = vars(replace(schedules.Args(), **changes))
-        return tune.check_space(tune.parse_space(space, schedules), schedules, base)
+        return build_space(parse_space(space, schedules), schedules, base)
 
     with pytest.raises(SystemExit, match="--space init-log-std has no effect with --init-from"):
         study("init-log-std=-1,-0.5,0", "gamma=0.99,0.995", init_from="runs/a")
