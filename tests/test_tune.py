@@ -62,7 +62,7 @@ def check(args, size):
     if args.num_envs * args.num_steps % args.minibatch_size:
         sys.exit(f"error: --minibatch-size is {args.minibatch_size}, which does not divide")
 
-def parse():
+def parse_args():
     parser = argparse.ArgumentParser()
     for name, value in asdict(Args()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value))
@@ -71,7 +71,7 @@ def parse():
     return Args(**{**config, **given})
 
 if __name__ == "__main__":
-    args = parse()
+    args = parse_args()
     run = Path("runs") / args.run_name
     run.mkdir(parents=True)
     with open("started", "a") as file:
@@ -222,7 +222,7 @@ def test_sizes_only_where_they_divide():
         (["--trials", "0"], [], "--trials is 0: give 1 or more"),
         (["--study", "a/b"], [], "--study is a/b"),
         (["--study", ".."], [], "--study is .."),
-        (["--strategy", "six-steps", "--trials", "3"], [], "--trials means nothing"),
+        (["--strategy", "six-steps", "--trials", "3"], [], "--trials has no effect"),
         (["--strategy", "grid", "--points", "30", "--space", "clip-coef=0:1", "ent-coef=0:1", "init-log-std=0:1"], [],
          "the grid has 27,000 combinations"),
         (["--storage", "nonsense://a:secret@x", "--space", "clip-coef=0:1"], [], "the nonsense --storage cannot"),
@@ -242,7 +242,7 @@ def test_errors_are_one_line_before_any_trial(words, flags, message):
 
 def test_a_copy_of_a_script_is_the_one_that_is_loaded():
     text = (ROOT / "ppo_ballbot.py").read_text()
-    Path("ppo_ballbot.py").write_text(text.replace("    seed: int = 1 ", "    mine: float = 2.0\n    seed: int = 1 "))
+    Path("ppo_ballbot.py").write_text(text.replace("    seed: Seed = 1 ", "    mine: float = 2.0\n    seed: Seed = 1 "))
     module, base = space.load_script(Path("ppo_ballbot.py"), ["--mine", "3"])
     assert base["mine"] == 3 and "mine" in space.parse_space(["mine=1,2"], module)
 
