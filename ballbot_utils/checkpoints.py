@@ -27,6 +27,7 @@ from ballbot_utils.model import ASSETS
 # Flags that a policy needs to run in the environment it was trained for. A checkpoint without other flags is accepted
 REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
                   "wheel_damping", "frame_skip")  # fmt: skip
+REMOVED_BUFFERS = {"value_moments", "value_count", "value_mean", "value_std"}  # of critics in earlier versions
 INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
 
 
@@ -85,9 +86,12 @@ def build_agent(content: dict, module: ModuleType) -> tuple[nn.Module, Any]:
     args = validate_types({name: value for name, value in settings.items() if name in known}, module.Args)
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            module.Agent(args).load_state_dict(dict(content["model"]), assign=True)  # not in its metadata
+            agent = module.Agent(args)
+        removed = REMOVED_BUFFERS - agent.state_dict().keys()
+        model = {name: value for name, value in content["model"].items() if name not in removed}
+        agent.load_state_dict(model, assign=True)
         agent = module.Agent(args).float()  # whatever the default is
-        agent.load_state_dict(content["model"])
+        agent.load_state_dict(model)
     except RuntimeError as error:
         raise ValueError(f"does not fit its flags: {str(error).splitlines()[-1].strip()}") from None
     return agent, args

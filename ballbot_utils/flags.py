@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.console import check_argument, exit_with_error, print_rank0
 from ballbot_utils.randomization import check_randomization
 
 # Types of flags with bounds
@@ -29,6 +30,8 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 LogScale = Annotated[float, Field(ge=-10, le=10)]
 
+# Flags of earlier versions, and the value with which they had no effect
+REMOVED_FLAGS = dict(spin_cost=0, drift_cost=0, heading_cost=0, bound_coef=0, log_std_lr_scale=1, norm_value=False)
 NOT_IN_CONFIG = "run_name", "config", "resume"  # flags that config.json leaves out
 
 
@@ -70,6 +73,9 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
     if start.config:
         try:
             settings = json.loads(Path(start.config).read_bytes())
+            removed = [name for name, value in REMOVED_FLAGS.items() if settings.pop(name, value) != value]
+            if removed:
+                print_rank0(f"note: {', '.join(removed)} in {start.config} no longer exist", file=sys.stderr)
             settings = translate({name: value for name, value in settings.items() if not name.startswith("script")})
             validate_types(settings, cls)
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -122,7 +128,6 @@ def ineffective_flags(args: Any) -> dict[str, str]:
         (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
         (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
         (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),
-        (args.goal == "command", "drift_cost heading_cost", "with --goal command"),
         (args.gamma == 0, "gae_lambda", "with --gamma 0"),
         (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
         (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),

@@ -36,9 +36,6 @@ BOTH = """
 --init-from runs/a | --encoder-path e.pt
 --init-from runs/a | --init-log-std -1
 --preset tuned --init-from runs/a | --init-log-std 0
---goal command | --drift-cost 0.1
---goal command | --heading-cost 0.1
---preset tuned --goal command | --drift-cost 0
 --gamma 0 | --gae-lambda 0.9
 --vf-coef 0 | --clip-vloss
 --update-epochs 1 | --target-kl 0.1

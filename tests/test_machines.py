@@ -12,7 +12,7 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[1] / "ppo_ballbot.py"
 FLAGS = (
     "--frame-skip 1 --num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512 --eval-interval 256 "
-    "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --norm-value --run-name run"
+    "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --run-name run"
 ).split()
 
 

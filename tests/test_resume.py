@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 ITERATIONS = max(20, 6 * KILLS)
 FLAGS = (
     "--run-name run --frame-skip 1 --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 "
-    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv "
+    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-adv "
     "--learning-rate 3e-4 --anneal-lr --save-interval 0 "
     f"--total-timesteps {256 * ITERATIONS}"
 ).split()
