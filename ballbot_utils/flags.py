@@ -66,6 +66,8 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
     settings = {}
     if start.config:
         try:
+            if not Path(start.config).is_file():  # reading a pipe may never end
+                raise ValueError("there is no such file")
             settings = json.loads(Path(start.config).read_bytes())
             settings = translate({name: value for name, value in settings.items() if not name.startswith("script")})
             validate_types(settings, cls)
