@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -109,6 +110,8 @@ class Run:
     def open_logs(self) -> None:
         """Write config.json, drop evaluations that will be repeated, and open TensorBoard and Weights & Biases."""
         flags, resumed = asdict(self.args), self.checkpoint
+        # TensorBoard's thread prints no error of a disk: `add_scalar` raises it again
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         if resumed:
             kept = [
                 e for e in read_metrics(self.dir) if e["kind"] == "evaluation" and e["global_step"] <= self.global_step
