@@ -142,8 +142,8 @@ def ineffective_flags(args: Any) -> dict[str, str]:
             if name in vars(args)}  # fmt: skip
 
 
-def validate_args(args: Any, world_size: int | None = None) -> float:
-    """Exit with one line on the first invalid flag, before any work starts. Returns the memory a run takes, GB."""
+def validate_args(args: Any, world_size: int | None = None) -> None:
+    """Exit with one line on the first invalid flag, before any work starts."""
     try:
         validate_types(asdict(args), type(args))
         validate_randomization(args.randomization, args.terrain)
@@ -179,4 +179,3 @@ def validate_args(args: Any, world_size: int | None = None) -> float:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     check_argument(memory < available, f"this takes about {memory:,.0f} GB of memory, and there are {available:,.0f}: "
                    "give fewer --num-envs, --num-steps or --num-processes, or a smaller --hidden-size")  # fmt: skip
-    return memory

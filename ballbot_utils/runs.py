@@ -278,11 +278,11 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
     if args.cuda:
         size = min(size, max(1, torch.cuda.device_count()))
     size = int(os.environ.get("WORLD_SIZE", size))
+    check_argument(not checkpoint or size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} "
+                   f"processes, here are {size}: use the same number")  # fmt: skip
+    validate_args(args, size)
     if checkpoint:
-        check_argument(size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} processes, here "
-                       f"are {size}: use the same number")  # fmt: skip
         return Run(args, run_dir, checkpoint, weights, started)
-    memory = validate_args(args, size)
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
         different = [name for name in NETWORK_FLAGS if getattr(args, name, None) != getattr(policy.args, name, None)
@@ -294,10 +294,7 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         weights = policy.agent.state_dict()
     elif args.cameras and args.freeze_encoder:
         weights = load_encoder(args.encoder_path, module.Agent(args))
-    create = is_rank_zero() and not in_rank and not restarted
-    run_dir = new_folder(args, create)
-    if create and memory > 2:
-        print_rank0(f"this takes about {memory:.0f} GB of memory")
+    run_dir = new_folder(args, create=is_rank_zero() and not in_rank and not restarted)
     args.num_processes = size
     return Run(args, run_dir, None, weights, started)
 
