@@ -61,7 +61,7 @@ def run_child(act):
     os.setsid(), signal.alarm(60)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"../words/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr, code = open(1, "w", closefd=False), open(2, "w", closefd=False), 0
+    sys.stdout, sys.stderr, code = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False), 0
     try:
         act()
     except SystemExit as end:
@@ -70,15 +70,7 @@ def run_child(act):
     except BaseException:
         traceback.print_exc()
         code = 1
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
-
-
-def snapshot(folder):
-    files = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def run_attempt(name, act, expect="", prepare=lambda: None, after=lambda: None):
@@ -87,7 +79,8 @@ def run_attempt(name, act, expect="", prepare=lambda: None, after=lambda: None):
         os.mkdir(f"{box}/here"), os.mkdir(f"{box}/words"), Path(box, "best.pt").touch()
         os.chdir(f"{box}/here")
         prepare()
-        before, pid = snapshot("."), os.fork()
+        snapshot = lambda: {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}  # noqa: E731
+        before, pid = snapshot(), os.fork()
         if pid == 0:
             run_child(act)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -102,9 +95,8 @@ def run_attempt(name, act, expect="", prepare=lambda: None, after=lambda: None):
             "traceback": "Traceback" in error or "Exception ignored" in error,
             "not one line": code in (1, os.EX_TEMPFAIL) and error[:1] != "\u256d" and (not error or "\n" in error),
             f"{end}, not {expect}": expect not in ("", end),
-            "files left or changed": expect == "refused" and snapshot(".") != before,
-            "wrote elsewhere": {path.name for path in Path("..").iterdir()} != {"here", "words", "best.pt"}
-            or Path("../best.pt").stat().st_size,
+            "files left or changed": expect == "refused" and snapshot() != before,
+            "wrote elsewhere": {*os.listdir("..")} != {"best.pt", "here", "words"} or os.stat("../best.pt").st_size,
         }.items():
             if holds:
                 return f"failed: {failure}\n{error[-600:]}"
@@ -139,8 +131,7 @@ def command_lines_and_config_files(base):
 
 def spoil(content, rng):
     """A copy of a checkpoint with something else in a random place, and the place."""
-    path, content = [], copy.deepcopy(content)
-    value = content
+    path, content = [], (value := copy.deepcopy(content))
     while not path or (isinstance(value, (dict, list)) and value and rng.random() < 0.9):
         parent, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
         path, value = [*path, key], parent[key]
@@ -161,16 +152,19 @@ def checkpoints_and_encoders(base, number=450):
     encode = lambda: train(*SMALL, "--cameras", "--terrain=perlin", f"--encoder-path={Path(LAST).resolve()}")  # noqa: E731
     acts = [(base / "first.pt", partial(train, *RESUME)), (base / "best.pt", partial(program, *evaluation)),
             (ROOT / ppo.Args().encoder_path, encode)]  # fmt: skip
+
+    def write(data):
+        os.makedirs("runs/run")
+        Path(LAST).write_bytes(data) if isinstance(data, bytearray) else save_checkpoint(Path(LAST), data)
+
     for i in range(number):
         file, act = acts[i % 3]
-        (content, name), data = spoil(read_checkpoint(file), rng), bytearray(file.read_bytes())
-        save = lambda content=content: (os.makedirs("runs/run"), save_checkpoint(Path(LAST), content))  # noqa: E731
+        (data, name), damaged = spoil(read_checkpoint(file), rng), bytearray(file.read_bytes())
         if i // 3 % 2:
-            at = rng.choice([rng.randrange(len(data)), len(data) - rng.randrange(1, 4000)])  # or the ZIP's directory
-            data[at : at + rng.choice([1, 1, 64, 10**9])] = rng.randbytes(rng.choice([1, 1, 0, 64]))
-            save = lambda data=data: (os.makedirs("runs/run"), Path(LAST).write_bytes(data))  # noqa: E731
-            name = f"damaged at {at}"
-        yield f"{file.name}, {name}", act, "", save
+            at = rng.choice([rng.randrange(len(damaged)), len(damaged) - rng.randrange(1, 4000)])  # or the directory
+            damaged[at : at + rng.choice([1, 1, 64, 10**9])] = rng.randbytes(rng.choice([1, 1, 0, 64]))
+            data, name = damaged, f"damaged at {at}"
+        yield f"{file.name}, {name}", act, "", partial(write, data)
 
 
 def disturbed(module, name, number, act, late, *flags):
@@ -186,22 +180,8 @@ def disturbed(module, name, number, act, late, *flags):
     train(*flags)
 
 
-DISTURBANCES = {
-    "folder removed": lambda: shutil.rmtree("runs/run"),
-    "all folders removed": lambda: shutil.rmtree("runs"),
-    "folder moved": lambda: os.rename("runs/run", "moved"),
-    "last.pt a folder": lambda: Path(LAST).unlink(missing_ok=True) or os.mkdir(LAST),
-    "a folder in the way": lambda: os.mkdir(LAST + ".part"),
-    "SIGINT twice": lambda: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT),
-    "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
-}
-
-
 def full_disks_kills_and_disturbances(base, number=20):
-    def limited(size, *flags):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        train(*flags)
-
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE)
     # A run with steps left; it must be possible to resume it afterwards
     copy_run = lambda: (shutil.copytree(base, "runs/run"), shutil.copy(base / "first.pt", LAST))  # noqa: E731
     kill, loads = partial(signal.raise_signal, signal.SIGKILL), lambda: runs.read_run(Path(LAST), ppo)
@@ -209,11 +189,18 @@ def full_disks_kills_and_disturbances(base, number=20):
     yield "folder in use", locked, "refused", copy_run, loads
     for i in range(number):
         size, name = int(1.1 * (base / "last.pt").stat().st_size * i / number), ("replace", "fsync")[i % 2]
-        yield f"files of {size} bytes", partial(limited, size, *RESUME), "", copy_run, loads
-        yield f"a new run's files of {size} bytes", partial(limited, size, *NEW)
+        yield f"files of {size} bytes", lambda size=size: limit((size, -1)) or train(*RESUME), "", copy_run, loads
+        yield f"a new run's files of {size} bytes", lambda size=size: limit((size, -1)) or train(*NEW)
         act = partial(disturbed, os, name, i // 4, kill, i // 2 % 2, *RESUME)
         yield f"kill -9 at {name}, call {i // 4}", act, "", copy_run, loads
-    for name, act in DISTURBANCES.items():
+    disturbances = {
+        "folder removed": lambda: shutil.rmtree("runs/run"),
+        "folder moved": lambda: os.rename("runs/run", "moved"),
+        "last.pt a folder": lambda: Path(LAST).unlink(missing_ok=True) or os.mkdir(LAST),
+        "SIGINT twice": lambda: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT),
+        "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
+    }
+    for name, act in disturbances.items():
         for iteration in (0, 2):
             disturb = partial(disturbed, ppo, "learning_rate_at", iteration, act, True)
             yield f"{name} at iteration {iteration}", partial(disturb, *RESUME), "", copy_run
@@ -244,17 +231,15 @@ def environment(base, number=40):
 
 
 FLAGS = """pretrain_encoder --picture p.xyz --output e.pt; pretrain_encoder --picture no/p.png --output e.pt;
-pretrain_encoder --output e.bin; pretrain_encoder --output no/e.pt; pretrain_encoder --output run/best.pt;
-pretrain_encoder --output e.pt --num-frames 1; pretrain_encoder --output run; evaluate none; evaluate run run/none.pt;
-evaluate file; evaluate .; evaluate /dev/zero; evaluate run --episodes 0; evaluate run --horizon nan;
-evaluate run --push inf; evaluate run --seed -1; evaluate run --obs-noise nan; evaluate run --terrain moon"""
+pretrain_encoder --output e.pt --num-frames 1; evaluate none; evaluate run run/none.pt; evaluate file; evaluate .;
+evaluate /dev/zero; evaluate run --episodes 0; evaluate run --horizon nan; evaluate run --push inf;
+pretrain_encoder --output run/best.pt; evaluate run --obs-noise nan; evaluate run --terrain moon"""
 OUTPUT_FLAGS = ("evaluate run --episodes 1 --no-gap --json", "diagnose run --json", "watch run --video",
                 "plot run --output", "benchmark --output")  # fmt: skip
 
 
 def programs(base):
-    modules = (benchmark, diagnose, evaluate, plot, pretrain_encoder, watch)
-    modules = {module.__name__.split(".")[-1]: module for module in modules}
+    modules = {m.__name__.split(".")[-1]: m for m in (benchmark, diagnose, evaluate, plot, pretrain_encoder, watch)}
     outputs = ("no/f.json", "run", "file/f.json", "f.txt", "run/best.pt", "/proc/f.json", "/dev/full", "a" * 300)
     made = [f"{flags} {output} {more}" for flags in OUTPUT_FLAGS for output in outputs for more in ("", "--overwrite")]
     for line in [*FLAGS.split(";"), *made]:

@@ -88,7 +88,9 @@ def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch
     common.load(best)
     assert not capsys.readouterr().err
     script.write_text(script.read_text() + "\n# changed\n")
-    common.load(best)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, copy.__name__)  # as in another process, which imports the new text
+        common.load(best)
     assert capsys.readouterr().err == f"warning: my_ppo.py has changed since it trained {best}\n"
     assert "error: --script is no.py: there is no such file" == error_of(common.load, best, Path("no.py"))
     monkeypatch.chdir(tmp_path)
