@@ -1,4 +1,4 @@
-"""A small part of the attempts of hostile.py; `python tests/hostile.py` makes all of them."""
+"""A small sample of the attempts of hostile.py."""
 
 import subprocess
 import sys

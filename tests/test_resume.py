@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end with the weights of those that were not; damage gives one line."""
+"""A killed and resumed run ends with the same weights as an uninterrupted one; damage gives one line."""
 
 import fcntl
 import hashlib
@@ -116,7 +116,7 @@ def until_next_checkpoint(process, run):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
 def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
-    """In turn the first process and its ranks: none outlives another, and the run goes on bit for bit."""
+    """In turn the first process and its ranks: none outlives another, and the run resumes bit for bit."""
     rng = random.Random(0)
     run, flags, kills = tmp_path / "runs" / "run", FLAGS, 0
     while True:
@@ -503,7 +503,7 @@ def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_p
     by_the_clock, iterations = (log.Scalars(tag)[-1] for tag in ("charts/SPS", "SPS/train"))
     assert by_the_clock.step == iterations.step == 512
     assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 3 < iterations.value  # an evaluation
-    assert saves.count("last.pt") == 2  # the last iteration's, and the one that says that the run has finished
+    assert saves.count("last.pt") == 2  # of the last iteration, and of the end
     saves.clear()
     ppo.train(replace(SHORT, run_name="often", total_timesteps=512, save_interval=0))
     assert saves.count("last.pt") == 5

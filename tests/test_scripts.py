@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, monkeypatch):
-    """The copy's module, in its folder, whose script is as it was before and after."""
+    """The copy's module, in its folder; the script's text is restored afterwards."""
     folder, module = trained
     monkeypatch.chdir(folder)
     text = (folder / "my_ppo.py").read_text()
