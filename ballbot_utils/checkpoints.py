@@ -150,7 +150,7 @@ def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]
 
 @functools.cache
 def describe_script(cls: type) -> dict[str, str]:
-    """What a checkpoint says about the script that defines the Args `cls`, as it was at the first call."""
+    """What a checkpoint says about the script that defines the Args `cls`, at the first call."""
     try:
         path = Path(inspect.getfile(cls))
         return {"script": path.name, "script_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -196,7 +196,7 @@ def import_script(path: Path) -> ModuleType:
 def find_module(content: dict, path: Path, script: Path | None, module: ModuleType | None = None) -> ModuleType:
     """The module with the classes of the checkpoint `content`, read from `path`. See `load_policy`.
 
-    Prints a warning if the script is not exactly the one that trained the checkpoint.
+    Prints a warning if the text of the script has changed since the training.
     """
     own = describe_script(module.Args)["script"] if module else "ppo_ballbot.py"
     name = content.get("script", own)  # older checkpoints name no script

@@ -72,6 +72,8 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
     settings = {}
     if start.config:
         try:
+            if not Path(start.config).is_file():  # reading a pipe may never end
+                raise ValueError("there is no such file")
             settings = json.loads(Path(start.config).read_bytes())
             removed = [name for name, value in REMOVED_FLAGS.items() if settings.pop(name, value) != value]
             if removed:
@@ -149,8 +151,8 @@ def ineffective_flags(args: Any) -> dict[str, str]:
             if name in vars(args)}  # fmt: skip
 
 
-def validate_args(args: Any, world_size: int | None = None) -> float:
-    """Exit with one line on the first invalid flag, before any work starts. Returns the memory a run takes, GB."""
+def validate_args(args: Any, world_size: int | None = None) -> None:
+    """Exit with one line on the first invalid flag, before any work starts."""
     try:
         validate_types(asdict(args), type(args))
         check_randomization(args.randomization, args.terrain)
@@ -186,4 +188,3 @@ def validate_args(args: Any, world_size: int | None = None) -> float:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     check_argument(memory < available, f"this takes about {memory:,.0f} GB of memory, and there are {available:,.0f}: "
                    "give fewer --num-envs, --num-steps or --num-processes, or a smaller --hidden-size")  # fmt: skip
-    return memory

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -111,6 +112,8 @@ class Run:
     def open_logs(self) -> None:
         """Write config.json, drop evaluations that will be repeated, and open TensorBoard and Weights & Biases."""
         flags, resumed = asdict(self.args), self.checkpoint
+        # TensorBoard's thread prints no error of a disk: `add_scalar` raises it again
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         if resumed:
             kept = [
                 e for e in read_metrics(self.dir) if e["kind"] == "evaluation" and e["global_step"] <= self.global_step
@@ -305,11 +308,11 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
     if args.cuda:
         size = min(size, max(1, torch.cuda.device_count()))
     size = int(os.environ.get("WORLD_SIZE", size))
+    check_argument(not checkpoint or size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} "
+                   f"processes, here are {size}: use the same number")  # fmt: skip
+    validate_args(args, size)
     if checkpoint:
-        check_argument(size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} processes, here "
-                       f"are {size}: use the same number")  # fmt: skip
         return Run(args, run_dir, checkpoint, weights, started)
-    memory = validate_args(args, size)
     if args.capture_video and is_rank_zero() and not in_rank:
         check_video()
     if args.init_from:
@@ -323,10 +326,7 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         weights = policy.agent.state_dict()
     elif args.cameras and args.freeze_encoder:
         weights = load_encoder(args.encoder_path, module.Agent(args))
-    create = is_rank_zero() and not in_rank and not restarted
-    run_dir = new_folder(args, create)
-    if create and memory > 2:
-        print_rank0(f"this takes about {memory:.0f} GB of memory")
+    run_dir = new_folder(args, create=is_rank_zero() and not in_rank and not restarted)
     args.num_processes = size
     return Run(args, run_dir, None, weights, started)
 

@@ -73,7 +73,7 @@ def test_poses_rest_on_the_terrain():
 def test_shipped_encoder_sees_the_ground():
     agent = ppo.Agent(ppo.Args())
     torch.manual_seed(0)
-    untrained = ppo.DepthEncoder()
+    random_encoder = ppo.DepthEncoder()
     encoder = agent.encoder
     agent.load_state_dict(load_encoder(ppo.Args().encoder_path, agent), strict=False)
     rng = np.random.default_rng(4)
@@ -91,5 +91,5 @@ def test_shipped_encoder_sees_the_ground():
     scores = pretrain.probe_all(features, targets, val_features, val_targets, noise)
     tilt, to_ground, slope_given_tilt = scores[:2], scores[4:6], scores[6:]
     assert min(tilt) > 0.9 and min(to_ground) > 0.95 and min(slope_given_tilt) > 0.8
-    features, val_features = pretrain.encode(untrained, frames), pretrain.encode(untrained, val_frames)
+    features, val_features = pretrain.encode(random_encoder, frames), pretrain.encode(random_encoder, val_frames)
     assert max(pretrain.probe_all(features, targets, val_features, val_targets, noise)[:2]) < 0.3

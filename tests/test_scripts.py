@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, monkeypatch):
-    """The copy's module, in its folder, whose script is as it was before and after."""
+    """The copy's module, in its folder; the script's text is restored afterwards."""
     folder, module = trained
     monkeypatch.chdir(folder)
     text = (folder / "my_ppo.py").read_text()
@@ -88,12 +88,14 @@ def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch
     common.load(best)
     assert not capsys.readouterr().err
     script.write_text(script.read_text() + "\n# changed\n")
-    common.load(best)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, copy.__name__)  # as in another process, which imports the new text
+        common.load(best)
     assert capsys.readouterr().err == f"warning: my_ppo.py has changed since it trained {best}\n"
     assert "error: --script is no.py: there is no such file" == error_of(common.load, best, Path("no.py"))
     monkeypatch.chdir(tmp_path)
-    missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there"
-    assert error_of(common.load, best) == missing + ", or give --script" and error_of(ppo.load_policy, best) == missing
+    missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there, or"
+    assert error_of(common.load, best) == error_of(ppo.load_policy, best) == f"{missing} give --script"
     assert type(common.load(best, best.parents[2] / "my_ppo.py")[0]) is copy.Policy
     for text, problem in (("1 +", "cannot be imported: SyntaxError"), ("x = 1", "Args and Agent and Policy, which")):
         Path("my_ppo.py").write_text(text)
