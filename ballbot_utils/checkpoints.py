@@ -1,7 +1,13 @@
 """Checkpoints: files of `torch.save` that hold plain data. No code in a file is ever run.
 
-A checkpoint names the script that trained it, and the SHA-256 of that script's text. Programs take the classes Args,
-Agent and Policy from the script of that name in the working directory.
+A checkpoint names the script that trained it, and the SHA-256 of that script's text. Programs take three classes from
+the script of that name in the working directory:
+
+- `Args`, a dataclass: the flags. It derives from `flags.BaseArgs` unless it has all flags of ppo_ballbot.py.
+- `Agent(args)`, a module: the networks. The export to ONNX calls `mean_action(obs)`, from a dict of tensors (n, ...)
+  to actions (n, 3) in [-1, 1], unless the agent has the parts of ppo_ballbot.py's.
+- `Policy(agent, args)`: a function, with its arguments as attributes. `policy(obs, deterministic, generators)` returns
+  actions (n, 3), a float32 array in [-1, 1].
 """
 
 import contextlib
@@ -79,10 +85,10 @@ def read_checkpoint(path: Path) -> Any:
 def build_agent(content: dict, module: ModuleType) -> tuple[nn.Module, Any]:
     """The Agent with its weights, and the Args, of a checkpoint by a script's classes; ValueError if they mismatch."""
     settings = content["args"]
-    missing = [name for name in REQUIRED_FLAGS if name not in settings]
+    known = vars(module.Args())
+    missing = [name for name in REQUIRED_FLAGS if name in known and name not in settings]
     if missing:
         raise ValueError(f"has no {', '.join(missing)} in its args: it was trained by an incompatible version")
-    known = vars(module.Args())
     args = validate_types({name: value for name, value in settings.items() if name in known}, module.Args)
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims

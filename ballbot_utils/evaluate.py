@@ -48,7 +48,6 @@ from ballbot_utils.common import (
 from ballbot_utils.console import check_argument
 from ballbot_utils.model import TIMESTEP
 from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
-from ppo_ballbot import Policy
 
 MAX_ENVS = 100  # episodes at a time, as in ppo_ballbot.evaluate
 
@@ -300,7 +299,7 @@ def notes(args: Figures, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(args: Args, loaded: list[tuple[Path, Policy, int]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluate(args: Args, loaded: list[tuple[Path, Any, int]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evaluate every checkpoint; returns a list of dicts, one per column of the table."""
     results = []
     modes = (False, True) if args.stochastic else (False,)

@@ -35,6 +35,26 @@ REMOVED_FLAGS = dict(spin_cost=0, drift_cost=0, heading_cost=0, bound_coef=0, lo
 NOT_IN_CONFIG = "run_name", "config", "resume"  # flags that config.json leaves out
 
 
+class BaseArgs:
+    """Base class of a script's Args: values that the library and the programs take for flags that the script lacks.
+
+    Each Args needs the flags exp_name, run_name, resume, seed, total_timesteps and num_envs. Some parts of the library
+    read more: `Run.save_is_due` reads save_interval.
+    """
+
+    # The task: the defaults of the environment
+    terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
+    cameras, wheel_damping, frame_skip, goal = True, 0.4, 1, "forward"
+    # What a script does not do
+    num_processes, cuda, track, init_from, freeze_encoder = 1, False, False, "", False
+    norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
+    num_steps, eval_interval, hidden_size, pi_layers, vf_layers = 1, 0, 0, 0, 0
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+
 @functools.cache
 def validator(cls: type) -> pydantic.TypeAdapter:
     """Checks types and bounds of the dataclass `cls`."""
