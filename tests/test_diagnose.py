@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from ballbot_runs import as_config, begin, check, save
 from torch.utils.tensorboard import SummaryWriter
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import as_config, begin, check, save
 from ballbot_utils import diagnose
 
 # Learns, as far as 8 iterations go; each run below breaks one thing.
@@ -68,6 +68,7 @@ def names(run):
     return [name for name, _, _ in diagnose.diagnose(*diagnose.read(run))]
 
 
+@pytest.mark.slow
 def test_healthy_run(runs, capsys):
     assert names(runs("healthy")) == []
     capsys.readouterr()
@@ -76,6 +77,7 @@ def test_healthy_run(runs, capsys):
     assert "nothing is wrong so far" in out and "--preset" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_run(runs, name, capsys, monkeypatch):
     if name == "slow learning":  # a twentieth of the steps that the rule looks at, to be quick
@@ -351,6 +353,7 @@ def test_falls_that_training_does_not_see():
     assert "unstable" in found(FULL, log([100, 90, 80, 70, 60], training=90))
 
 
+@pytest.mark.slow
 def test_seeds_are_judged_together(runs, tmp_path, capsys):
     logs = []
     for seed in (1, 2, 3):
@@ -400,6 +403,7 @@ def test_resumed_log(tmp_path):
     assert steps.tolist() == [100, 200, 250, 300] and values.tolist() == [5, 6, 8, 9]
 
 
+@pytest.mark.slow
 def test_json(runs, tmp_path, capsys):
     run = runs("KL too small")
     capsys.readouterr()

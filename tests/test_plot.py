@@ -103,6 +103,7 @@ def test_read(tmp_path):
     assert [x.shape for x in curves[LENGTH]] == [(0,)] * 3
 
 
+@pytest.mark.slow
 def test_short_training_episodes_are_shown_as_the_task_s(tmp_path, capsys):
     _, curves = plot.read(write_run(tmp_path / "a", [25, 26], max_episode_steps=1000))
     assert curves[RETURN][2].tolist() == [100, 104] and curves[LENGTH][2].tolist() == [1000, 1040]

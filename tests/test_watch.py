@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from ctypes.util import find_library
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -63,6 +62,7 @@ def test_a_video_that_exists_is_kept(args, tmp_path):
     assert "film.gif exists: give --overwrite" in error_of(replace(args, video=film))
 
 
+@pytest.mark.slow
 def test_an_opengl_that_mujoco_does_not_know():
     for module, start in (("ballbot_env", "ImportError: "), ("ballbot_utils.watch", "error: ")):
         done = subprocess.run([sys.executable, "-c", f"import {module}"], env=os.environ | {"MUJOCO_GL": "foo"},
@@ -116,39 +116,25 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
 
 
-def opengl():
-    """A value for MUJOCO_GL that works without a display, or None."""
-    if sys.platform == "linux":
-        for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")):
-            test = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16).close()"
-            environment = os.environ | {"MUJOCO_GL": name}
-            if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
-                return name
-    return None
-
-
-def test_arrows_are_seen_in_all_directions():
+@pytest.mark.slow
+def test_arrows_are_seen_in_all_directions(opengl):
     """A goal's, the velocity's and a push's, none of them a dot; sideways they are as long as they should be."""
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import json, numpy as np, ballbot_env as b\n"
-               "from ballbot_utils.scene import SceneRenderer, make_arrows\n"
                "envs = b.BallbotVectorEnv(terrain='flat', cameras=False)\n"
-               "envs.reset(seed=0)\n"
-               "qpos, place, still, seen = envs.batch.qpos[0], envs.robots.position[0], np.zeros(3), []\n"
-               "renderer = SceneRenderer(240, 320, [place[:2]], envs.terrain, 0)\n"
-               "bare = renderer.render(qpos, []).astype(int)\n"
+               "place = envs.reset(seed=0)[1]['position'][0]\n"
+               "qpos, still, seen = envs.batch.qpos[0], np.zeros(3), []\n"
+               "painter = b.Painter(240, 320, [place[:2]], 0, terrain='flat')\n"
+               "bare = painter.picture(qpos, []).astype(int)\n"
                "for angle in np.radians(21.3) + np.arange(8) * np.pi / 4:\n"  # the first is towards the camera
                "    way = np.array([np.cos(angle), np.sin(angle), 0])\n"
                "    for arrows in ((way[:2], still, still), ([0, 0], way, still), ([0, 0], still, 60 * way)):\n"
-               "        picture = renderer.render(qpos, make_arrows(place, *arrows))\n"
+               "        picture = painter.picture(qpos, b.make_arrows(place, *arrows))\n"
                "        pixels = np.argwhere(np.abs(picture - bare).sum(2) > 60)\n"
                "        seen.append((len(pixels), *np.ptp(pixels, 0).tolist()))\n"
-               "renderer.close()\n"
+               "painter.close()\n"
                "print(json.dumps(seen))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, height, width = np.array(json.loads(done.stdout)).reshape(8, 3, 3).transpose(2, 0, 1)
     assert count.min() > 60 and np.hypot(height, width).min() > 25
@@ -160,11 +146,11 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     captions = []
 
-    class Renderer:
-        def __init__(self, *args):
-            self.render, self.close = (lambda pose, arrows: None), (lambda: None)
+    class Painter:
+        def __init__(self, *args, **terrain):
+            self.picture, self.close = (lambda pose, arrows: None), (lambda: None)
 
-    monkeypatch.setattr(watch, "SceneRenderer", Renderer)
+    monkeypatch.setattr(watch, "Painter", Painter)
     monkeypatch.setattr(watch, "compose", lambda picture, frames, caption: captions.append(caption))
     monkeypatch.setattr(watch, "encode", lambda pictures, path, fps: path.write_text(str(list(pictures))))
     for goal in ("command", "forward"):
@@ -178,17 +164,14 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
     assert "command" not in captions[-1]
 
 
-def test_record_video(tmp_path):
+@pytest.mark.slow
+def test_record_video(tmp_path, opengl):
     """Gymnasium's RecordVideo has a film in real time, of pictures drawn 25 times a second."""
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("moviepy")
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
-               "from ballbot_utils.scene import SceneRenderer\n"
-               "render, drawn = SceneRenderer.render, []\n"
-               "SceneRenderer.render = lambda *args: drawn.append(1) or render(*args)\n"
+               "picture, drawn = ballbot_env.Painter.picture, []\n"
+               "ballbot_env.Painter.picture = lambda *args: drawn.append(1) or picture(*args)\n"
                "env = gym.make('Ballbot-v0', terrain='flat', render_mode='rgb_array')\n"
                "env = gym.wrappers.RecordVideo(env, sys.argv[1])\n"
                "env.reset(seed=0)\n"
@@ -197,20 +180,18 @@ def test_record_video(tmp_path):
                "env.close()\n"
                "print('drawn:', len(drawn))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "drawn: 6" in done.stdout
     meta = imageio.get_reader(tmp_path / "rl-video-episode-0.mp4").get_meta_data()
     assert meta["size"] == (640, 480) and meta["duration"] == pytest.approx(0.2, abs=0.03)
 
 
-def test_video(tmp_path):
+@pytest.mark.slow
+def test_video(tmp_path, opengl):
     image = pytest.importorskip("PIL.Image")
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("imageio_ffmpeg")
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     policy = save_policy(tmp_path / "policy.pt")
     command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
                "import ballbot_utils.watch as w\n"
@@ -218,7 +199,7 @@ def test_video(tmp_path):
                "w.main(args); w.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
     gif = tmp_path / "film.gif"
     done = subprocess.run([sys.executable, "-c", command, policy, gif], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     film = image.open(gif)
     assert film.size == (480, 360)
