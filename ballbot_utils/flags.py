@@ -46,7 +46,7 @@ class BaseArgs:
     terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
     cameras, wheel_damping, frame_skip, goal = True, 0.4, 1, "forward"
     # What a script does not do
-    num_processes, cuda, track, init_from, freeze_encoder = 1, False, False, "", False
+    num_processes, cuda, track, capture_video, init_from, freeze_encoder = 1, False, False, False, "", False
     norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
     num_steps, eval_interval, hidden_size, pi_layers, vf_layers = 1, 0, 0, 0, 0
 
@@ -154,7 +154,8 @@ def ineffective_flags(args: Any) -> dict[str, str]:
         (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
         (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),
         (one_step, "clip_coef clip_vloss clip_schedule clip_end", "in a single gradient step per iteration"),
-        (args.eval_interval > args.total_timesteps, "eval_episodes", "with --eval-interval above --total-timesteps"),
+        (hasattr(args, "final_eval_episodes") and args.eval_interval > args.total_timesteps, "eval_episodes",
+         "with --eval-interval above --total-timesteps"),
         (not args.track, "wandb_project_name wandb_entity", "without --track"),
         (not args.cuda, "torch_deterministic", "without --cuda: the CPU's algorithms are deterministic"),
         (args.cuda, "torch_threads", "with --cuda, where the networks run on the GPU"),

@@ -129,7 +129,7 @@ def train(args):
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         torch.set_rng_state(run.checkpoint["rng"])
     envs = gym.make_vec("Ballbot-v0", args.num_envs, cameras=False, frame_skip=args.frame_skip, max_episode_steps=1000)
-    with run:
+    with run.open():
         run.show(0)
         while run.global_step < args.total_timesteps:
             started = time.perf_counter()
