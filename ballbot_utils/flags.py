@@ -143,6 +143,7 @@ def ineffective_flags(args: Any) -> dict[str, str]:
     start = {"lr": args.learning_rate, "clip": args.clip_coef, "ent": args.ent_coef}
     size, gpus = int(os.environ.get("WORLD_SIZE", 0)), torch.cuda.device_count() if args.cuda else 0
     one_step = args.update_epochs == 1 and args.minibatch_size == args.num_envs * args.num_steps
+    never_evaluated = hasattr(args, "final_eval_episodes") and args.eval_interval > args.total_timesteps
     table = [
         (args.terrain == "flat", "terrain_seed terrain_amplitude eval_terrain_seed", "on --terrain flat"),
         (args.terrain == "flat" and not args.init_from, "privileged_critic", "on --terrain flat, which has no slopes"),
@@ -154,8 +155,7 @@ def ineffective_flags(args: Any) -> dict[str, str]:
         (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
         (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),
         (one_step, "clip_coef clip_vloss clip_schedule clip_end", "in a single gradient step per iteration"),
-        (hasattr(args, "final_eval_episodes") and args.eval_interval > args.total_timesteps, "eval_episodes",
-         "with --eval-interval above --total-timesteps"),
+        (never_evaluated, "eval_episodes", "with --eval-interval above --total-timesteps"),
         (not args.track, "wandb_project_name wandb_entity", "without --track"),
         (not args.cuda, "torch_deterministic", "without --cuda: the CPU's algorithms are deterministic"),
         (args.cuda, "torch_threads", "with --cuda, where the networks run on the GPU"),
