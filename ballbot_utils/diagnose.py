@@ -385,7 +385,7 @@ def diagnose(flags: dict[str, Any], curves: dict[str, Curve]) -> list[tuple[str,
 
 
 # When to stop. The guide: no improvement for 1e6 steps, consistent across seeds (3 to 5), targets met. Its terms are
-# not defined; here: an improvement is a hundredth of the target return, and the worst seed is within a fifth of the best.
+# not defined. Here an improvement is a hundredth of the target return, and the worst seed within a fifth of the best.
 PLATEAU_STEPS, IMPROVEMENT, SEEDS, SEED_SPREAD = 1_000_000, TARGET_RETURN / 100, 3, 0.8
 
 
