@@ -1,7 +1,7 @@
-"""Which strategy finds what, how fast: `python -m benchmark.strategies grid random tpe --output strategies.png`.
+"""Compare search strategies: `python -m benchmark.strategies grid random tpe --output strategies.png`.
 
-For each name draws the best return so far, by trials, of the studies runs/NAME-* as thin lines, their median as a
-thick one. Prints what each study found, and how often a trial failed.
+For each name, plots the best return so far against the number of trials: a thin line for each of the studies
+runs/NAME-*, and a thick one for their median. Prints each study's result and its number of failed trials.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from ballbot_utils.console import check_argument
 @dataclass
 class Args:
     names: tyro.conf.Positional[tuple[str, ...]]
-    """what the studies' names begin with, one for each strategy"""
+    """prefixes of the studies' names, one for each strategy"""
     output: Path = Path("strategies.png")
     """file to write"""
 
 
 def main(args: Args) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    check_argument(args.names, "no names given: give what the studies' names begin with")
+    check_argument(args.names, "no names given: give prefixes of studies' names")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, color in zip(args.names, plot.COLORS):
