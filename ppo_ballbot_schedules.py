@@ -654,7 +654,7 @@ def train_rank(args, run):
         losses = update(agent, optimizer, now, batch | {"advantages": advantages, "returns": returns})
         if args.lr_schedule == "kl":
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * adapt_to_kl(learning_rate, losses["approx_kl"], args.target_kl)
+                group["lr"] = adapt_to_kl(learning_rate, losses["approx_kl"], args.target_kl)
         agent.update_obs_moments(batch["proprio"].flatten(0, 1))
         seconds["learn"] = time.perf_counter() - started - sum(seconds.values())
 
