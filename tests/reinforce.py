@@ -6,7 +6,6 @@ policy sees proprioception alone. An iteration is one episode in each environmen
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +23,7 @@ NUM_INPUTS = sum(make_observations()[key].shape[0] for key in PROPRIOCEPTION)
 
 @dataclass
 class Args(flags.BaseArgs):
-    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the default run name
+    exp_name: str = "reinforce"  # name of the experiment, a part of the default run name
     run_name: str = ""  # folder under runs/; empty: a new name
     resume: str = ""  # continue a run: runs/<run name>
     seed: Seed = 1  # seed of networks, action noise and start poses
@@ -75,10 +74,7 @@ def network_inputs(obs):
 
 @torch.no_grad()
 def rollout(envs, agent, seeds):
-    """One episode in each environment: inputs, actions, rewards and whether they count, each (steps, envs, ...).
-
-    The second result lists (return, length, last action) of the episodes.
-    """
+    """One episode in each environment: tensors (steps, envs, ...), and (return, length, last step) of each."""
     obs, _ = envs.reset(seed=seeds)
     active, rows, episodes = np.ones(envs.num_envs, bool), [], []
     while active.any():
@@ -132,8 +128,7 @@ def train(args):
         agent.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         torch.set_rng_state(run.checkpoint["rng"])
-    task = dict(cameras=False, frame_skip=args.frame_skip, max_episode_steps=1000)
-    envs = gym.make_vec("Ballbot-v0", args.num_envs, **task)
+    envs = gym.make_vec("Ballbot-v0", args.num_envs, cameras=False, frame_skip=args.frame_skip, max_episode_steps=1000)
     with run:
         run.show(0)
         while run.global_step < args.total_timesteps:
