@@ -1,4 +1,4 @@
-"""The viewer and the video: what they show, and what they say to bad input or without a display."""
+"""The viewer and the video: what they show, and their errors on invalid input or without a display."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def save_policy(path, **train_args):
 
 @pytest.fixture
 def args(tmp_path):
-    """Short episodes of an untrained policy without cameras."""
+    """Short episodes of a policy with random weights, without cameras."""
     return watch.Args(checkpoint=save_policy(tmp_path / "policy.pt", cameras=False), terrain="flat", horizon=50)
 
 
@@ -49,9 +49,9 @@ def error_of(args):
     ({"video": Path("film.gif"), "render": True}, "give one of --render and --video"),
     ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
     ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
-    ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
+    ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give greater than or equal to 1"),
     ({"video": Path("film.gif"), "horizon": 1}, "--horizon is 1: give more than the policy's --frame-skip, 1"),
-    ({"render": True, "push": -1.0}, "--push is -1.0: give 0 or more"),
+    ({"render": True, "push": -1.0}, "--push is -1.0: give greater than or equal to 0"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
     assert message in error_of(replace(args, **change))
@@ -63,7 +63,7 @@ def test_a_video_that_exists_is_kept(args, tmp_path):
     assert "film.gif exists: give --overwrite" in error_of(replace(args, video=film))
 
 
-def test_an_opengl_that_mujoco_does_not_know():
+def test_unknown_opengl():
     for module, start in (("ballbot_env", "ImportError: "), ("ballbot_utils.watch", "error: ")):
         done = subprocess.run([sys.executable, "-c", f"import {module}"], env=os.environ | {"MUJOCO_GL": "foo"},
                               capture_output=True, text=True)  # fmt: skip
@@ -113,7 +113,7 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     watch.main(replace(args, render=True))
     assert 80 * 0.002 <= time.perf_counter() - started < 2
     assert window.synced and window.closed and window.steps == 0
-    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
+    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode does not end
 
 
 def opengl():
@@ -128,7 +128,7 @@ def opengl():
 
 
 def test_arrows_are_seen_in_all_directions():
-    """A goal's, the velocity's and a push's, none of them a dot; sideways they are as long as they should be."""
+    """Arrows of a goal, of the velocity and of a push; none of them is a dot. Seen from the side, the length is right."""
     backend = opengl()
     if backend is None:
         pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
@@ -156,7 +156,7 @@ def test_arrows_are_seen_in_all_directions():
     np.testing.assert_allclose(width[[2, 6]], 0.5 / 1.1 * 120 / np.tan(np.pi / 8), rtol=0.1)
 
 
-def test_a_video_tells_the_command(tmp_path, monkeypatch):
+def test_a_video_shows_the_command(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     captions = []
 
@@ -165,13 +165,13 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
             self.render, self.close = (lambda pose, arrows: None), (lambda: None)
 
     monkeypatch.setattr(watch, "SceneRenderer", Renderer)
-    monkeypatch.setattr(watch, "compose", lambda picture, frames, caption: captions.append(caption))
-    monkeypatch.setattr(watch, "encode", lambda pictures, path, fps: path.write_text(str(list(pictures))))
+    monkeypatch.setattr(watch, "compose_image", lambda pixels, frames, caption: captions.append(caption))
+    monkeypatch.setattr(watch, "encode_video", lambda images, path, fps: path.write_text(str(list(images))))
     for goal in ("command", "forward"):
         policy = save_policy(tmp_path / "policy.pt", cameras=False, goal=goal)
         args = watch.Args(checkpoint=policy, horizon=30, video=tmp_path / f"{goal}.gif", terrain="flat", seed=3)
         (policy, _), task = watch.load(args.checkpoint), dict(terrain="flat", cameras=False, max_episode_steps=30)
-        watch.video(watch.trained(policy), args, task | ({"goal": goal} if goal == "command" else {}))
+        watch.write_video(watch.policy_factory(policy), args, task | ({"goal": goal} if goal == "command" else {}))
     env, (seed,) = gym.make("Ballbot-v0", goal="command", cameras=False), spawn_seeds(3, 1)
     x, y = env.reset(seed=seed)[0]["command"]
     assert np.hypot(x, y) > 0.01 and f"m/s    command ({x:+.2f}, {y:+.2f}) m/s    return" in captions[0]
@@ -179,7 +179,7 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
 
 
 def test_record_video(tmp_path):
-    """Gymnasium's RecordVideo has a film in real time, of pictures drawn 25 times a second."""
+    """Gymnasium's RecordVideo writes a video in real time, with 25 rendered images per second."""
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("moviepy")
     backend = opengl()
@@ -187,19 +187,19 @@ def test_record_video(tmp_path):
         pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
                "from ballbot_utils.scene import SceneRenderer\n"
-               "render, drawn = SceneRenderer.render, []\n"
-               "SceneRenderer.render = lambda *args: drawn.append(1) or render(*args)\n"
+               "render, calls = SceneRenderer.render, []\n"
+               "SceneRenderer.render = lambda *args: calls.append(1) or render(*args)\n"
                "env = gym.make('Ballbot-v0', terrain='flat', render_mode='rgb_array')\n"
                "env = gym.wrappers.RecordVideo(env, sys.argv[1])\n"
                "env.reset(seed=0)\n"
                "for _ in range(100):\n"
                "    env.step(np.zeros(3))\n"
                "env.close()\n"
-               "print('drawn:', len(drawn))")  # fmt: skip
+               "print('rendered:', len(calls))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], cwd=REPOSITORY, text=True,
                           capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "drawn: 6" in done.stdout
+    assert "rendered: 6" in done.stdout
     meta = imageio.get_reader(tmp_path / "rl-video-episode-0.mp4").get_meta_data()
     assert meta["size"] == (640, 480) and meta["duration"] == pytest.approx(0.2, abs=0.03)
 
