@@ -132,7 +132,7 @@ def test_files_without_a_policy(run, tmp_path):
         return message
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="has no best.pt"):
+    with pytest.raises(SystemExit, match=r"has no best\.pt"):
         ppo.load_policy(tmp_path / "empty")
     assert "is missing" in says(tmp_path / "no.pt")
     bad = tmp_path / "bad.pt"

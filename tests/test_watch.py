@@ -128,7 +128,7 @@ def opengl():
 
 
 def test_arrows_are_seen_in_all_directions():
-    """Arrows of a goal, of the velocity and of a push; none of them is a dot. Seen from the side, the length is right."""
+    """Arrows of a goal, of the velocity and of a push; none of them is a dot. From the side, lengths are right."""
     backend = opengl()
     if backend is None:
         pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
