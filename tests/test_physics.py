@@ -246,7 +246,7 @@ def test_without_control_it_falls():
 
 @functools.cache
 def driver():
-    return lqr.design(wheel_damping=0.4)
+    return lqr.design_regulator(wheel_damping=0.4)
 
 
 def drive(speed, change=None, seconds=8):
@@ -260,7 +260,7 @@ def drive(speed, change=None, seconds=8):
     model = spec.compile()
     data = mujoco.MjData(model)
     base, hubs = data.joint("base"), [data.joint(f"wheel_{i}") for i in WHEELS]
-    act = lqr.regulator(*driver(), (0.0, speed))(SimpleNamespace(num_envs=1))
+    act = lqr.regulator_factory(*driver(), (0.0, speed))(SimpleNamespace(num_envs=1))
 
     def velocity(body, point):
         """Of the body's material at `point`, in the world."""

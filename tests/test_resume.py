@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
     short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
     assert "256 steps become 512: what is scheduled is stretched over all of them" in capsys.readouterr().out
     assert json.loads((short / "config.json").read_text())["total_timesteps"] == 512
-    assert plot.read(short)[0]["total_timesteps"] == "512"
+    assert plot.read_run(short)[0]["total_timesteps"] == 512
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
     for argv, total in ((" --total-timesteps 10000000", 10_000_000), ("", 512)):
