@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ppo_ballbot as ppo
+from ballbot_runs import load_encoder
 from ballbot_utils import geometry, model
 from ballbot_utils import pretrain_encoder as pretrain
 from ballbot_utils.terrain import Terrain
@@ -21,8 +22,9 @@ def test_small_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     assert saved["seed"] == 1 and saved["args"]["epochs"] == 4 and saved["val_mse"] == result["val_mse"]
-    ppo.DepthEncoder().load_state_dict(saved["encoder"])
-    assert all(weights.is_contiguous() for weights in saved["encoder"].values())
+    state = load_encoder(tmp_path / "encoder.pt", ppo.DepthEncoder())
+    for key, value in ppo.DepthEncoder().state_dict().items():
+        assert state[key].shape == value.shape and state[key].is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_poses_rest_on_the_terrain():
 def test_shipped_encoder_sees_the_ground():
     encoder = ppo.DepthEncoder()
     torch.manual_seed(0)
-    initial = ppo.DepthEncoder()
+    untrained = ppo.DepthEncoder()
     encoder.load_state_dict(load_encoder(model.ASSETS / "depth_encoder.pt", ppo.DepthEncoder()))
     rng = np.random.default_rng(4)
     (frames, targets), (val_frames, val_targets) = (
@@ -88,5 +90,5 @@ def test_shipped_encoder_sees_the_ground():
     scores = pretrain.probe_all(features, targets, val_features, val_targets, noise)
     tilt, to_ground, slope_given_tilt = scores[:2], scores[4:6], scores[6:]
     assert min(tilt) > 0.9 and min(to_ground) > 0.95 and min(slope_given_tilt) > 0.8
-    features, val_features = pretrain.encode(initial, frames), pretrain.encode(initial, val_frames)
+    features, val_features = pretrain.encode(untrained, frames), pretrain.encode(untrained, val_frames)
     assert max(pretrain.probe_all(features, targets, val_features, val_targets, noise)[:2]) < 0.3
