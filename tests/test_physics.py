@@ -274,7 +274,7 @@ def drive(speed, change=None, seconds=8):
         mujoco.mju_quat2Vel(orientation, base.qpos[3:], 1)
         obs = {"orientation": orientation[None], "angular_vel": base.qvel[None, 3:], "vel": base.qvel[None, :3]}
         data.ctrl[:3] = -10 * np.clip(act(obs)[0], -1, 1)
-        mujoco.mj_step(model, data, nstep=lqr.HOLD)
+        mujoco.mj_step(model, data, nstep=lqr.FRAME_SKIP)
         mujoco.mj_forward(model, data)
         if data.body("base").xmat[8] < np.cos(np.radians(20)):
             break

@@ -284,4 +284,4 @@ def test_capture_video(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "video", lambda policy, flags, task: films.append((flags.video, task["terrain_seed"])))
     ppo.train(args)
     assert films == [(Path(f"runs/run/videos/{steps}.mp4"), 1_000_000) for steps in (16, 32)]
-    assert common.EvalSettings.seed == 1_000_000 and torch.get_num_threads() == 1
+    assert common.Conditions.seed == 1_000_000 and torch.get_num_threads() == 1
