@@ -669,7 +669,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         if self._commands:
             arrays |= {"commands": self.commands, "commands_due": self._commands.due}
         if self._randomization:
-            arrays["drawn"] = self._randomization.sampled
+            arrays["randomization"] = self._randomization.sampled
         if self.frames is not None:
             arrays |= {"frames": self.frames, "frame_time": self._frame_time}
         return arrays
@@ -686,13 +686,14 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         Raises ValueError for any other or damaged state, and changes nothing then.
         """
         arrays, rngs = self._state_arrays(), [np.random.default_rng() for _ in range(self.num_envs)]
-        if isinstance(state, dict) and isinstance(state.get("drawn"), dict):  # older states have one entry more
-            state = state | {"drawn": {name: value for name, value in state["drawn"].items() if name != "_relief"}}
+        if isinstance(state, dict) and isinstance(state.get("drawn"), dict):  # of an older version
+            sampled = {name: value for name, value in state["drawn"].items() if name != "_relief"}
+            state = {name: value for name, value in state.items() if name != "drawn"} | {"randomization": sampled}
         wrong = find_mismatch(state, to_tensors(arrays) | {"rngs": ""})
         if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"
         if not wrong and self._randomization:
-            wrong = self._randomization.find_invalid(state["drawn"])
+            wrong = self._randomization.find_invalid(state["randomization"])
         try:
             for rng, rng_state in zip(rngs, json.loads(state["rngs"]), strict=True):
                 rng.bit_generator.state = rng_state
@@ -726,9 +727,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def arrows(self, i: int, force: ArrayLike | None = None) -> list[tuple]:
         """Arrows, for `draw_arrows`, of environment i: goal, velocity, and the force on it, or `force` (3,), N."""
         goal = self.goal if self.commands is None else self.commands[i]
-        return make_arrows(
-            self.robots.position[i], goal, self.velocities[i], self.forces[i] if force is None else force
-        )
+        force = self.forces[i] if force is None else force
+        return make_arrows(self.robots.position[i], goal, self.velocities[i], force)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """RGB pictures, uint8 (480, 640, 3), one per environment, by MuJoCo's OpenGL renderer."""
@@ -767,8 +767,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._ended = self._ended & ~mask
         self.new_frames[:] = False
         self._reset(np.flatnonzero(mask), options)
-        infos = self._get_info()
-        return self._get_obs(), infos if mask.all() else mask_infos(infos, mask)
+        return self._get_obs(), self._get_info() if mask.all() else mask_infos(self._get_info(), mask)
 
     def _reset(self, ids, options=None):
         """New episodes of the environments `ids`, and their first frames. `options` are for all environments."""
@@ -869,7 +868,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         `terminated` and `active` are those of `_get_ends`. A term is a name that starts with "reward_" and a sum
         (num_envs,); all of them are in `info`.
         """
-        velocity = np.minimum(np.maximum(self.robots.substep_velocity(), -2), 2)
+        vel = self._observations["vel"]
+        velocity = np.minimum(np.maximum(self.robots.substep_velocity(), vel.low), vel.high)
         if self.commands is None:
             speed = velocity @ self.goal
         else:

@@ -37,6 +37,7 @@ from ballbot_utils.distributed import (
     all_reduce_mean,
     gather_objects,
     init_distributed,
+    must_spawn,
     pin_to_core_share,
     rank,
     spawn_ranks,
@@ -45,9 +46,36 @@ from ballbot_utils.distributed import (
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
 from ballbot_utils.geometry import in_body_frame
-from ballbot_utils.model import OPTIMAL_HEADING
+from ballbot_utils.model import CAMERAS
 from ballbot_utils.observations import PROPRIOCEPTION, make_observations
 from ballbot_utils.state import copy_array
+from ballbot_utils.terrain import TERRAINS
+
+# The guide's three configurations differ only by what it states. "paper" has Stable-Baselines3's values for the rest.
+PRESETS = {
+    "aggressive": dict(
+        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64, num_envs=16,
+    ),
+    "conservative": dict(
+        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024, update_epochs=10,
+        hidden_size=256, num_envs=8,
+    ),
+    "balanced": dict(clip_coef=0.015, ent_coef=0.001),
+    "paper": dict(
+        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
+        wheel_damping=0.8,
+    ),
+    "tuned": dict(
+        num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.03, vf_coef=1.0,
+        ent_coef=0.0, num_envs=64, num_steps=16, update_epochs=4, gamma=0.994, gae_lambda=0.96, norm_adv=True,
+        target_kl=0.04, weight_decay=0.0, pi_layers=3, vf_layers=3, init_log_std=-0.5, depth_scale=0.1,
+        terrain_amplitude=0.15, randomization=dict(push=0.5), max_episode_steps=1000, total_timesteps=3_000_000,
+        eval_interval=250_000,
+    ),
+}  # fmt: skip
+PRESETS["robust"] = PRESETS["tuned"] | dict(max_episode_steps=4000, terrain_amplitude=0.2)
+PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
+                                          tilt=3, velocity=0.2, push=1.5, obs_noise=0.01)  # fmt: skip
 
 
 @dataclass
@@ -56,7 +84,7 @@ class Args:
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: a new name
     # a configuration to start from: the guide's three, tuned (the fastest reliable one), robust (tuned, with
     # randomization), or paper (the choices of arXiv 2505.18417)
-    preset: Literal["", "aggressive", "conservative", "balanced", "tuned", "robust", "paper"] = ""
+    preset: Literal["", *PRESETS] = ""
     config: str = ""  # start from a run's config.json; other flags take precedence
     resume: str = ""  # continue a run exactly: runs/<run name>, or its last.pt. Add only a larger --total-timesteps
     init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with the same network flags
@@ -68,7 +96,7 @@ class Args:
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
     # The task
-    terrain: Literal["perlin", "flat"] = "perlin"  # kind of ground
+    terrain: Literal[*TERRAINS] = "perlin"  # kind of ground
     terrain_seed: Seed = 0  # the training terrain
     terrain_amplitude: Positive = 0.1  # height of the training terrain's hills, m; evaluations use 0.1
     randomization: MutableMapping[str, float] = field(default_factory=dict)  # in training, as push 1.0 mass 0.1
@@ -96,15 +124,10 @@ class Args:
     clip_vloss: bool = False  # clip the value loss with clip_coef as well
     ent_coef: NonNegative = 0.001  # weight of the entropy bonus
     vf_coef: NonNegative = 2.0  # weight of the value loss, without CleanRL's factor 0.5 (as in Stable-Baselines3)
-    bound_coef: NonNegative = 0.0  # weight of a loss on means beyond [-1, 1], where actions are clipped
     max_grad_norm: Positive = 0.5  # maximum norm of the gradient
     target_kl: Positive = 0.3  # stop an iteration's updates when an epoch's approximate KL divergence exceeds this
     weight_decay: NonNegative = 0.01  # decoupled weight decay (AdamW)
-    spin_cost: NonNegative = 0.0  # training reward minus this times squared yaw rate (rad²/s²); not in shown returns
-    drift_cost: NonNegative = 0.0  # the same for the squared velocity across the goal (m²/s²); not with commands
-    heading_cost: NonNegative = 0.0  # the same for the squared error of the heading (rad²) that makes driving easiest
     norm_obs: bool = True  # normalize proprioception by running mean and variance; without it the robot drives slowly
-    norm_value: bool = False  # the critic predicts normalized returns (PopArt)
 
     # Networks
     body_frame: bool = False  # lean, velocity and goal in the robot's frame: the policy is independent of heading
@@ -114,7 +137,6 @@ class Args:
     privileged_critic: bool = True  # the critic, used only in training, sees the ground's slopes: exact values
     depth_scale: LogScale = 1.0  # factor on depth features; below 1 the policy uses proprioception first
     init_log_std: LogScale = 0.0  # initial logarithm of the actions' standard deviation
-    log_std_lr_scale: NonNegative = 1.0  # factor on that logarithm's learning rate: lets the noise shrink faster
     freeze_encoder: bool = True  # keep the pretrained depth encoder; otherwise train one from scratch
     encoder_path: str = "assets/depth_encoder.pt"  # the pretrained depth encoder, relative to this file
 
@@ -129,35 +151,6 @@ class Args:
     track: bool = False  # log to it as well; needs pip install wandb
     wandb_project_name: str = "ballbot"  # the project
     wandb_entity: str = ""  # the team; empty: your default
-
-
-# The guide's three configurations, which differ by what it states, the best that we know, and the paper's: what the
-# guide does not state has Stable-Baselines3's values there.
-PRESETS = {
-    "aggressive": dict(
-        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64, num_envs=16,
-    ),
-    "conservative": dict(
-        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024, update_epochs=10,
-        hidden_size=256, num_envs=8,
-    ),
-    "balanced": dict(clip_coef=0.015, ent_coef=0.001),
-    "paper": dict(
-        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
-        wheel_damping=0.8,
-    ),
-    "tuned": dict(
-        num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.15, vf_coef=1.0,
-        ent_coef=0.0, bound_coef=0.1, num_envs=64, num_steps=16, minibatch_size=256, update_epochs=4, gamma=0.994,
-        gae_lambda=0.96, norm_adv=True, norm_value=True, target_kl=0.04, weight_decay=0.0, pi_layers=3,
-        vf_layers=3, init_log_std=-0.5, depth_scale=0.1, spin_cost=0.005, drift_cost=0.07, heading_cost=0.04,
-        log_std_lr_scale=2.0, terrain_amplitude=0.15, randomization=dict(push=0.5),
-        max_episode_steps=1000, total_timesteps=3_000_000, eval_interval=250_000,
-    ),
-}  # fmt: skip
-PRESETS["robust"] = PRESETS["tuned"] | dict(log_std_lr_scale=5.0, max_episode_steps=4000, terrain_amplitude=0.2)
-PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
-                                          tilt=3, velocity=0.2, push=1.5, obs_noise=0.01)  # fmt: skip
 
 
 class DepthEncoder(nn.Module):
@@ -216,9 +209,9 @@ class Agent(nn.Module):
         self.keys = PROPRIOCEPTION + ("command",) * self.commanded + ("relative_image_timestamp",) * args.cameras
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
-        self.num_depth = 2 * DepthEncoder.num_features if args.cameras else 0
+        self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale = args.body_frame, args.depth_scale
-        self.norm_obs, self.norm_value = args.norm_obs, args.norm_value
+        self.norm_obs = args.norm_obs
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None  # faster
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
@@ -230,11 +223,6 @@ class Agent(nn.Module):
         # The frames' age, the last, counts for no more than what they show
         scale = [1.0] * (self.num_proprio - 1) + [args.depth_scale if args.cameras else 1.0]
         self.register_buffer("obs_scale", torch.tensor(scale), persistent=False)
-        # Moving averages of returns and their squares, and the critic's units that follow from them
-        self.register_buffer("value_moments", torch.zeros(2))
-        self.register_buffer("value_count", torch.zeros(()))
-        self.register_buffer("value_mean", torch.zeros(()))
-        self.register_buffer("value_std", torch.ones(()))
 
     def encode(self, frames):
         """Frames (n, 2, size, size) to depth features (n, 40)."""
@@ -249,37 +237,9 @@ class Agent(nn.Module):
             proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8) * self.obs_scale
         return torch.cat([proprio, depth], -1)
 
-    def normalized_value(self, features, slopes):
-        """Values (n,) of features (n, 56) and slopes (n, 6 or 0), in the critic's units."""
-        return self.critic(torch.cat([features, 10 * slopes], -1)).squeeze(-1)
-
     def value(self, features, slopes):
         """Values (n,) of features (n, 56) and slopes (n, 6 or 0)."""
-        return self.normalized_value(features, slopes) * self.value_std + self.value_mean
-
-    def normalize(self, values):
-        """Values in the critic's units."""
-        return (values - self.value_mean) / self.value_std
-
-    @torch.no_grad()
-    def update_value_moments(self, returns, advantages):
-        """With --norm-value, new units for the critic: its values stay the same. Returns the explained variance.
-
-        PopArt (van Hasselt et al., arXiv 1602.07714, equation 9): moving averages of returns and their squares.
-        """
-        moments = torch.stack([power.mean() for x in (returns, advantages) for power in (x, x.square())])
-        mean, square, error, square_error = all_reduce_mean(moments)
-        if self.norm_value:
-            self.value_count += 1
-            self.value_moments.lerp_(moments[:2], max(0.1, 1 / self.value_count.item()))
-            new_mean = self.value_moments[0]
-            std = (self.value_moments[1] - new_mean**2).clamp(min=1e-8).sqrt()
-            *_, weight, bias = self.critic.parameters()
-            weight *= self.value_std / std
-            bias.mul_(self.value_std).add_(self.value_mean - new_mean).div_(std)
-            self.value_mean.copy_(new_mean)
-            self.value_std.copy_(std)
-        return 1 - ((square_error - error**2) / (square - mean**2)).item()
+        return self.critic(torch.cat([features, 10 * slopes], -1)).squeeze(-1)
 
     @torch.no_grad()
     def update_obs_moments(self, proprio):
@@ -350,18 +310,6 @@ def ground_slopes(envs, agent):
     return torch.from_numpy(slopes).to(agent.log_std.device)
 
 
-def shaping_costs(obs, args):
-    """Costs (n,) of a physics step, which training subtracts from its reward, of a batch of observations."""
-    costs = args.spin_cost * obs["angular_vel"][:, 2] ** 2
-    if args.goal == "command":
-        return costs
-    costs += args.drift_cost * obs["vel"][:, 0] ** 2
-    if args.heading_cost:
-        heading = in_body_frame(obs["orientation"], obs["vel"])[1][:, 0] - OPTIMAL_HEADING
-        costs += args.heading_cost * (heading - 2 * np.pi * np.rint(heading / (2 * np.pi))) ** 2
-    return costs
-
-
 @torch.no_grad()
 def rollout(envs, agent, args, observation, show=lambda steps: None):
     """Act `num_steps` times in every environment, from an `observation`: proprio (envs, 15) and depth (envs, 40).
@@ -388,22 +336,20 @@ def rollout(envs, agent, args, observation, show=lambda steps: None):
         now = time.perf_counter()
         obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())  # clips them to [-1, 1]
         simulating += time.perf_counter() - now
-        costs = shaping_costs(obs, args)
         dones[step] = terminations | truncations
         for i in np.flatnonzero(dones[step]):
             episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i]), step))
             final = {key: value[None] for key, value in infos["final_obs"][i].items()}  # obs is the next episode's
-            costs[i] = shaping_costs(final, args)[0]
             value = torch.zeros(1, device=device)
             if not terminations[i]:  # a truncated episode's final observation has a value
                 final_depth = depth[:1]
                 if agent.encoder is not None:
-                    frames = torch.cat([torch.as_tensor(final[f"depth_{k}"]) for k in (0, 1)], 1)
+                    frames = torch.cat([torch.as_tensor(final[name]) for name in CAMERAS], 1)
                     final_depth = agent.encode(frames.to(device))
                 slopes = torch.from_numpy(envs.final_slopes[[i], : agent.num_slopes]).to(device)
                 value = agent.value(agent.features(proprioception(final, agent), final_depth), slopes)
             ends.append((step, i, value))
-        rewards[step] = reward - args.frame_skip * costs
+        rewards[step] = reward
         proprio, depth = proprioception(obs, agent), depth_features(envs, agent, depth)
 
     # One pass over the whole batch is cheaper than one per step
@@ -435,6 +381,13 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
     return advantages
 
 
+def explained_variance(returns, advantages):
+    """The share of the variance of returns that the values explain, over all ranks."""
+    moments = torch.stack([power.mean() for x in (returns, advantages) for power in (x, x.square())])
+    mean, square, error, square_error = all_reduce_mean(moments)
+    return 1 - ((square_error - error**2) / (square - mean**2)).item()
+
+
 def update(agent, optimizer, args, batch):
     """`update_epochs` passes of minibatch gradient steps over this rank's samples, tensors (steps, envs, ...) by name.
 
@@ -442,7 +395,6 @@ def update(agent, optimizer, args, batch):
     means over the last epoch's minibatches and all ranks.
     """
     batch = {key: x.flatten(0, 1) for key, x in batch.items()}
-    values, returns = agent.normalize(batch["values"]), agent.normalize(batch["returns"])
     parameters = [p for p in agent.parameters() if p.requires_grad]
     for epoch in range(1, args.update_epochs + 1):
         minibatches = torch.randperm(len(batch["actions"]), device=batch["actions"].device)
@@ -464,16 +416,15 @@ def update(agent, optimizer, args, batch):
             clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
 
-            newvalue = agent.normalized_value(features, mb["slopes"])
-            v_loss = (newvalue - returns[samples]).square()
+            newvalue = agent.value(features, mb["slopes"])
+            v_loss = (newvalue - mb["returns"]).square()
             if args.clip_vloss:
-                v_change = (newvalue - values[samples]).clamp(-args.clip_coef, args.clip_coef)
-                v_loss = torch.max(v_loss, (values[samples] + v_change - returns[samples]).square())
+                v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+                v_loss = torch.max(v_loss, (v_clipped - mb["returns"]).square())
             v_loss = v_loss.mean()
 
             entropy = (agent.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
-            bound_loss = (mean.abs() - 1).clamp(min=0).square().sum(-1).mean()
-            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.bound_coef * bound_loss
+            loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
 
             optimizer.zero_grad()
             loss.backward()
@@ -534,9 +485,11 @@ class Policy:
         if len(self.depth) != len(obs["vel"]):
             self.frames, self.depth = None, agent.log_std.new_empty(len(obs["vel"]), agent.num_depth)
         if agent.encoder is not None:
-            frames = obs["depth_0"], obs["depth_1"]
-            right, left = (frame != old for frame, old in zip(frames, self.frames or (np.nan, np.nan)))
-            new = right.any((1, 2, 3)) | left.any((1, 2, 3))
+            frames = [obs[name] for name in CAMERAS]
+            new = (
+                sum((frame != old).any((1, 2, 3)) for frame, old in zip(frames, self.frames or [np.nan] * len(frames)))
+                > 0
+            )
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = apply_in_blocks(agent.encode, images, 2)
@@ -574,42 +527,42 @@ def train(args: Args, started: float | None = None) -> Path:
     if run.final:
         print_rank0(f"{run.dir} has finished, with {runs.format_evaluation(run.final)}: to continue, give more "
                     "--total-timesteps")  # fmt: skip
-    elif args.num_processes > 1 and "RANK" not in os.environ:
-        spawn_ranks(train, args, STARTED)
-    else:
-        init_distributed(args.num_processes, args.cuda)
-        with run:
+        return run.dir
+    with run.open():
+        if must_spawn(args):
+            spawn_ranks(train, args, STARTED)
+        else:
+            init_distributed(args.num_processes, args.cuda)
             train_rank(args, run)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return run.dir
 
 
 def train_rank(args, run):
     """Train in this rank; `run` is the record of the run."""
     agent, optimizer, envs = build(args)
-    iteration, observation = start(args, run, agent, optimizer, envs)
+    observation = start(args, run, agent, optimizer, envs)
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
-    num_iterations = args.total_timesteps // iteration_steps
+    iteration, num_iterations = run.global_step // iteration_steps, args.total_timesteps // iteration_steps
     print_rank0(f"{run.dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
 
     while iteration < num_iterations:
         iteration += 1
         learning_rate = learning_rate_at(args, 1 - (iteration - 1) / num_iterations)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            group["lr"] = learning_rate
 
         started = time.perf_counter()
         batch, transitions, observation, episodes, seconds = rollout(envs, agent, args, observation, run.show)
         advantages = gae(*transitions, args.gamma, args.gae_lambda)
         returns = advantages + batch["values"]
-        explained_variance = agent.update_value_moments(returns, advantages)
         losses = update(agent, optimizer, args, batch | {"advantages": advantages, "returns": returns})
         agent.update_obs_moments(batch["proprio"].flatten(0, 1))
         seconds["learn"] = time.perf_counter() - started - sum(seconds.values())
 
         run.log_iteration(iteration_steps, seconds, episodes, {f"losses/{key}": x for key, x in losses.items()} | {
-            "losses/explained_variance": explained_variance,
+            "losses/explained_variance": explained_variance(returns, advantages),
             "charts/learning_rate": learning_rate,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/physics_errors": sum(gather_objects(int(envs.physics_errors.sum()))),
@@ -618,7 +571,7 @@ def train_rank(args, run):
             run.log_evaluation(agent, evaluate(agent, args, args.eval_episodes))
             record_video(args, run, agent)
         if run.save_is_due() or iteration == num_iterations:
-            run.save_last(agent, capture_state(agent, optimizer, envs, observation, iteration))
+            run.save_last(agent, capture_state(agent, optimizer, envs, observation))
 
     envs.close()
     run.finish(agent, lambda: evaluate(agent, args, args.final_eval_episodes))
@@ -635,39 +588,39 @@ def build(args):
     agent = Agent(args).to(device)
     if agent.encoder is not None and args.freeze_encoder:
         agent.encoder.requires_grad_(False)
-    networks = [p for p in agent.parameters() if p.requires_grad and p is not agent.log_std]
-    groups = [dict(params=networks, lr_scale=1.0), dict(params=[agent.log_std], lr_scale=args.log_std_lr_scale)]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, eps=1e-5, weight_decay=args.weight_decay, fused=True)
     return agent, optimizer, make_envs(args, args.num_envs // world_size())
 
 
 def start(args, run, agent, optimizer, envs):
-    """Load initial weights or the checkpoint. Returns the iteration that has been completed, and the observation."""
+    """Load initial weights or the checkpoint. Returns the observation."""
     if run.checkpoint is None:
         agent.load_state_dict(run.weights, strict=False)
         torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
         seeds = ballbot_env.spawn_seeds(args.seed, args.num_envs)
         obs, _ = envs.reset(seed=seeds[envs.num_envs * rank() :][: envs.num_envs])
         depth = agent.log_std.new_zeros(envs.num_envs, agent.num_depth)
-        return 0, (proprioception(obs, agent), depth_features(envs, agent, depth))
+        return proprioception(obs, agent), depth_features(envs, agent, depth)
     try:
         agent.load_state_dict(run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        state, device = run.checkpoint["ranks"][rank()], agent.log_std.device
+        checkpoints.load_optimizer(optimizer, run.checkpoint["optimizer"])
+        state = run.checkpoint["ranks"][rank()]
         envs.set_state(state["envs"])
         torch.set_rng_state(state["rng"])
         if args.cuda:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        return run.checkpoint["iteration"], (state["proprio"].to(device), state["depth"].to(device))
+        widths = {"proprio": agent.num_proprio, "depth": agent.num_depth}
+        return tuple(agent.log_std.new_zeros(envs.num_envs, n).copy_(state[name]) for name, n in widths.items())
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         exit_with_error(f"{args.resume} does not fit its flags: {str(error).splitlines()[0]}")
 
 
-def capture_state(agent, optimizer, envs, observation, iteration):
+def capture_state(agent, optimizer, envs, observation):
     """What `start` needs, with the state of every rank."""
     state = dict(envs=envs.get_state(), proprio=observation[0], depth=observation[1], rng=torch.get_rng_state(),
                  cuda_rng=torch.cuda.get_rng_state() if agent.log_std.is_cuda else None)  # fmt: skip
-    return dict(optimizer=optimizer.state_dict(), iteration=iteration, ranks=gather_objects(state))
+    return dict(optimizer=optimizer.state_dict(), ranks=gather_objects(state))
 
 
 def record_video(args, run, agent):

@@ -1,7 +1,13 @@
 """Checkpoints: files of `torch.save` that hold plain data. No code in a file is ever run.
 
-A checkpoint names the script that trained it, and the SHA-256 of that script's text. Programs take the classes Args,
-Agent and Policy from the script of that name in the working directory.
+A checkpoint names the script that trained it, and the SHA-256 of that script's text. Programs take three classes from
+the script of that name in the working directory:
+
+- `Args`, a dataclass: the flags. It derives from `flags.BaseArgs` unless it has all flags of ppo_ballbot.py.
+- `Agent(args)`, a module: the networks. The export to ONNX calls `mean_action(obs)`, from a dict of tensors (n, ...)
+  to actions (n, 3) in [-1, 1], unless the agent has the parts of ppo_ballbot.py's.
+- `Policy(agent, args)`: a function, with its arguments as attributes. `policy(obs, deterministic, generators)` returns
+  actions (n, 3), a float32 array in [-1, 1].
 """
 
 import contextlib
@@ -9,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import os
 import sys
 import zipfile
@@ -19,44 +26,56 @@ from typing import Any
 import torch
 from torch import nn
 
-from ballbot_utils.console import MACHINE_FAULT, exit_with_error, print_rank0
+from ballbot_utils.console import exit_with_error, print_rank0
 from ballbot_utils.flags import validate_types
 from ballbot_utils.model import ASSETS
 
 # Flags that a policy needs to run in the environment it was trained for. A checkpoint without other flags is accepted
 REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
                   "wheel_damping", "frame_skip")  # fmt: skip
+REMOVED_BUFFERS = {"value_moments", "value_count", "value_mean", "value_std"}  # of critics in earlier versions
 INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
 
 
 def save_checkpoint(path: Path, content: Any) -> None:
-    """Replace a checkpoint in one step: a crash or a full disk leaves the previous one."""
+    """Replace a checkpoint in one step. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a crash or a full disk leaves the previous one. Raises OSError."""
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
-        exit_with_error(f"cannot write {path} ({error}): free some space, then --resume {path.parent}", MACHINE_FAULT)
+        raise
 
 
 def read_checkpoint(path: Path) -> Any:
     """The content of a checkpoint. Raises ValueError if the file is damaged, or OSError if it cannot be read.
 
-    The file is a ZIP archive with a CRC-32 of each record.
+    The file is a ZIP archive with a CRC-32 of each record. PyTorch does not check these: it gets a copy of what
+    `zipfile` has checked.
     """
     if not path.is_file():  # reading a pipe may never end
         raise ValueError("is missing" if not path.exists() else "is no file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
-            if compressed or archive.testzip():  # unpacked, a compressed record could fill the memory
-                raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checked = io.BytesIO()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:  # unpacked, it could fill the memory
+                    raise ValueError
+                copy.writestr(record.filename, archive.read(record))
+        checked.seek(0)
+        return torch.load(checked, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # many kinds
@@ -66,23 +85,35 @@ def read_checkpoint(path: Path) -> Any:
 def build_agent(content: dict, module: ModuleType) -> tuple[nn.Module, Any]:
     """The Agent with its weights, and the Args, of a checkpoint by a script's classes; ValueError if they mismatch."""
     settings = content["args"]
-    missing = [name for name in REQUIRED_FLAGS if name not in settings]
+    known = vars(module.Args())
+    missing = [name for name in REQUIRED_FLAGS if name in known and name not in settings]
     if missing:
         raise ValueError(f"has no {', '.join(missing)} in its args: it was trained by an incompatible version")
-    known = vars(module.Args())
     args = validate_types({name: value for name, value in settings.items() if name in known}, module.Args)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            module.Agent(args).load_state_dict(content["model"], assign=True)
-        agent = module.Agent(args)
-        agent.load_state_dict(content["model"])
+            agent = module.Agent(args)
+        removed = REMOVED_BUFFERS - agent.state_dict().keys()
+        model = {name: value for name, value in content["model"].items() if name not in removed}
+        agent.load_state_dict(model, assign=True)
+        agent = module.Agent(args).float()  # whatever the default is
+        agent.load_state_dict(model)
     except RuntimeError as error:
         raise ValueError(f"does not fit its flags: {str(error).splitlines()[-1].strip()}") from None
-    finally:
-        torch.set_default_dtype(default)
     return agent, args
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the state of an optimizer; raises an error if it does not fit the parameters or the settings."""
+    saved, own = ([group | {"lr": 0.0} for group in each["param_groups"]] for each in (state, optimizer.state_dict()))
+    if saved != own or not all(isinstance(group["lr"], float) for group in state["param_groups"]):
+        raise ValueError("its optimizer has other settings")
+    optimizer.load_state_dict(state)
+    if len({tuple(moments) for moments in optimizer.state.values()}) > 1:
+        raise ValueError("its optimizer's state is incomplete")
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():  # a copy has the right shape, type and strides
+            moments[name] = torch.zeros_like(parameter.sum() if name == "step" else parameter).copy_(value)
 
 
 def load_policy(path: Path, script: Path | None = None, module: ModuleType | None = None) -> tuple[Any, dict]:
@@ -125,7 +156,7 @@ def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]
 
 @functools.cache
 def describe_script(cls: type) -> dict[str, str]:
-    """What a checkpoint says about the script that defines the Args `cls`, as it was at the first call."""
+    """What a checkpoint says about the script that defines the Args `cls`, at the first call."""
     try:
         path = Path(inspect.getfile(cls))
         return {"script": path.name, "script_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -171,7 +202,7 @@ def import_script(path: Path) -> ModuleType:
 def find_module(content: dict, path: Path, script: Path | None, module: ModuleType | None = None) -> ModuleType:
     """The module with the classes of the checkpoint `content`, read from `path`. See `load_policy`.
 
-    Prints a warning if the script is not exactly the one that trained the checkpoint.
+    Prints a warning if the text of the script has changed since the training.
     """
     own = describe_script(module.Args)["script"] if module else "ppo_ballbot.py"
     name = content.get("script", own)  # older checkpoints name no script

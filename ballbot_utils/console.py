@@ -88,15 +88,12 @@ def one_line_errors() -> Iterator[None]:
         ProgressLine.clear()
         code = end.code
     except (KeyboardInterrupt, OSError, RuntimeError, MemoryError) as error:
-        fault = describe_fault(error)
-        if fault is None and "RANK" not in os.environ:
+        code, fault = MACHINE_FAULT, describe_fault(error)
+        if not fault:
             raise
-        code = MACHINE_FAULT if fault else 1
         if isinstance(error, OSError):
             sys.stdout = None  # it may be the closed one
-        if not fault:
-            sys.excepthook(type(error), error, error.__traceback__)
-        elif is_rank_zero() or isinstance(error, MemoryError):
+        if is_rank_zero() or isinstance(error, MemoryError):
             with contextlib.suppress(OSError):
                 ProgressLine.clear()
                 print(fault, file=sys.stderr, flush=True)
@@ -113,7 +110,7 @@ def one_line_errors() -> Iterator[None]:
 
 def describe_fault(error: BaseException) -> str | None:
     """One line on a fault that is not the program's, or None."""
-    hint = getattr(error, "resume_hint", "")  # set by runs.Run
+    hint = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
         return f"stopped{hint}"
     if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):

@@ -325,14 +325,14 @@ def remedies(args: Any) -> dict[str, dict[str, Any]]:
     larger_clip, smaller_clip = scaled("clip_coef", 4 / 3, 0.01, 0.3), scaled("clip_coef", 3 / 4, 0.01, 0.3)
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
-    norm_adv, norm_value = {"norm_adv": True}, {"norm_value": True}
+    norm_adv = {"norm_adv": True}
     smaller_kl = {"target_kl": 0.02} if getattr(args, "target_kl", 0) > 0.02 and schedule != "kl" else {}
     smaller_net = scaled("hidden_size", 1 / 2, 64, 512)
     larger_std = {"init_log_std": -0.5} if getattr(args, "init_log_std", 0) < -0.5 else {}
     found = {
         "unstable": learning_rate(1 / 10) | smaller_clip | more_value,
         "KL too large": learning_rate(1 / 10) | smaller_kl,
-        "value function lagging": more_value | norm_value,
+        "value function lagging": more_value,
         "entropy collapse": more_entropy | larger_std,
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": learning_rate(10) | larger_clip | norm_adv,

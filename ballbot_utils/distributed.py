@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any
@@ -70,6 +71,11 @@ def init_distributed(num_processes: int, cuda: bool) -> None:
         dist.init_process_group(backend, store=store, rank=number, world_size=num_processes)
 
 
+def must_spawn(args: Any) -> bool:
+    """Whether this process has to start the ranks of a run, and is none itself."""
+    return args.num_processes > 1 and "RANK" not in os.environ
+
+
 def spawn_ranks(train: Callable, args: Any, started: float) -> None:
     """Start `args.num_processes` ranks on this machine and wait for them: each calls `train(args, started)`."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -86,7 +92,7 @@ def spawn_ranks(train: Callable, args: Any, started: float) -> None:
             raise KeyboardInterrupt from None
         if error.exit_code > 0:  # the rank has printed the reason
             raise SystemExit(error.exit_code) from None
-        raise RuntimeError(str(error)) from None
+        raise RuntimeError(str(error)) from None  # a signal
 
 
 @one_line_errors()
@@ -99,4 +105,9 @@ def rank_main(rank, train, args, port, started):
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
     os.environ.update({name: str(value) for name, value in environment.items()})
-    train(args, started)
+    try:
+        train(args, started)
+    except RuntimeError as error:
+        if "gloo" in str(error):
+            time.sleep(5)  # another rank has ended: the parent reports it, and ends this one
+        raise

@@ -10,6 +10,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,7 +31,6 @@ from ballbot_utils.common import (
 from ballbot_utils.console import check_argument
 from ballbot_utils.model import TIMESTEP
 from ballbot_utils.observations import PROPRIOCEPTION
-from ppo_ballbot import Agent, Policy
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
 
@@ -50,12 +50,14 @@ class Args:
 class Exported(torch.nn.Module):
     """What `Policy` computes, from an observation's arrays to actions, in operations that ONNX has."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: torch.nn.Module) -> None:
         super().__init__()
         self.agent = agent
 
     def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
         agent, proprio = self.agent, dict(obs)
+        if hasattr(agent, "mean_action"):
+            return agent.mean_action(obs)
         if agent.body_frame:
             proprio |= body_frame(obs)
         values = [proprio[key] for key in PROPRIOCEPTION + ("command",) * agent.commanded]
@@ -86,10 +88,9 @@ def body_frame(obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: Path) -> None:
+def save(agent: torch.nn.Module, space: gym.spaces.Dict, metadata: dict[str, str], path: Path) -> None:
     """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
-    keys = list(PROPRIOCEPTION) + ["command"] * agent.commanded
-    keys += ["depth_0", "depth_1", "relative_image_timestamp"] if agent.encoder is not None else []
+    keys = list(space)
     example = {key: torch.zeros(2, *space[key].shape) for key in keys}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about packages that are not needed
     with warnings.catch_warnings(action="ignore"):
@@ -101,7 +102,7 @@ def save(agent: Agent, space: gym.spaces.Dict, metadata: dict[str, str], path: P
     program.save(path, external_data=False)
 
 
-def largest_difference(path: Path, policy: Policy, envs: BallbotVectorEnv) -> tuple[float, int]:
+def largest_difference(path: Path, policy: Any, envs: BallbotVectorEnv) -> tuple[float, int]:
     """Run an episode by `policy`; the largest difference of ONNX Runtime's actions, and the number of actions."""
     import onnxruntime
 

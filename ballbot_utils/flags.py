@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.console import check_argument, exit_with_error, print_rank0
 from ballbot_utils.randomization import check_randomization
 
 # Types of flags with bounds
@@ -29,7 +30,29 @@ NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 LogScale = Annotated[float, Field(ge=-10, le=10)]
 
+# Flags of earlier versions, and the value with which they had no effect
+REMOVED_FLAGS = dict(spin_cost=0, drift_cost=0, heading_cost=0, bound_coef=0, log_std_lr_scale=1, norm_value=False)
 NOT_IN_CONFIG = "run_name", "config", "resume"  # flags that config.json leaves out
+
+
+class BaseArgs:
+    """Base class of a script's Args: values that the library and the programs take for flags that the script lacks.
+
+    Each Args needs the flags exp_name, run_name, resume, seed, total_timesteps and num_envs. Some parts of the library
+    read more: `Run.save_is_due` reads save_interval.
+    """
+
+    # The task: the defaults of the environment
+    terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
+    cameras, wheel_damping, frame_skip, goal = True, 0.4, 1, "forward"
+    # What a script does not do
+    num_processes, cuda, track, init_from, freeze_encoder = 1, False, False, "", False
+    norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
+    num_steps, eval_interval, hidden_size, pi_layers, vf_layers = 1, 0, 0, 0, 0
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.num_envs * self.num_steps
 
 
 @functools.cache
@@ -48,7 +71,10 @@ def validate_types(settings: dict, cls: type) -> Any:
         flag = "--" + "-".join(map(str, error["loc"])).replace("_", "-")
         if error["type"] == "unexpected_keyword_argument":
             raise ValueError(f"there is no flag {flag:.40}") from None
+        words = {"ge": "give {:,} or more", "gt": "give more than {:,}", "le": "give {:,} or less"}
         problem = error["msg"].replace("Input should be", "give")
+        for bound, limit in error.get("ctx", {}).items():
+            problem = words.get(bound, problem).format(limit)
         raise ValueError(f"{flag} is {error['input']!s:.40}: {problem}") from None
 
 
@@ -66,7 +92,12 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
     settings = {}
     if start.config:
         try:
+            if not Path(start.config).is_file():  # reading a pipe may never end
+                raise ValueError("there is no such file")
             settings = json.loads(Path(start.config).read_bytes())
+            removed = [name for name, value in REMOVED_FLAGS.items() if settings.pop(name, value) != value]
+            if removed:
+                print_rank0(f"note: {', '.join(removed)} in {start.config} no longer exist", file=sys.stderr)
             settings = translate({name: value for name, value in settings.items() if not name.startswith("script")})
             validate_types(settings, cls)
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -96,7 +127,8 @@ def format_flags(settings: dict[str, Any]) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else [value]
-            words += [f"--{flag}", *(shlex.quote(format(x, "g") if isinstance(x, float) else str(x)) for x in values)]
+            short = [f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x) for x in values]
+            words += [f"--{flag}", *map(shlex.quote, short)]
     return " ".join(words)
 
 
@@ -118,7 +150,6 @@ def ineffective_flags(args: Any) -> dict[str, str]:
         (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
         (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
         (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),
-        (args.goal == "command", "drift_cost heading_cost", "with --goal command"),
         (args.gamma == 0, "gae_lambda", "with --gamma 0"),
         (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
         (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),
@@ -140,8 +171,8 @@ def ineffective_flags(args: Any) -> dict[str, str]:
             if name in vars(args)}  # fmt: skip
 
 
-def validate_args(args: Any, world_size: int | None = None) -> float:
-    """Exit with one line on the first invalid flag, before any work starts. Returns the memory a run takes, GB."""
+def validate_args(args: Any, world_size: int | None = None) -> None:
+    """Exit with one line on the first invalid flag, before any work starts."""
     try:
         validate_types(asdict(args), type(args))
         check_randomization(args.randomization, args.terrain)
@@ -177,4 +208,3 @@ def validate_args(args: Any, world_size: int | None = None) -> float:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     check_argument(memory < available, f"this takes about {memory:,.0f} GB of memory, and there are {available:,.0f}: "
                    "give fewer --num-envs, --num-steps or --num-processes, or a smaller --hidden-size")  # fmt: skip
-    return memory

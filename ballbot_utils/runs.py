@@ -12,15 +12,18 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import pydantic
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,6 +34,7 @@ from ballbot_utils.checkpoints import (
     load_encoder,
     load_policy,
     read_checkpoint,
+    replace_file,
     save_checkpoint,
 )
 from ballbot_utils.console import (
@@ -42,8 +46,8 @@ from ballbot_utils.console import (
     one_line_errors,
     print_rank0,
 )
-from ballbot_utils.distributed import gather_objects
-from ballbot_utils.flags import config_json, ineffective_flags, validate_args
+from ballbot_utils.distributed import gather_objects, must_spawn
+from ballbot_utils.flags import NonNegative, Seed, config_json, ineffective_flags, validate_args, validator
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 # Flags that must be the same for a policy and for the run that starts from it
@@ -51,57 +55,70 @@ NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "v
                  "privileged_critic", "depth_scale")  # fmt: skip
 
 
+@dataclass
+class Record:
+    """The progress of a run, which last.pt stores beside the policy and the script's own state."""
+
+    global_step: Seed = 0
+    elapsed: NonNegative = 0.0  # s from the launch; pauses between an interruption and its resume do not count
+    startup: NonNegative = 0.0  # s, of `elapsed`
+    training: NonNegative = 0.0  # s, of `elapsed`: without evaluations and checkpoints
+    finished: list[tuple[float, int]] = field(default_factory=list)  # (return, length) of the last episodes
+    best: dict | None = None  # the best policy on the way, and its evaluation
+    targets_met: str | None = None  # when, in words
+    final: dict | None = None  # the last evaluation of a run that has finished
+
+
 class Run:
     """The record of one training run, in each of its ranks; only rank 0 writes files.
 
     `checkpoint` is the content of the checkpoint to resume from, or None; `weights` are initial weights, by name.
-    Use it as a context: it locks the folder, opens the logs and closes them.
+    `open` locks the folder and opens the logs.
     """
 
     def __init__(self, args: Any, run_dir: Path, checkpoint: dict | None, weights: dict, started: float) -> None:
         self.args, self.dir, self.checkpoint, self.weights = args, run_dir, checkpoint, weights
-        self.script, self.progress, saved = describe_script(type(args)), ProgressLine(), checkpoint or {}
+        self.script, self.progress = describe_script(type(args)), ProgressLine()
         self.started = time.perf_counter() if checkpoint else started
-        self.global_step, self.elapsed, self.startup, self.training = (
-            saved.get(key, 0) for key in ("global_step", "elapsed", "startup", "training")
-        )
-        self.finished = deque(saved.get("finished", ()), maxlen=100)  # (return, length) of the last episodes
-        self.best, self.targets_met = saved.get("best"), saved.get("targets_met")
-        self.final = saved.get("final")  # the last evaluation of a run that has finished
-        self.last_evaluation = 0  # its step
+        vars(self).update(vars(read_record(checkpoint or {})))
+        self.finished = deque(self.finished, maxlen=100)
+        self.last_evaluation, self.last_save = 0, time.perf_counter()  # its step, and a time
 
-    def __enter__(self) -> "Run":
-        self.last_save = time.perf_counter()
-        if is_rank_zero():
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """A block that trains. Rank 0 holds a lock of the folder and the logs; errors say how to resume the run."""
+        with contextlib.ExitStack() as stack:
             try:
-                self.lock = os.open(self.dir, os.O_RDONLY)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_rank_zero() and not must_spawn(self.args):
+                    lock = os.open(self.dir, os.O_RDONLY)
+                    stack.callback(os.close, lock)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.open_logs()
+                    stack.push(self.close_logs)
+                yield
             except BlockingIOError:
                 exit_with_error(f"{self.dir} is in use by another process", MACHINE_FAULT)
-            except OSError:
-                pass  # a disk without locks
-            with self.resume_hint():
-                self.open_logs()
-        return self
+            except (KeyboardInterrupt, OSError, RuntimeError, MemoryError) as error:
+                error.add_note(resume_hint(self.dir))
+                raise
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if is_rank_zero():
-            with contextlib.suppress(OSError):
-                self.writer.close()
-            if self.args.track:
-                sys.modules["wandb"].finish(exit_code=int(error is not None))
-            os.close(self.lock)
-        if isinstance(error, (KeyboardInterrupt, OSError, RuntimeError, MemoryError)):
-            error.resume_hint = resume_hint(self.dir)
+    def close_logs(self, kind, error, traceback) -> None:
+        """Close TensorBoard's log, and W&B's."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+        if self.args.track:
+            sys.modules["wandb"].finish(exit_code=int(error is not None))
 
     def open_logs(self) -> None:
         """Write config.json, drop evaluations that will be repeated, and open TensorBoard and Weights & Biases."""
         flags, resumed = asdict(self.args), self.checkpoint
+        # TensorBoard's thread prints no error of a disk: `add_scalar` raises it again
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         if resumed:
             kept = [
                 e for e in read_metrics(self.dir) if e["kind"] == "evaluation" and e["global_step"] <= self.global_step
             ]
-            replace_text(self.dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+            replace_file(self.dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept).encode())
             self.last_evaluation = max((entry["global_step"] for entry in kept), default=0)
         if self.args.track:
             import wandb
@@ -111,12 +128,12 @@ class Run:
             wandb.init(**names, dir=self.dir, id=name, resume="allow", config=flags, sync_tensorboard=True)
         self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1 if resumed else None)
         if not resumed or resumed["args"]["total_timesteps"] != self.args.total_timesteps:
-            replace_text(self.dir / "config.json", config_json(flags | self.script))
+            replace_file(self.dir / "config.json", config_json(flags | self.script).encode())
             rows = "\n".join(f"|{key}|{value}|" for key, value in flags.items())
             self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
 
     def clock(self) -> float:
-        """Seconds from the launch; pauses between an interruption and its resume do not count."""
+        """Seconds from the launch, without pauses."""
         return self.elapsed + time.perf_counter() - self.started
 
     def show(self, steps: int, more: str = "") -> None:
@@ -218,25 +235,15 @@ class Run:
     def save(self, name: str, content: dict) -> None:
         """Write a checkpoint to the run's folder."""
         if is_rank_zero():
-            with self.resume_hint():
-                save_checkpoint(self.dir / name, content)
+            save_checkpoint(self.dir / name, content)
 
     def save_last(self, agent: torch.nn.Module, state: dict) -> None:
         """Save last.pt: the policy, the script's `state` to resume from, and this record. All ranks call it."""
-        record = dict(elapsed=self.clock(), startup=self.startup, training=self.training, finished=list(self.finished),
-                      best=self.best, targets_met=self.targets_met)  # fmt: skip
+        record = {f.name: getattr(self, f.name) for f in fields(Record)}
+        record |= dict(elapsed=self.clock(), finished=list(self.finished), final=None)
         self.save("last.pt", self.describe_policy(agent) | state | record)
         if is_rank_zero():
             self.writer.flush()
-
-    @contextlib.contextmanager
-    def resume_hint(self):
-        """A block whose errors say how to resume the run."""
-        try:
-            yield
-        except OSError as error:
-            error.resume_hint = resume_hint(self.dir)
-            raise
 
 
 def meets_targets(result: dict) -> tuple[bool, bool]:
@@ -250,11 +257,10 @@ def format_evaluation(result: dict) -> str:
             "{episodic_length_std:.0f}, falls {falls:.0%} ({episodes} episodes)").format(**result)  # fmt: skip
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+def read_record(content: dict) -> Record:
+    """The record in a checkpoint; raises ValueError on wrong types."""
+    record = {f.name: content[f.name] for f in fields(Record) if f.name in content}
+    return validator(Record).validate_python(record, strict=False)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -270,8 +276,8 @@ def resume_hint(run_dir: Path) -> str:
     """What to do after a run was interrupted."""
     program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
     if (run_dir / "last.pt").is_file():
-        return f"; to resume: {program} --resume {shlex.quote(str(run_dir))}"
-    return "; there is no checkpoint yet: start again with another --run-name"
+        return f"to resume: {program} --resume {shlex.quote(str(run_dir))}"
+    return "there is no checkpoint yet: start again with another --run-name"
 
 
 def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
@@ -302,11 +308,13 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
     if args.cuda:
         size = min(size, max(1, torch.cuda.device_count()))
     size = int(os.environ.get("WORLD_SIZE", size))
+    check_argument(not checkpoint or size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} "
+                   f"processes, here are {size}: use the same number")  # fmt: skip
+    validate_args(args, size)
     if checkpoint:
-        check_argument(size == args.num_processes, f"{args.resume} is of a run on {args.num_processes} processes, here "
-                       f"are {size}: use the same number")  # fmt: skip
         return Run(args, run_dir, checkpoint, weights, started)
-    memory = validate_args(args, size)
+    if args.capture_video and is_rank_zero() and not in_rank:
+        check_video()
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
         different = [name for name in NETWORK_FLAGS if getattr(args, name, None) != getattr(policy.args, name, None)
@@ -318,12 +326,22 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         weights = policy.agent.state_dict()
     elif args.cameras and args.freeze_encoder:
         weights = load_encoder(args.encoder_path, module.Agent(args))
-    create = is_rank_zero() and not in_rank and not restarted
-    run_dir = new_folder(args, create)
-    if create and memory > 2:
-        print_rank0(f"this takes about {memory:.0f} GB of memory")
+    run_dir = new_folder(args, create=is_rank_zero() and not in_rank and not restarted)
     args.num_processes = size
     return Run(args, run_dir, None, weights, started)
+
+
+def check_video() -> None:
+    """Exit with one line if no video can be recorded."""
+    try:
+        import moviepy  # noqa: F401
+
+        env = gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")
+        env.reset()
+        env.render()
+        env.close()
+    except (ImportError, RuntimeError) as error:
+        exit_with_error(f"--capture-video: {error}")
 
 
 def read_run(path: Path, module: ModuleType) -> dict:
@@ -334,17 +352,21 @@ def read_run(path: Path, module: ModuleType) -> dict:
         if content.get("script", script) != script:
             raise ValueError(f"was trained by {content['script']!r:.80}, not by {script}: use that to --resume it")
         find_module(content, path, None, module)  # warns if the script has changed
-        build_agent(content, module)
+        read_record(content)
+        for policy in (content, content.get("best")):
+            policy and build_agent(policy, module)
+        for result in (content.get("final"), (content.get("best") or {"eval": None})["eval"]):
+            result and format_evaluation(result)
         if "optimizer" not in content:
             raise ValueError("is only a policy: --resume its run's folder, or use --init-from")
         flags = set(vars(module.Args())) ^ set(content["args"])
         if flags:
             raise ValueError(f"is of another program or version: its flags differ in {', '.join(sorted(flags))}")
         return content
+    except (pydantic.ValidationError, KeyError, TypeError, AttributeError, IndexError):
+        problem = "is no checkpoint to resume from"
     except (ValueError, OSError) as error:
         problem = getattr(error, "strerror", None) or error
-    except (KeyError, TypeError, AttributeError, IndexError):
-        problem = "is no checkpoint to resume from"
     exit_with_error(f"{path} {problem}")
 
 
@@ -380,7 +402,8 @@ def new_folder(args: Any, create: bool) -> Path:
 def run_training(parse_args: Callable[[], Any], train: Callable) -> None:
     """The main function of a script: `train(parse_args())`. Ctrl-C and SIGTERM end it with a hint how to resume."""
 
-    def interrupt(*_):
+    def interrupt(number, _):
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
         raise KeyboardInterrupt
 
     args = parse_args()

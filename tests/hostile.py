@@ -1,15 +1,14 @@
 # ruff: noqa: E402
-"""What hostile input and failing disks do: `python tests/hostile.py` makes some 2,500 attempts and counts how they end.
+"""Hostile input and failing disks: `python tests/hostile.py` makes some 1,500 attempts and counts how they end.
 
-Each attempt runs in a process of its own, in an empty folder beside a file that it has no business with. It must do its
-work, or end with one line that says what is wrong. It fails by a traceback, a signal, ten seconds without a word, a
-second line, a file lost, left behind or changed elsewhere, or by taking what it should have refused.
+Each attempt runs in its own process, in an empty folder beside a file that it must not touch. It must do its work, or
+end with one line that says what is wrong. It fails by a traceback, a signal, a minute without a word, a second line, a
+lost or additional file, or by accepting what it should reject. Words after the command select attempts by their names.
 """
 
 import contextlib
 import copy
 import fcntl
-import inspect
 import json
 import os
 import random
@@ -22,828 +21,293 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-import ballbot_env
-import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_utils import benchmark, common, diagnose, evaluate, plot, pretrain_encoder, watch
-from ballbot_utils.model import ASSETS
-from ballbot_utils.terrain import perlin_terrain
+from ballbot_utils import benchmark, diagnose, evaluate, plot, pretrain_encoder, runs, watch
+from ballbot_utils.checkpoints import read_checkpoint, save_checkpoint
 
-SMALL = (
-    "--frame-skip 1 --save-interval 0 --terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32 "
-    "--hidden-size 8 --total-timesteps 128 --eval-interval 64 --eval-episodes 1 --final-eval-episodes 1 "
-    "--update-epochs 1 --num-threads 1"
-).split()
-WORDLESS, LONGEST = 10, 60  # s: of computing before the first word, and until an attempt is cut short
+SMALL = """--frame-skip 1 --save-interval 0 --terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32
+--hidden-size 8 --total-timesteps 128 --eval-interval 96 --eval-episodes 1 --final-eval-episodes 1 --update-epochs 1
+--num-threads 1""".split()
+NEW, RESUME, LAST = [*SMALL, "--run-name=run", "--total-timesteps=1024"], ["--resume=runs/run"], "runs/run/last.pt"
 
 
-@dataclass
-class Attempt:
-    kind: str
-    name: str
-    act: Callable  # what the process does, in the folder "here"
-    expect: str = ""  # "refused", "done", or either
-    prepare: Callable = None  # before, in the same folder
-    lines: int = 1  # on stderr, at most
-    after: Callable = field(default=lambda: None)  # raises AssertionError on what is not as it should be
-
-
-# How an attempt is made
-
-
-def script(module, *flags):
-    """Train, but for the evaluations, which only take time."""
-    figures = [(key + end, 1.0) for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")]
-    module.evaluate = lambda agent, args, episodes: {"episodes": episodes} | dict(figures)
+def train(*flags, module=ppo):
+    """Train, without the time that evaluations take."""
+    values = {key + end: 1.0 for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")}
+    module.evaluate = lambda agent, args, episodes: {"episodes": episodes} | values
     sys.argv = [f"{module.__name__}.py", *flags]
-    return module.main()
+    module.main()
 
 
-def tool(module, *flags):
+def program(module, *flags):
     sys.argv = [module.__name__, *flags]
-    main = module.pretrain if module is pretrain_encoder else module.main
-    main(tyro.cli(module.Args))
+    (module.pretrain if module is pretrain_encoder else module.main)(tyro.cli(module.Args))
 
 
-def child(attempt, out):
-    """Do it, in a forked process, as the interpreter would."""
+def run_child(act):
+    """Act in a forked process that ends as the interpreter would."""
+    os.setsid(), signal.alarm(60)
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    code = 0
+        os.dup2(os.open(f"../words/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr, code = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False), 0
     try:
-        attempt.act()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
+        act()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(end.code if isinstance(end.code, str) else "", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
-    with contextlib.suppress(OSError):
-        sys.stdout and sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
-def seconds(pid):
-    """What a process has computed; others may keep it waiting."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def snapshot(folder):
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
-
-
-def outcome(attempt):
-    """How an attempt ends: "refused", "done", "cut short", or "FAILED: ..." with what it said."""
+def run_attempt(name, act, expect="", prepare=lambda: None, after=lambda: None):
+    """How an attempt ends: "refused", "done", "ended" (after a minute), or "failed: ..." with its last words."""
     with tempfile.TemporaryDirectory(prefix="hostile") as box:
-        box = Path(box)
-        here, canary = box / "here", box / "best.pt"
-        here.mkdir()
-        canary.write_text("not to be touched")
-        os.chdir(here)
-        if attempt.prepare:
-            attempt.prepare()
-        before, started = snapshot(here), time.monotonic()
-        pid = os.fork()
+        os.mkdir(f"{box}/here"), os.mkdir(f"{box}/words"), Path(box, "best.pt").touch()
+        os.chdir(f"{box}/here")
+        prepare()
+        snapshot = lambda: {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}  # noqa: E731
+        before, pid = snapshot(), os.fork()
         if pid == 0:
-            os.setsid()
-            child(attempt, box)
-        out, err, late = box / "out", box / "err", ""
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            time.sleep(0.005)
-            spoke = out.exists() and out.stat().st_size > 0
-            if time.monotonic() - started > LONGEST or (not spoke and seconds(pid) > WORDLESS):
-                late = "cut short" if spoke else "no word"
-                os.killpg(pid, signal.SIGKILL)
-                ended = os.waitpid(pid, 0)
-                break
-        code, said = os.waitstatus_to_exitcode(ended[1]), err.read_text(errors="replace")
-        failure = ""
-        errors = [line for line in said.strip().splitlines() if line]
-        ends = "done" if code == 0 else "refused"
-        if late == "cut short":
-            ends = late
-        elif late:
-            failure = late
-        elif code < 0 and not attempt.name.startswith("killed"):
-            failure = f"signal {-code}"
-        elif "Traceback" in said or "Exception ignored" in said:
-            failure = "traceback"
-        elif code in (1, os.EX_TEMPFAIL) and len(errors) > attempt.lines and not said.startswith("\u256d"):
-            failure = "several lines"
-        elif code in (1, os.EX_TEMPFAIL) and not errors:
-            failure = "no reason"
-        elif attempt.expect and ends != attempt.expect:
-            failure = f"{ends}, not {attempt.expect}"
-        elif ends == "refused" and attempt.expect == "refused" and snapshot(here) != before:
-            failure = "files left or changed"
-        elif canary.read_text() != "not to be touched" or {p.name for p in box.iterdir()} - {
-            "here", "out", "err", "best.pt", "moved"
-        }:  # fmt: skip
-            failure = "wrote elsewhere"
-        else:
-            try:
-                attempt.after()
-            except Exception as error:
-                failure = f"afterwards: {error}"
-        os.chdir("/")
-        return f"FAILED: {failure}\n{said.strip()[-600:]}" if failure else ends
+            run_child(act)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        lines = Path("../words/err").read_text(errors="replace").strip().splitlines()
+        error, end = "\n".join(line for line in lines if line[:1] != "["), "refused" if code else "done"  # no progress
+        if code == -signal.SIGALRM and Path("../words/out").stat().st_size:
+            return "ended"
+        for failure, holds in {
+            f"signal {-code}": code < 0 and "kill" not in name,
+            "traceback": "Traceback" in error or "Exception ignored" in error,
+            "not one line": code in (1, os.EX_TEMPFAIL) and error[:1] != "\u256d" and (not error or "\n" in error),
+            f"{end}, not {expect}": expect not in ("", end),
+            "files left or changed": expect == "refused" and snapshot() != before,
+            "wrote elsewhere": {*os.listdir("..")} != {"best.pt", "here", "words"} or os.stat("../best.pt").st_size,
+        }.items():
+            if holds:
+                return f"failed: {failure}\n{error[-600:]}"
+        after()
+        return end
 
 
-# Command lines and config files
-
-NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e300", "-1e300", "1e-300", "99999999999999999999", "2.5", "x", "")
-WORDS = ("..", "/etc", "a/../../b", "a" * 300, "", "\n", "a\x1b[31m", "-x", "\udcff", "a" * 100 + "/" + "b" * 300)
-
-HOPELESS = f"""
---num-envs 100000000
---num-envs 1000003 --minibatch-size 999983
---num-envs 100000000 --num-steps 1 --minibatch-size 99999999
---num-steps 1000000000
---minibatch-size 99999999999
---norm-adv --minibatch-size 1
---hidden-size 12000
---hidden-size 1000000000
---pi-layers 1000000
---frame-skip 100000000
---total-timesteps 1e30
---seed 18446744073709551616
---terrain-amplitude 1e300
---wheel-damping inf
---init-log-std 1000
---init-log-std -1000
---learning-rate 1e300
---num-processes 100000
---num-threads 1000000000
---torch-threads 1000000000
---preset bold
---resume runs/none
---resume /dev/zero
---resume fifo
---resume .
---resume {"a" * 300}
---config fifo
---config /dev/zero
---config .
---encoder-path /dev/zero --terrain perlin --cameras
---run-name ..
---run-name a/../../b
---run-name /tmp/x
---run-name x.pt
---exp-name /../../x
-"""
+VALUES = [None, True, -1, 0, 2.5, np.nan, np.inf, 1e300, 1e-300, 10**20, "", "x", "..", "/etc", "a/../../b", "a" * 300,
+          "\n", "\x1b[31m", "\udcff", [], ["1"], {"a": "x"}, "/dev/zero", "none", "here"]  # fmt: skip
+HOPELESS = """--num-envs 100000000; --num-envs 1000003 --minibatch-size 999983; --num-steps 1000000000; --config fifo;
+--norm-adv --minibatch-size 1; --hidden-size 12000; --pi-layers 1000000; --frame-skip 100000000; --config /dev/zero;
+--init-log-std 1000; --total-timesteps 1e30; --num-processes 100000; --num-threads 1000000000; --run-name a/../../b;
+--preset bold; --resume runs/none; --resume /dev/zero; --resume fifo; --resume .; --config .; --run-name ..;
+--encoder-path /dev/zero --terrain perlin --cameras; --run-name /tmp/x; --run-name x.pt; --exp-name /../../x"""
+TEXTS = ("", "[]", "null", "{", "[" * 10**5, '{"seed": ' + "9" * 5000 + "}", "\xff\0", '{"none": 1}', '{"gamma": NaN}')
 
 
-def command_lines(base):
-    for module in (ppo, schedules):
-        for f in fields(module.Args):
-            flag = "--" + f.name.replace("_", "-")
-            if module is schedules and f.name in {g.name for g in fields(ppo.Args)}:
-                continue
-            if f.type is bool:
-                values = ("", "=maybe", "=") if f.name != "cuda" else ("",)
-            else:
-                values = NUMBERS if f.type in (int, float) else WORDS
-            for value in values:
-                flags = [flag + value] if f.type is bool else [flag, value]
-                yield Attempt(
-                    "command line", f"{module.__name__} {flag} {value!r:.30}", partial(script, module, *SMALL, *flags)
-                )
-    for flags in HOPELESS.strip().splitlines():
-        words = flags.split()
-        given = [] if words[0] == "--resume" else SMALL
-        yield Attempt(
-            "command line", flags[:60], partial(script, ppo, *given, *words), "refused", lambda: os.mkfifo("fifo")
-        )
+def command_lines_and_config_files(base):
+    rng, write = random.Random(1), lambda text: partial(Path("c.json").write_text, text)
+    names = [(script, name) for script in (ppo, schedules) for name in vars(script.Args())]
+    for module, name in names:
+        for value in rng.sample(VALUES, 5):
+            flag, text = f"--{name.replace('_', '-')}={value}", json.dumps({name: value})
+            yield flag[:60], partial(train, *SMALL, flag, module=module)
+            yield "config " + text[:60], partial(train, "--config=c.json", *SMALL, module=module), "", write(text)
+    for text in TEXTS:
+        yield f"config {text[:60]!r}", partial(train, "--config=c.json"), "refused", write(text)
+    for flags in HOPELESS.split(";"):
+        words = flags.split() if "--resume" in flags else [*SMALL, *flags.split()]
+        yield flags, partial(train, *words), "refused", partial(os.mkfifo, "fifo")
 
 
-def config_files(base):
-    settings = json.loads((base / "config.json").read_text())
-
-    def trial(name, text, expect="refused"):
-        data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-        return Attempt(
-            "config file",
-            name,
-            partial(script, ppo, "--config", "c.json"),
-            expect,
-            lambda: Path("c.json").write_bytes(data),
-        )
-
-    for name, value in settings.items():
-        others = [None, [value], {"a": value}, "false", "1", []]
-        others += [2.9, True] if type(value) is int else [1, 0] if isinstance(value, bool) else [True]
-        others += [1] if isinstance(value, str) else []
-        for other in others:
-            if type(other) is not type(value):
-                yield trial(f"{name}: {other!r}", json.dumps(settings | {name: other}))
-    nines = "9" * 5000
-    texts = ("", "[]", "null", "1", "{", '{"seed": 1', "[" * 100_000, f'{{"seed": {nines}}}', b"\xff\xfe", b"\0")
-    texts += ('{"none": 1}', '{"seed": NaN}', '{"gamma": Infinity}', '{"preset": "bold"}', '{"terrain": "moon"}')
-    texts += ('{"run_name": ".."}', '{"resume": "runs/x"}', f'{{"learning_rate": {nines[:400]}}}', '"' * 9)
-    for text in texts:
-        yield trial(f"{text!r:.30}", text)
-    yield trial("as it was", json.dumps(settings), "done")
-
-
-# Checkpoints that were tampered with, and damaged ones
-
-
-def places(tree, path=()):
-    yield path, tree
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def replaced(tree, path, value):
-    if not path:
-        return value
-    tree = copy.copy(tree)
-    if isinstance(tree, tuple):
-        return tuple(replaced(v, path[1:], value) if i == path[0] else v for i, v in enumerate(tree))
-    tree[path[0]] = replaced(tree[path[0]], path[1:], value)
-    return tree
-
-
-def spoilt(value):
-    """By name, what cannot stand in a value's place."""
+def spoil(content, rng):
+    """A copy of a checkpoint with something else in a random place, and the place."""
+    path, content = [], (value := copy.deepcopy(content))
+    while not path or (isinstance(value, (dict, list)) and value and rng.random() < 0.9):
+        parent, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        path, value = [*path, key], parent[key]
+    others = [None, -1, 10**400, np.nan, "1", b"x", [], {}, [1], {"a": 1}, torch.zeros(2), True]
     if isinstance(value, torch.Tensor):
-        yield "longer", torch.zeros(value.numel() + 1)
-        yield "another shape", value.reshape(1, *value.shape).clone()
-        yield (
-            "expanded",
-            torch.zeros((), dtype=value.dtype).expand((*value.shape[:-1], value.shape[-1] + 1) if value.ndim else (3,)),
-        )
-        if value.numel() > 1:
-            yield "one number expanded", torch.zeros((), dtype=value.dtype).expand(value.shape)
-        yield "another dtype", value.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
-        if value.is_floating_point():
-            yield "nan", torch.full_like(value, torch.nan)
-            yield "inf", torch.full_like(value, torch.inf)
-            yield "parameter", torch.nn.Parameter(value.clone())
-        if value.ndim > 1 and min(value.shape) > 1:
-            yield (
-                "other strides",
-                value.T.contiguous().T
-                if value.ndim == 2
-                else value.flip(0).transpose(0, 1).contiguous().transpose(0, 1),
-            )
-        yield "sparse", value.to_sparse() if value.ndim else torch.zeros(3).to_sparse()
-        yield "huge", torch.zeros((), dtype=value.dtype).expand(10**6, 10**6)
-        yield "list", value.flatten().tolist()[:5]
+        x, zero = value.detach().float(), torch.zeros(())
+        others += [x * torch.nan, x[None], x.double(), x.int(), zero.expand(10**6, 10**6), x.flatten()[:-1], x.tolist()]
+        others += [zero.expand(x.shape), torch.zeros(3).to_sparse(), torch.nn.Parameter(x)]
     elif isinstance(value, dict):
-        yield "a list", list(value)
-        yield "one more", value | {"more": 1}
-        if value:
-            yield "one less", dict(list(value.items())[1:])
-    elif isinstance(value, (list, tuple)):
-        yield "a dict", {}
-        yield "a number", 1
-    elif isinstance(value, bool):
-        yield "a number", 1
-    elif isinstance(value, int):
-        yield "below all", -(10**30)
-        yield "above all", 10**400
-        yield "a word", "1"
-    elif isinstance(value, float):
-        yield "nan", float("nan")
-        yield "a word", "1"
-    elif isinstance(value, str):
-        yield "bytes", b"x"
-        yield "a number", 1
-    yield "a tensor", torch.zeros(2, dtype=torch.uint8)
-    if value is not None:
-        yield "none", None
+        others += [value | {"more": 1}, dict(list(value.items())[1:])]
+    parent[key] = rng.choice(others)
+    return content, f"{path}: {parent[key]!r:.40}"
 
 
-def tampered(base, most, seed):
-    content = torch.load(base / "last.pt", weights_only=True)
-    trials = []
-    for path, value in places(content):
-        if path == ("finished",) or path[-1:] == ("lr",):  # may be longer, and may be any number
-            continue
-        for name, other in spoilt(value):
-            legal = path[:2] == ("best", "args") or (path in (("best",), ("targets_met",)) and other is None)
-            if not legal:
-                trials.append((path, name, other))
-    random.Random(seed).shuffle(trials)
-    for path, name, other in trials[:most]:
-        spoiled = replaced(content, path, other)
+def checkpoints_and_encoders(base, number=450):
+    """Manipulated checkpoints, and damaged ones: flipped bits, cuts, additions."""
+    rng, evaluation = random.Random(0), [evaluate, LAST, "--episodes=1", "--horizon=20", "--no-gap"]
+    encode = lambda: train(*SMALL, "--cameras", "--terrain=perlin", f"--encoder-path={Path(LAST).resolve()}")  # noqa: E731
+    acts = [(base / "first.pt", partial(train, *RESUME)), (base / "best.pt", partial(program, *evaluation)),
+            (ROOT / ppo.Args().encoder_path, encode)]  # fmt: skip
 
-        def prepare(spoiled=spoiled):
-            shutil.copytree(base, "runs/run")
-            Path("runs/run/last.pt").write_bytes(ballbot_runs.sealed(spoiled))
+    def write(data):
+        os.makedirs("runs/run")
+        Path(LAST).write_bytes(data) if isinstance(data, bytearray) else save_checkpoint(Path(LAST), data)
 
-        yield Attempt(
-            "checkpoint, resumed", f"{path} {name}", partial(script, ppo, "--resume", "runs/run"), "refused", prepare
-        )
-
-
-def tampered_policies(base, most, seed):
-    content = torch.load(base / "best.pt", weights_only=True)
-    trials = []
-    for path, value in places(content):
-        if path[:1] == ("model",) or path == ("args",) or (path[:1] == ("args",) and path[1] in ballbot_runs.NEEDED):
-            trials += [(path, name, other) for name, other in spoilt(value) if path != ("args",) or name != "one more"]
-    random.Random(seed).shuffle(trials)
-    for path, name, other in trials[:most]:
-
-        def prepare(path=path, other=other):
-            Path("p.pt").write_bytes(ballbot_runs.sealed(replaced(content, path, other)))
-
-        yield Attempt(
-            "checkpoint, evaluated",
-            f"{path} {name}",
-            partial(tool, evaluate, "p.pt", "--episodes", "1", "--horizon", "20"),
-            "refused",
-            prepare,
-        )
-
-
-def damaged(base, most, seed):
-    rng = random.Random(seed)
-    loaders = {
-        "last.pt": lambda path: ballbot_runs.load_run(path, ppo.Args, ppo.Agent),
-        "best.pt": common.load,
-        "depth_encoder.pt": lambda path: ballbot_runs.load_encoder(path, ppo.DepthEncoder()),
-    }
-    for i in range(most):
-        name, load = list(loaders.items())[i % 3]
-        good = ((ASSETS if "depth" in name else base) / name).read_bytes()
-        ends = rng.random() < 0.2  # where the archive's directory and the checksum are
-        at = rng.randrange(len(good) - 200, len(good)) if ends else rng.randrange(len(good))
-        bad = bytearray(good)
-        how = ("bit", "bit", "bit", "cut", "more", "zeros")[i // 3 % 6]
-        if how == "bit":
-            bad[at] ^= 1 << rng.randrange(8)
-        elif how == "cut":
-            del bad[at:]
-        elif how == "more":
-            bad += rng.randbytes(rng.choice([1, 22, 64, 1000]))
-        else:
-            bad[at : at + 64] = bytes(64)
-        if bad == good:
-            bad[at] ^= 255
-        yield Attempt(
-            "bit flips and cuts",
-            f"{name} {how} at {at}",
-            partial(lambda load, name: load(Path(name)), load, name),
-            "refused",
-            partial(lambda name, bad: Path(name).write_bytes(bad), name, bytes(bad)),
-        )
-
-
-# Faults
-
-
-def loads(run="runs/run"):
-    """One of a run's checkpoints loads, the one that going on takes first."""
-    for name in ("last.pt", "previous.pt"):
-        with contextlib.suppress(ValueError, OSError):
-            return ballbot_runs.unsealed(Path(run) / name)["iteration"]
-    raise AssertionError("no checkpoint is left")
-
-
-def with_run(base, damage=None):
-    shutil.copytree(base, "runs/run")
-    content = torch.load("runs/run/last.pt", weights_only=True)  # let it go on for longer
-    for name in ("last.pt", "previous.pt"):
-        content["args"]["total_timesteps"] = 2048
-        Path("runs/run", name).write_bytes(ballbot_runs.sealed(content))
-    if damage:
-        Path("runs/run/last.pt").write_bytes(b"damaged")
-
-
-def limited(size, *flags):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    script(ppo, *flags)
-
-
-def at_iteration(number, act, *flags):
-    """Run, and do something at the beginning of an iteration."""
-    calls, rate = iter(range(10**6)), ppo.learning_rate_now
-
-    def learning_rate_now(*args):
-        if next(calls) == number:
-            act()
-        return rate(*args)
-
-    ppo.learning_rate_now = learning_rate_now
-    script(ppo, *flags)
-
-
-def killed_at_call(name, number, *flags):
-    """Run, and die like by kill -9 at the n-th call of a function of `os`, before or after it."""
-    calls, function = iter(range(10**6)), getattr(os, name)
-
-    def dies(*args, **kwargs):
-        n = next(calls)
-        if n == number // 2 and number % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **kwargs)
-        if n == number // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(os, name, dies)
-    script(ppo, *flags)
-
-
-def tmpfs(size, base):
-    """A run on a disk of so many KB."""
-    Path("runs").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", "runs"], check=True)
-    with contextlib.suppress(OSError):
-        with_run(base)
-
-
-def locked(*flags):
-    folder = os.open("runs/run", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    script(ppo, *flags)
-
-
-def faults(base, most, seed):
-    rng = random.Random(seed)
-    size = (base / "last.pt").stat().st_size
-    resume, new = ("--resume", "runs/run"), (*SMALL, "--run-name", "run", "--total-timesteps", "1024")
-    run = partial(with_run, base)
-    yield Attempt("faults", "folder in use", partial(locked, *resume), "refused", run, after=loads)
-    for i in range(most // 4):
-        at = rng.randrange(int(1.1 * size))
-        yield Attempt("faults", f"files of at most {at} bytes", partial(limited, at, *resume), prepare=run, after=loads)
-        yield Attempt("faults", f"a new run's, {at} bytes", partial(limited, at, *new))
-        damage = partial(with_run, base, True)
-        yield Attempt(
-            "faults",
-            f"last.pt damaged, {at} bytes",
-            partial(limited, at, "--resume", "runs/run/previous.pt"),
-            prepare=damage,
-            after=loads,
-        )
-    for i in range(most // 4):
-        name = ("replace", "link", "fsync", "unlink")[i % 4]
-        path = "runs/run/previous.pt" if i % 3 == 0 else "runs/run"
-        yield Attempt(
-            "faults",
-            f"killed at os.{name}, call {i // 4 / 2}",
-            partial(killed_at_call, name, i // 4, "--resume", path),
-            prepare=partial(with_run, base, i % 3 == 0),
-            after=loads,
-        )
-
-    def twice(number):
-        for _ in range(3):
-            os.kill(os.getpid(), number)
-
-    acts = {
-        "folder removed": lambda: shutil.rmtree("runs/run"),
-        "all folders removed": lambda: shutil.rmtree("runs"),
-        "folder moved": lambda: os.rename("runs/run", "moved"),
-        "last.pt removed": lambda: Path("runs/run/last.pt").unlink(missing_ok=True),
-        "last.pt a folder": lambda: (
-            Path("runs/run/last.pt").unlink(missing_ok=True),
-            Path("runs/run/last.pt").mkdir(),
-        ),
-        "log removed": lambda: [p.unlink() for p in Path("runs/run").glob("events*")],
-        "a folder in the way": lambda: Path("runs/run/last.pt.part").mkdir(),
-        "SIGINT": partial(twice, signal.SIGINT),
-        "SIGTERM": partial(twice, signal.SIGTERM),
-    }
-    for name, act in acts.items():
-        for number in (0, 2):
-            for flags, prepare in ((resume, run), (new, None)):
-                yield Attempt(
-                    "faults",
-                    f"{name} at iteration {number}",
-                    partial(at_iteration, number, act, *flags),
-                    prepare=prepare,
-                )
-    for name, prepare in {
-        "runs is a file": lambda: Path("runs").write_text(""),
-        "runs leads nowhere": lambda: os.symlink("nowhere/at/all", "runs"),
-        "the run exists": lambda: os.makedirs("runs/run"),
-    }.items():
-        yield Attempt("faults", name, partial(script, ppo, *new), "refused", prepare)
-    if os.geteuid() == 0:
-        for i in range(most // 8):
-
-            def after():
-                try:
-                    loads()
-                finally:
-                    subprocess.run(["umount", "-l", "runs"], check=True)
-
-            full = size // 1024 * 3 + 40 + rng.randrange(size // 1024)
-            yield Attempt(
-                "faults",
-                f"disk of {full} KB",
-                partial(script, ppo, *resume),
-                prepare=partial(tmpfs, full, base),
-                after=after,
-            )
-
-
-# The environment
-
-
-def environments(base, most, seed):
-    def make(name, act):
-        return Attempt("environment", name, act)
-
-    def steps(seed):
-        rng = np.random.default_rng(seed)
-        envs = gym.make_vec(
-            "Ballbot-v0",
-            num_envs=3,
-            terrain=("flat", "perlin")[seed % 2],
-            cameras=seed % 3 == 0,
-            num_threads=1,
-            frame_skip=int(rng.integers(1, 5)),
-        )
-        envs.reset(seed=seed)
-        special = [np.nan, np.inf, -np.inf, 3e38, -3e38, 0, 1e-40]
-        for _ in range(150):
-            actions = rng.normal(0, 10.0 ** rng.integers(-2, 4), (3, 3)).astype(np.float32)
-            if rng.random() < 0.1:
-                actions[rng.integers(3), rng.integers(3)] = rng.choice(special)
-            if rng.random() < 0.02:
-                with contextlib.suppress(ValueError):
-                    envs.reset(options={"position": rng.uniform(-19, 19, 2), "tilt": rng.normal(0, 0.2, 2)})
-            if rng.random() < 0.05:
-                envs.apply_force(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)))
-            obs, reward, *_ = envs.step(actions)
-            assert all(np.isfinite(value).all() for value in obs.values()) and np.isfinite(reward).all()
-            assert all(space.contains(obs[key]) for key, space in envs.observation_space.items())
-
-    def states(seed):
-        rng = random.Random(seed)
-        envs = gym.make_vec("Ballbot-v0", num_envs=2, terrain="flat", num_threads=1)
-        envs.reset(seed=0)
-        good = envs.get_state()
-        trials = [(p, o) for p, v in places(good) for _, o in spoilt(v)]
-        for path, other in rng.sample(trials, min(20, len(trials))):
-            try:
-                envs.set_state(replaced(good, path, other))
-            except ValueError:
-                continue
-            raise AssertionError(f"{path} was taken")
-        for _ in range(5):  # of the right shape, and any content
-            wild = dict(good)
-            for key in ("physics", "_returns"):
-                wild[key] = torch.randn_like(good[key]) * 10.0 ** rng.randrange(300)
-            with contextlib.suppress(ValueError):
-                envs.set_state(wild)
-                for _ in range(20):
-                    obs, reward, *_ = envs.step(np.zeros((2, 3)))
-                    assert all(np.isfinite(value).all() for value in obs.values()) and np.isfinite(reward).all()
-
-    def arguments(seed):
-        rng = random.Random(seed)
-        values = [None, -1, 0, 1e300, float("nan"), float("inf"), "x", [], (0, 0), True, 10**30, {}]
-        names = list(inspect.signature(ballbot_env.BallbotVectorEnv).parameters)
-        for _ in range(5):
-            given = {"num_envs": 1, "terrain": "flat", rng.choice(names): rng.choice(values)}
-            with contextlib.suppress(ValueError):
-                ballbot_env.BallbotVectorEnv(**given)
-            envs = ballbot_env.BallbotEnv("flat", cameras=False)
-            with contextlib.suppress(ValueError, gym.error.ResetNeeded):
-                envs.reset(
-                    seed=0, options={rng.choice(["position", "tilt", "heading", "velocity", "x"]): rng.choice(values)}
-                )
-                envs.step(rng.choice([[0, 0, 0], [0, 0], 1.0, [[0, 0, 0]], [float("nan")] * 3]))
-
-    for i in range(most):
-        act = (steps, states, arguments)[i % 3]
-        yield make(f"{act.__name__} {i}", partial(act, i))
-
-
-# The programs beside it
-
-
-NO_ENCODER = """
---picture p.xyz --output e.pt
---picture no/p.png --output e.pt
---output e.bin
---output no/e.pt
---output run/best.pt --overwrite
---output run/best.pt
---output e.pt --num-frames 1
---output e.pt --learning-rate inf
---output run
---output e.pt --picture run/best.pt --overwrite
-"""
-NO_EVALUATION = """
-none
-run run/none.pt
-file
-.
-/dev/zero
-run --episodes 0
-run --horizon nan
-run --push inf
-run --seed -1
-run --obs-noise nan
-run --terrain moon
-run --wheel-damping inf
-run --terrain-amplitude inf --terrain perlin
-run --push-interval 0"""
-
-
-def tools(base):
-    def copy_run():
-        shutil.copytree(base, "run")
-        Path("file").write_text("")
-
-    def refuse(name, module, words):
-        return Attempt("tools", f"{module.__name__} {name}", partial(tool, module, *words), "refused", copy_run)
-
-    for output in (
-        "no/f.json",
-        "run",
-        "file/f.json",
-        "f.txt",
-        "run/best.pt",
-        "/proc/f.json",
-        "a" * 300 + ".json",
-        "/dev/full",
-    ):
-        for extra in ((), ("--overwrite",)):
-            for module, words in (
-                (evaluate, ("run", "--episodes", "1", "--horizon", "20", "--no-gap", "--json")),
-                (diagnose, ("run", "--json")),
-                (watch, ("run", "--video")),
-                (plot, ("run", "--output")),
-                (benchmark, ("--output",)),
-            ):
-                yield refuse(f"{output[:30]} {extra}", module, (*words, output, *extra))
-    for flags in NO_ENCODER.strip().splitlines():
-        yield refuse(flags, pretrain_encoder, flags.split())
-    for flags in NO_EVALUATION.splitlines():
-        yield refuse(flags, evaluate, flags.split())
-
-
-# True command lines
-
-
-def process(*flags, redirect="", environment=(), interrupt_after=None):
-    """A command as a user gives it, through a shell; its stderr is the attempt's."""
-    command = f"{sys.executable} {REPOSITORY / 'ppo_ballbot.py'} {' '.join(flags)} {redirect}"
-    shell = subprocess.Popen(
-        ["bash", "-c", f"set -m; {command}"], env=os.environ | dict(environment), start_new_session=True
-    )
-    print("started", flush=True)
-    if interrupt_after is not None:
-        time.sleep(interrupt_after)
-        for _ in range(2):
-            for pid in descendants(shell.pid):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGINT)
-            time.sleep(0.02)
-    code = shell.wait()
-    sys.exit(0 if interrupt_after is not None and code == 128 + signal.SIGINT else min(code, 1))  # dies before it says
-
-
-def descendants(pid):
-    found = []
-    for path in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found += [int(path.name), *descendants(int(path.name))]
-    return found
-
-
-def processes(base, number):
-    run = (*SMALL, "--run-name", "run")
-    two = " & ".join([f"{sys.executable} {REPOSITORY / 'ppo_ballbot.py'} {' '.join(SMALL)}"] * 2) + " & wait"
-    trials = [
-        ("output closed", partial(process, *run, redirect=">&-")),
-        ("output full", partial(process, *run, redirect="> /dev/full")),
-        ("| head -1", partial(process, *run, redirect="| head -1")),
-        ("--help | head -1", partial(process, "--help", redirect="| head -1")),
-        ("--help > /dev/full", partial(process, "--help", redirect="> /dev/full")),
-        ("ASCII only", partial(process, *run, environment={"PYTHONIOENCODING": "ascii"})),
-        ("--help, ASCII only", partial(process, "--help", environment={"PYTHONIOENCODING": "ascii"})),
-        ("all closed", partial(process, *run, redirect="<&- >&- 2>&-")),
-        ("two processes, | head -1", partial(process, *run, "--num-processes 2", redirect="| head -1")),
-        ("two processes", partial(process, *run, "--num-processes 2")),
-        ("three at once", partial(process, *SMALL, redirect="& " + two)),
-    ]
-    for name, act in trials[:number]:
-        yield Attempt("true command lines", name, act)
     for i in range(number):
-        more = ("--num-processes", "2") if i % 2 else ()
-        yield Attempt(
-            "true command lines",
-            f"Ctrl-C twice after {i / number * 6:.1f} s, {1 + i % 2} processes",
-            partial(process, *run, "--total-timesteps 100000", *more, interrupt_after=0.1 + i / number * 6),
-        )
+        file, act = acts[i % 3]
+        (data, name), damaged = spoil(read_checkpoint(file), rng), bytearray(file.read_bytes())
+        if i // 3 % 2:
+            at = rng.choice([rng.randrange(len(damaged)), len(damaged) - rng.randrange(1, 4000)])  # or the directory
+            damaged[at : at + rng.choice([1, 1, 64, 10**9])] = rng.randbytes(rng.choice([1, 1, 0, 64]))
+            data, name = damaged, f"damaged at {at}"
+        yield f"{file.name}, {name}", act, "", partial(write, data)
 
 
-KINDS = {
-    "config file": config_files,
-    "bit flips and cuts": partial(damaged, most=600, seed=2),
-    "checkpoint, evaluated": partial(tampered_policies, most=150, seed=1),
-    "tools": tools,
-    "checkpoint, resumed": partial(tampered, most=300, seed=0),
-    "command line": command_lines,
-    "environment": partial(environments, most=60, seed=4),
-    "faults": partial(faults, most=80, seed=3),
-    "true command lines": partial(processes, number=12),
-}
-SMALL_PART = 12  # of each kind
+def disturbed(module, name, number, act, late, *flags):
+    """Train, and act at a call of a function: before it, or after."""
+    calls, function = iter(range(10**9)), getattr(module, name)
+
+    def call(*args, **kwargs):
+        now = next(calls) == number
+        result = (now and not late and act()) or function(*args, **kwargs)
+        return (now and late and act()) or result
+
+    setattr(module, name, call)
+    train(*flags)
+
+
+def full_disks_kills_and_disturbances(base, number=20):
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE)
+    # A run with steps left; it must be possible to resume it afterwards
+    copy_run = lambda: (shutil.copytree(base, "runs/run"), shutil.copy(base / "first.pt", LAST))  # noqa: E731
+    kill, loads = partial(signal.raise_signal, signal.SIGKILL), lambda: runs.read_run(Path(LAST), ppo)
+    locked = lambda: fcntl.flock(os.open("runs/run", os.O_RDONLY), fcntl.LOCK_EX) or train(*RESUME)  # noqa: E731
+    yield "folder in use", locked, "refused", copy_run, loads
+    for i in range(number):
+        size, name = int(1.1 * (base / "last.pt").stat().st_size * i / number), ("replace", "fsync")[i % 2]
+        yield f"files of {size} bytes", lambda size=size: limit((size, -1)) or train(*RESUME), "", copy_run, loads
+        yield f"a new run's files of {size} bytes", lambda size=size: limit((size, -1)) or train(*NEW)
+        act = partial(disturbed, os, name, i // 4, kill, i // 2 % 2, *RESUME)
+        yield f"kill -9 at {name}, call {i // 4}", act, "", copy_run, loads
+    disturbances = {
+        "folder removed": lambda: shutil.rmtree("runs/run"),
+        "folder moved": lambda: os.rename("runs/run", "moved"),
+        "last.pt a folder": lambda: Path(LAST).unlink(missing_ok=True) or os.mkdir(LAST),
+        "SIGINT twice": lambda: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT),
+        "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
+    }
+    for name, act in disturbances.items():
+        for iteration in (0, 2):
+            disturb = partial(disturbed, ppo, "learning_rate_at", iteration, act, True)
+            yield f"{name} at iteration {iteration}", partial(disturb, *RESUME), "", copy_run
+            yield f"{name} at iteration {iteration} of a new run", partial(disturb, *NEW)
+    yield "runs is a file", partial(train, *NEW), "refused", lambda: Path("runs").touch()
+    yield "runs leads nowhere", partial(train, *NEW), "refused", partial(os.symlink, "nowhere/at/all", "runs")
+    yield "the run exists", partial(train, *NEW), "refused", partial(os.makedirs, "runs/run")
+
+
+def environment(base, number=40):
+    def step_wildly(seed):
+        rng, terrain = np.random.default_rng(seed), ("flat", "perlin")[seed % 2]
+        envs = gym.make_vec("Ballbot-v0", num_envs=3, terrain=terrain, cameras=seed % 3 == 0, num_threads=1)
+        envs.reset(seed=seed)
+        state, spoiling = envs.get_state(), random.Random(seed)
+        for _ in range(100):
+            with contextlib.suppress(ValueError):
+                envs.set_state(spoil(state, spoiling)[0])
+            envs.push(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)) * (rng.random() < 0.05))
+            actions = rng.normal(0, 10.0 ** rng.integers(-2, 4), (3, 3)).astype(np.float32)
+            actions[rng.random((3, 3)) < 0.01] = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-40])
+            obs, reward, *_ = envs.step(actions)
+            assert all(space.contains(obs[key]) for key, space in envs.observation_space.items())
+            assert np.isfinite(reward).all() and all(np.isfinite(value).all() for value in obs.values())
+
+    for seed in range(number):
+        yield f"seed {seed}", partial(step_wildly, seed), "done"
+
+
+FLAGS = """pretrain_encoder --picture p.xyz --output e.pt; pretrain_encoder --picture no/p.png --output e.pt;
+pretrain_encoder --output e.pt --num-frames 1; evaluate none; evaluate run run/none.pt; evaluate file; evaluate .;
+evaluate /dev/zero; evaluate run --episodes 0; evaluate run --horizon nan; evaluate run --push inf;
+pretrain_encoder --output run/best.pt; evaluate run --obs-noise nan; evaluate run --terrain moon"""
+OUTPUT_FLAGS = ("evaluate run --episodes 1 --no-gap --json", "diagnose run --json", "watch run --video",
+                "plot run --output", "benchmark --output")  # fmt: skip
+
+
+def programs(base):
+    modules = {m.__name__.split(".")[-1]: m for m in (benchmark, diagnose, evaluate, plot, pretrain_encoder, watch)}
+    outputs = ("no/f.json", "run", "file/f.json", "f.txt", "run/best.pt", "/proc/f.json", "/dev/full", "a" * 300)
+    made = [f"{flags} {output} {more}" for flags in OUTPUT_FLAGS for output in outputs for more in ("", "--overwrite")]
+    for line in [*FLAGS.split(";"), *made]:
+        name, *flags = line.split()
+        prepare = lambda: (shutil.copytree(base, "run"), Path("file").touch())  # noqa: E731
+        yield line[:90], partial(program, modules[name], *flags), "refused", prepare
+
+
+LINES = ("NEW >&-", "NEW > /dev/full", "NEW | head -1", "--help | head -1", "--help > /dev/full", "--help >&- 2>&-",
+         "NEW", "NEW <&- >&- 2>&-", "NEW --num-processes 2 | head -1", "NEW --num-processes 2", "--help")  # fmt: skip
+
+
+def shell(base, number=12):
+    def run_line(line, interrupt_after=0):
+        """A command as a user gives it to an ASCII terminal, interrupted twice if it takes so many seconds."""
+        command = f"exec {sys.executable} {ROOT / 'ppo_ballbot.py'} {line.replace('NEW', ' '.join(NEW))}"
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        process = subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True)
+        print("started", flush=True)
+        for pause in (interrupt_after, 0.02) if interrupt_after else ():
+            time.sleep(pause)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+        code = process.wait()
+        sys.exit(0 if code == -signal.SIGINT else min(code, 1))  # a second Ctrl-C may end it without a word
+
+    yield from ((line, partial(run_line, line)) for line in LINES)
+    for i in range(number):
+        line = f"NEW --total-timesteps 1000000 --num-processes {1 + i % 2}"
+        yield f"Ctrl-C twice, {i}", partial(run_line, line, 0.1 + i / number * 12)
 
 
 def make_base():
-    """A finished run to tamper with."""
-    torch.set_num_threads(1)
+    """A finished run to attack; first.pt is its checkpoint at the evaluation on the way."""
+    evaluate, first = ppo.evaluate, Path("first.pt")
+    ppo.evaluate = lambda *args: (first.exists() or shutil.copy("runs/base/last.pt", first)) and evaluate(*args)
     sys.argv = ["ppo_ballbot.py", *SMALL, "--run-name", "base"]
-    with contextlib.redirect_stdout(None):
-        ppo.train(ppo.parse())
+    ppo.main()
+    first.rename("runs/base/first.pt")
 
 
-def make(todo, file):
-    """Make attempts, and write how each ends to a file."""
-    for attempt in todo:
-        try:
-            end = outcome(attempt)
-        except Exception:
-            end = f"FAILED: this script\n{traceback.format_exc()}"
-        print(json.dumps([attempt.kind, attempt.name, end]), file=file, flush=True)
-        if end.startswith("FAILED"):
-            print(f"{attempt.kind}: {attempt.name}: {end}\n", flush=True)
-
-
-def forked(act):
-    """The id of a process that does it; what is in memory here need not be made again there."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
-def main(small=False, shards=2, only=""):
-    """Make the attempts whose kind and name have `only` in them: a dict of kinds to Counters of how they ended."""
-    with tempfile.TemporaryDirectory(prefix="hostile") as folder:
-        folder = Path(folder)
-        os.chdir(folder)
-        assert os.waitpid(forked(make_base), 0)[1] == 0  # it starts threads, which a fork would not copy
-        torch.set_num_threads(1)
-        perlin_terrain(0), perlin_terrain(1_000_000)
-        todo = []
-        for kind, list_attempts in KINDS.items():
-            part = list(list_attempts(folder / "runs" / "base"))
-            if small:
-                part = random.Random(5).sample(part, 0 if kind == "true command lines" else SMALL_PART)
-            todo += [attempt for attempt in part if only in f"{kind}: {attempt.name}"]
-        before = snapshot(REPOSITORY / "assets")
-        files = [open(folder / f"{shard}.jsonl", "w+") for shard in range(shards)]
-        for pid in [forked(partial(make, todo[shard::shards], file)) for shard, file in enumerate(files)]:
-            os.waitpid(pid, 0)
-        counts = {}
-        for file in files:
-            file.seek(0)
-            for kind, _, end in map(json.loads, file):
-                counts.setdefault(kind, Counter())["failed" if end.startswith("FAILED") else end] += 1
-        assert sum(sum(counter.values()) for counter in counts.values()) == len(todo)
-        assert snapshot(REPOSITORY / "assets") == before
-        os.chdir("/")
-    return counts
-
-
-def table(counts):
-    ends = ("refused", "done", "cut short", "failed")
-    rows = ["| kind | attempts | " + " | ".join(ends) + " |", "|" + " --- |" * (2 + len(ends))]
-    for kind, counter in (counts | {"all": sum(counts.values(), Counter())}).items():
-        rows.append(f"| {kind} | {sum(counter.values())} | " + " | ".join(str(counter[end]) for end in ends) + " |")
-    return "\n".join(rows)
+def main(small, only):
+    """Make all attempts, or a dozen of most kinds, and print how they end."""
+    folder, failed = Path(tempfile.mkdtemp(prefix="hostile")), 0
+    make = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import hostile; hostile.make_base()"
+    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, cwd=folder)  # it starts threads
+    torch.set_num_threads(1)
+    print("| kind | attempts | refused | done | ended | failed |\n" + "| --- " * 6 + "|")
+    kinds = (command_lines_and_config_files, checkpoints_and_encoders, full_disks_kills_and_disturbances, environment,
+             programs, shell)  # fmt: skip
+    for kind in kinds[: 5 if small else 6]:
+        todo = [attempt for attempt in kind(folder / "runs/base") if only in f"{kind.__name__}: {attempt[0]}"]
+        todo, counts = random.Random(5).sample(todo, 12) if small else todo, Counter()
+        for attempt in todo:
+            try:
+                end = run_attempt(*attempt)
+            except Exception:
+                end = f"failed: afterwards\n{traceback.format_exc()}"
+            if end.startswith("failed"):
+                print(f"{kind.__name__}: {attempt[0]}: {end}\n", flush=True)
+            counts[end.split(":")[0]] += 1
+            os.chdir("/")
+        failed += counts["failed"]
+        row = [kind.__name__, len(todo), *(counts[end] for end in ("refused", "done", "ended", "failed"))]
+        print("|", " | ".join(map(str, row)), "|", flush=True)
+    shutil.rmtree(folder)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    counts = main(small="--small" in words, only=" ".join(word for word in words if word != "--small"))
-    print(table(counts))
-    sys.exit(any(counter["failed"] for counter in counts.values()))
+    main("--small" in sys.argv, " ".join(word for word in sys.argv[1:] if word != "--small"))

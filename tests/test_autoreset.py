@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import vector as wrappers
-from test_env import assert_same, copied, random_actions
+from test_env import assert_same, copy_obs, random_actions
 
 from ballbot_env import BallbotEnv, BallbotVectorEnv
 
@@ -131,5 +131,5 @@ def test_state_goes_on_between_the_end_and_the_reset():
     again.set_state(envs.get_state())
     for action in actions:
         a, b = envs.step(action), again.step(action)
-        assert_same(copied(a[0]), copied(b[0]))
+        assert_same(copy_obs(a[0]), copy_obs(b[0]))
         assert_same(dict(enumerate(a[1:4])), dict(enumerate(b[1:4])))

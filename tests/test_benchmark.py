@@ -11,6 +11,7 @@ from ballbot_utils import benchmark
 SMALL = benchmark.Args(num_envs=(2,), threads=(1,), repeats=1, seconds=0.05, train_steps=512, sb3_envs=0)
 
 
+@pytest.mark.slow
 def test_small_run(tmp_path, capsys):
     args = replace(SMALL, output=tmp_path / "speed.png")
     benchmark.main(args)
@@ -28,6 +29,7 @@ def test_small_run(tmp_path, capsys):
         benchmark.main(args)
 
 
+@pytest.mark.slow
 def test_stable_baselines3_learns_the_same_task():
     result, memory = benchmark.measure("SB3 DummyVecEnv", 2, 1, replace(SMALL, sb3_steps=32))
     assert list(result) == ["SB3 DummyVecEnv"] and result["SB3 DummyVecEnv"] > 0 and memory > 100

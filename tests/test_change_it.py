@@ -107,11 +107,11 @@ CHANGES = {
 }  # fmt: skip
 
 
-def trained(folder, source, *flags):
+def train_copy(folder, source, *flags):
     """The weights after a short run of the script."""
     folder.mkdir()
     (folder / "ppo_ballbot.py").write_text(source)
-    for name in ("ballbot_env.py", "ballbot_runs.py", "ballbot_utils", "assets"):
+    for name in ("ballbot_env.py", "ballbot_utils", "assets"):
         (folder / name).symlink_to(REPOSITORY / name)
     output = subprocess.run(
         [sys.executable, "ppo_ballbot.py", *FLAGS, *flags], cwd=folder, capture_output=True, text=True
@@ -122,29 +122,30 @@ def trained(folder, source, *flags):
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("unchanged") / "run", (REPOSITORY / "ppo_ballbot.py").read_text())
+    return train_copy(tmp_path_factory.mktemp("unchanged") / "run", (REPOSITORY / "ppo_ballbot.py").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_change(change, unchanged, tmp_path):
     source = (REPOSITORY / "ppo_ballbot.py").read_text()
     for line, replacement in CHANGES[change].items():
         source, count = re.subn(line, replacement, source)
         assert count == 1, line
-    model = trained(tmp_path / "changed", source)
+    model = train_copy(tmp_path / "changed", source)
     assert any((model[key] != value).any() for key, value in unchanged.items() if key in model)
     if "predictor.weight_0" in model:
         assert still_orthogonal(model["target.weight_0"]) and not still_orthogonal(model["predictor.weight_0"])
 
     if "lstm.weight_ih_l0" in model:
-        # In the first and only minibatch the policy is the one that acted: it remembers the same, over ends of episodes
+        # In the only minibatch the policy has not changed since it acted, nor has its memory, over ends of episodes
         flags = "--minibatch-size 400 --num-steps 200 --update-epochs 1 --frame-skip 4 --total-timesteps 1600"
-        trained(tmp_path / "one", source, *flags.split())
+        train_copy(tmp_path / "one", source, *flags.split())
         log = EventAccumulator(str(tmp_path / "one" / "runs" / "run")).Reload()
         assert log.Scalars("charts/episodic_length")
         assert abs(log.Scalars("losses/approx_kl")[0].value) < 1e-6
 
 
 def still_orthogonal(weight):
-    """Whether weights are as they were initialised."""
+    """Whether weights still have their initial values."""
     return torch.allclose(weight @ weight.T, 2 * torch.eye(len(weight)), atol=1e-4)

@@ -34,7 +34,7 @@ BROKEN = {
     "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),
     "KL too small": dict(learning_rate=1e-8),
     "overfitting": dict(terrain="perlin", total_timesteps=163_840, eval_interval=40_960, eval_episodes=8,
-                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, norm_value=True, vf_coef=1.0,
+                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, vf_coef=1.0,
                         target_kl=0.02, ent_coef=0.0),
     "slow learning": dict(learning_rate=1e-5, total_timesteps=98_304),
     "not learning": dict(learning_rate=1e-8, total_timesteps=262_144, num_envs=128, update_epochs=1,
@@ -71,6 +71,7 @@ def names(run):
     return [name for name, _, _ in diagnose.diagnose(*diagnose.read_run(run))]
 
 
+@pytest.mark.slow
 def test_healthy_run(runs, capsys):
     assert names(runs("healthy")) == []
     capsys.readouterr()
@@ -79,6 +80,7 @@ def test_healthy_run(runs, capsys):
     assert "nothing is wrong so far" in out and "--preset" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_run(runs, name, capsys, monkeypatch):
     if name == "slow learning":  # a twentieth of the rule's steps, to save time
@@ -202,7 +204,7 @@ def configurations():
            "--num-envs 30 --num-steps 100 --minibatch-size 1000 --num-processes 2", "--minibatch-size 1",
            "--num-envs 2 --num-steps 128 --update-epochs 1", "--vf-coef 0 --gamma 0",
            f"{small} --init-from policy.pt", f"{small} --init-from policy.pt --weight-decay 0 --max-episode-steps 500",
-           "--terrain flat --init-log-std -3 --log-std-lr-scale 0", "--max-episode-steps 500",
+           "--terrain flat --init-log-std -3", "--max-episode-steps 500",
            "--total-timesteps 20480 --update-epochs 20")  # fmt: skip
     for script in (ppo, schedules):
         yield from ((script, f"--preset {preset}".removesuffix("--preset ")) for preset in ppo.PRESETS)
@@ -351,6 +353,7 @@ def test_falls_that_training_does_not_see():
     assert "unstable" in found(FULL, log([100, 90, 80, 70, 60], training=90))
 
 
+@pytest.mark.slow
 def test_seeds_are_judged_together(runs, tmp_path, capsys):
     logs = []
     for seed in (1, 2, 3):
@@ -400,6 +403,7 @@ def test_resumed_log(tmp_path):
     assert steps.tolist() == [100, 200, 250, 300] and values.tolist() == [5, 6, 8, 9]
 
 
+@pytest.mark.slow
 def test_json(runs, tmp_path, capsys):
     run = runs("KL too small")
     capsys.readouterr()

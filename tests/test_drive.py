@@ -120,6 +120,7 @@ def screen():
     server.wait()
 
 
+@pytest.mark.slow
 def test_the_keyboard_drives_in_a_window(args, screen):
     environment = os.environ | {"DISPLAY": screen, "LIBGL_ALWAYS_SOFTWARE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("MUJOCO_GL", None)

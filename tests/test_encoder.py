@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import ballbot_env
 import ppo_ballbot as ppo
-from ballbot_runs import load_encoder
-from ballbot_utils import geometry, model
 from ballbot_utils import pretrain_encoder as pretrain
-from ballbot_utils.terrain import Terrain
+from ballbot_utils.checkpoints import load_encoder
 
 SMALL = pretrain.Args(num_threads=1, num_frames=1024, num_val_frames=512, num_terrains=1, epochs=4)
 
@@ -22,9 +21,10 @@ def test_small_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     assert saved["seed"] == 1 and saved["args"]["epochs"] == 4 and saved["val_mse"] == result["val_mse"]
-    state = load_encoder(tmp_path / "encoder.pt", ppo.DepthEncoder())
-    for key, value in ppo.DepthEncoder().state_dict().items():
-        assert state[key].shape == value.shape and state[key].is_contiguous()
+    agent = ppo.Agent(ppo.Args())
+    weights = load_encoder(tmp_path / "encoder.pt", agent)
+    assert set(weights) == {key for key in agent.state_dict() if key.startswith("encoder.")}
+    assert all(value.is_contiguous() for value in weights.values())
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_bad_input_fails_first(tmp_path, monkeypatch, change, message):
 
 
 def test_poses_rest_on_the_terrain():
-    heights = Terrain(seed=4_000_000).heights
+    heights = ballbot_env.perlin_terrain(4_000_000) * np.float32(0.1)
     position, quaternion, targets = pretrain.random_poses(np.random.default_rng(0), heights, 2000)
-    rotation = geometry.rotation_matrix(quaternion)
+    rotation = ballbot_env.rotation_matrix(quaternion)
     cosine = np.cos(np.linalg.norm(targets[:, :2], axis=1))
     np.testing.assert_allclose(rotation[:, 2, 2], cosine, atol=1e-9)
     assert np.degrees(np.arccos(cosine.min())) < 20
@@ -65,16 +65,17 @@ def test_poses_rest_on_the_terrain():
     np.testing.assert_allclose(rotation[upright, 2, 1], targets[upright, 0], atol=2e-4)
     np.testing.assert_allclose(rotation[upright, 2, 0], -targets[upright, 1], atol=2e-4)
     # The ball's centre, below the base along the robot's axis, is a radius above the ground or a little more.
-    x, y, z = (position - model.BASE_OVER_BALL * rotation[:, :, 2]).T
-    clearance = z - pretrain.height_at(heights, x, y) - model.BALL_RADIUS
+    x, y, z = (position - ballbot_env.BASE_OVER_BALL * rotation[:, :, 2]).T
+    clearance = z - pretrain.height_at(heights, x, y) - ballbot_env.BALL_RADIUS
     assert clearance.min() > -0.005 and clearance.max() < 0.04 and abs(np.median(clearance)) < 0.001
 
 
 def test_shipped_encoder_sees_the_ground():
-    encoder = ppo.DepthEncoder()
+    agent = ppo.Agent(ppo.Args())
     torch.manual_seed(0)
-    untrained = ppo.DepthEncoder()
-    encoder.load_state_dict(load_encoder(model.ASSETS / "depth_encoder.pt", ppo.DepthEncoder()))
+    random_encoder = ppo.DepthEncoder()
+    encoder = agent.encoder
+    agent.load_state_dict(load_encoder(ppo.Args().encoder_path, agent), strict=False)
     rng = np.random.default_rng(4)
     (frames, targets), (val_frames, val_targets) = (
         pretrain.make_frames(rng, [seed], 768) for seed in (4_000_000, 4_000_001)
@@ -90,5 +91,5 @@ def test_shipped_encoder_sees_the_ground():
     scores = pretrain.probe_all(features, targets, val_features, val_targets, noise)
     tilt, to_ground, slope_given_tilt = scores[:2], scores[4:6], scores[6:]
     assert min(tilt) > 0.9 and min(to_ground) > 0.95 and min(slope_given_tilt) > 0.8
-    features, val_features = pretrain.encode(untrained, frames), pretrain.encode(untrained, val_frames)
+    features, val_features = pretrain.encode(random_encoder, frames), pretrain.encode(random_encoder, val_frames)
     assert max(pretrain.probe_all(features, targets, val_features, val_targets, noise)[:2]) < 0.3

@@ -74,7 +74,7 @@ def assert_same(a, b, path=""):
         assert a.tobytes() == b.tobytes(), f"{path} differs"
 
 
-def copied(obs):
+def copy_obs(obs):
     return {key: np.array(value) for key, value in obs.items()}
 
 
@@ -141,7 +141,7 @@ def test_spaces_of_both_environments_agree():
     assert set(make().single_observation_space) == keys
     assert set(single.observation_space) == keys | {"depth_0", "depth_1", "relative_image_timestamp"}
     obs, _ = vector.reset(seed=0)
-    assert vector.observation_space.contains(copied(obs))
+    assert vector.observation_space.contains(copy_obs(obs))
 
 
 @pytest.mark.filterwarnings("ignore")  # of GLFW, without a display
@@ -269,7 +269,7 @@ def test_many_look_like_gymnasiums_sync_vector_env():
             ends["together"] += ended.sum() > 1
         assert_same(dict(enumerate(step)), dict(enumerate(expected)))
     assert min(ends.values()) > 0, ends
-    ours.reset()  # statistics start anew with the episode
+    ours.reset()  # statistics restart with the episode
     action = np.zeros((n, 3))
     while True:
         _, _, _, truncations, infos = ours.step(action)
@@ -284,10 +284,10 @@ def test_many_look_like_gymnasiums_sync_vector_env():
 def trajectory(num_threads, torch_threads=1):
     envs = make(5, "perlin", cameras=True, num_threads=num_threads, **SHORT)
     torch.set_num_threads(torch_threads)
-    rows = [copied(envs.reset(seed=0)[0])]
+    rows = [copy_obs(envs.reset(seed=0)[0])]
     for action in random_actions(120, 5, 0.5):
         obs, rewards, terminations, truncations, _ = envs.step(action)
-        rows.append(copied(obs) | {"r": rewards, "terminated": terminations, "truncated": truncations})
+        rows.append(copy_obs(obs) | {"r": rewards, "terminated": terminations, "truncated": truncations})
     torch.set_num_threads(1)
     return dict(enumerate(rows))
 
@@ -350,13 +350,13 @@ envs.close()
     assert out == "True\n"
 
 
-def test_seeds_draw_the_starts():
+def test_seeds_fix_the_starts():
     envs = make(4)
     first, second, third = (envs.reset(seed=seed)[1]["position"] for seed in (0, 0, 100))
     assert_same(first, second)
     assert len(np.unique(np.concatenate([first, third])[:, 0])) == 8
     assert_same(envs.reset(seed=[3, 0, 2, 1])[1]["position"], first[[3, 0, 2, 1]])
-    assert not np.any(envs.reset()[1]["position"][:, 0] == first[:, 0])  # goes on drawing
+    assert not np.any(envs.reset()[1]["position"][:, 0] == first[:, 0])  # keeps sampling
     assert make(1).reset()[1]["position"][0, 0] != make(1).reset()[1]["position"][0, 0]
     starts = np.concatenate([envs.reset()[1]["position"] for _ in range(200)])
     assert np.abs(starts[:, :2]).max() <= 10 and np.all(np.abs(starts[:, :2].mean(0)) < 1)
@@ -366,7 +366,7 @@ def test_seeds_draw_the_starts():
 def test_terrain_seeds():
     heights = {seed: make(1, "perlin", terrain_seed=seed).model.hfield_data for seed in (0, 1)}
     assert np.abs(heights[0] - heights[1]).mean() > 0.1
-    assert_same(perlin_terrain.__wrapped__(1).ravel(), heights[1])  # drawn again, past the cache
+    assert_same(perlin_terrain.__wrapped__(1).ravel(), heights[1])  # computed again, past the cache
     a, b = (make(2, "perlin", terrain_seed=seed).reset(seed=0)[1]["position"] for seed in (0, 1))
     assert_same(a[:, :2], b[:, :2])  # the same starts, on other ground
     assert np.all(a[:, 2] != b[:, 2])
@@ -404,7 +404,7 @@ def test_options_say_how_a_robot_starts():
     options = {"position": positions, "heading": np.array([0.0, 1.0, -3.0]), "tilt": tilt, "velocity": (0.3, 0.1)}
     envs = make(3, "perlin", cameras=True, camera_size=16)
     plain, _ = envs.reset(seed=0, options={"position": positions})
-    plain, upright = copied(plain), envs.batch.qpos.copy()
+    plain, upright = copy_obs(plain), envs.batch.qpos.copy()
     obs, info = envs.reset(seed=0, options=options)
     base, ball = (envs.model.joint(name).qposadr[0] for name in ("base", "ball"))
     assert_same(envs.batch.qpos[:, ball : ball + 3], upright[:, ball : ball + 3])
@@ -618,7 +618,7 @@ def test_new_frames_come_at_the_cameras_rate(rate, interval):
     envs = make(2, cameras=True, camera_rate=rate, camera_size=16, copy=False)
     obs, _ = envs.reset(seed=0)
     assert np.all(obs["relative_image_timestamp"] == 0) and envs.new_frames.all()
-    before, held = copied(obs), obs
+    before, held = copy_obs(obs), obs
     for step in range(1, 3 * interval + 8):
         obs, *_ = envs.step(np.zeros((2, 3)))
         age = np.full((2, 1), step % interval * 0.002, np.float32)
@@ -630,7 +630,7 @@ def test_new_frames_come_at_the_cameras_rate(rate, interval):
             assert not obs[key].flags.writeable
             changed = [not np.array_equal(a, b) for a, b in zip(obs[key], before[key])]
             assert changed == [step % interval == 0] * 2
-        before, held = copied(obs), obs
+        before, held = copy_obs(obs), obs
 
 
 def test_the_cameras_clock_runs_on_through_resets():
@@ -729,7 +729,7 @@ def test_reward(kwargs):
         if step == 100:
             envs.robots.velocities[0] = 3, 4, 0  # beyond what is observed
         obs, rewards, terminations, truncations, infos = envs.step(action)
-        obs = copied(obs)
+        obs = copy_obs(obs)
         for i in np.flatnonzero(terminations):
             for key in obs:
                 obs[key][i] = infos["final_obs"][i][key]
@@ -1059,7 +1059,7 @@ def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
         assert terminations.tolist() == [False, step == 29, False] and not truncations.any()
         assert infos["physics_errors"].tolist() == [0, int(step >= 29), 0]
         assert np.all(np.isfinite(rewards)) and all(np.all(np.isfinite(value)) for value in obs.values())
-        assert envs.observation_space.contains(copied(obs))
+        assert envs.observation_space.contains(copy_obs(obs))
         if step == 29:
             assert envs.single_observation_space.contains(infos["final_obs"][1])
             assert infos["final_info"]["physics_errors"].tolist() == [0, 1, 0]

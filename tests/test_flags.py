@@ -1,22 +1,25 @@
-"""A flag that would change nothing beside the others is refused, unless it comes from a preset or a config file."""
+"""A flag without effect is an error, unless it comes from a preset or a config file."""
 
 import json
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_utils import tune
+from ballbot_utils.checkpoints import save_checkpoint
+from ballbot_utils.flags import config_json, validate_args
+from ballbot_utils.runs import prepare_run
+from ballbot_utils.tune.space import build_space, parse_space
 
 
 @pytest.fixture
 def parse(monkeypatch):
     def parse(flags, script=ppo):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
-        return script.parse()
+        return script.parse_args()
 
     return parse
 
@@ -33,9 +36,6 @@ BOTH = """
 --init-from runs/a | --encoder-path e.pt
 --init-from runs/a | --init-log-std -1
 --preset tuned --init-from runs/a | --init-log-std 0
---goal command | --drift-cost 0.1
---goal command | --heading-cost 0.1
---preset tuned --goal command | --drift-cost 0
 --gamma 0 | --gae-lambda 0.9
 --vf-coef 0 | --clip-vloss
 --update-epochs 1 | --target-kl 0.1
@@ -64,7 +64,7 @@ def cases():
 
 
 @pytest.mark.parametrize("script, others, flag", cases())
-def test_a_flag_without_effect_is_refused_in_one_line(script, others, flag, parse):
+def test_a_flag_without_effect_is_a_one_line_error(script, others, flag, parse):
     parse(others, script)  # alone they are fine
     with pytest.raises(SystemExit, match=f"^error: {flag.split()[0].replace('--no-', '--')} has no effect ") as error:
         parse(f"{others} {flag}", script)
@@ -87,15 +87,15 @@ def test_flags_that_others_give_an_effect_are_accepted(parse):
 def test_presets_and_config_files_go_with_any_flag(script, preset, flags, parse, tmp_path):
     """What a preset says of a flag without effect is no error, nor is a config file of such a run."""
     args = parse(f"--preset {preset} {flags}", script)
-    ballbot_runs.check(args, world_size=2)
+    validate_args(args, world_size=2)
     config = tmp_path / "config.json"
-    config.write_text(ballbot_runs.as_config(vars(args)))
+    config.write_text(config_json(vars(args)))
     again = parse(f"--config {config}", script)
-    ballbot_runs.check(again, world_size=2)
+    validate_args(again, world_size=2)
     assert vars(again) == vars(args) | {"config": str(config)}
     old = json.loads(config.read_text()) | {"terrain": "flat", "terrain_seed": 5, "wandb_entity": "us"}
     config.write_text(json.dumps(old))
-    ballbot_runs.check(parse(f"--config {config}", script), world_size=2)
+    validate_args(parse(f"--config {config}", script), world_size=2)
 
 
 def test_on_flat_ground_a_preset_s_randomization_has_no_hills(parse):
@@ -106,7 +106,7 @@ def test_on_flat_ground_a_preset_s_randomization_has_no_hills(parse):
     assert hills["terrain_amplitude"] and parse("--preset robust").randomization == hills
     given = parse("--preset robust --terrain flat --randomization mass 0.1 terrain_amplitude 0.5")
     with pytest.raises(SystemExit, match="means nothing on terrain"):
-        ballbot_runs.check(given)
+        validate_args(given)
 
 
 def test_torchrun_and_gpus_set_the_number_of_processes(parse, monkeypatch):
@@ -116,7 +116,7 @@ def test_torchrun_and_gpus_set_the_number_of_processes(parse, monkeypatch):
     parse("--num-processes 4")
     parse("--preset tuned")  # which has 2
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setattr(ballbot_runs.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match="--num-processes has no effect above the number of GPUs, 1"):
         parse("--cuda --num-processes 2")
     with pytest.raises(SystemExit, match="--torch-threads has no effect with --cuda"):
@@ -124,10 +124,10 @@ def test_torchrun_and_gpus_set_the_number_of_processes(parse, monkeypatch):
     parse("--preset tuned --cuda")
 
 
-def test_a_study_over_a_flag_without_effect_is_refused():
+def test_a_study_over_a_flag_without_effect_is_an_error():
     def study(*space, **changes):
         base = vars(replace(schedules.Args(), **changes))
-        return tune.check_space(tune.parse_space(space, schedules), schedules, base)
+        return build_space(parse_space(space, schedules), schedules, base)
 
     with pytest.raises(SystemExit, match="--space init-log-std has no effect with --init-from"):
         study("init-log-std=-1,-0.5,0", "gamma=0.99,0.995", init_from="runs/a")
@@ -142,8 +142,8 @@ def test_a_policy_without_cameras_has_any_depth_scale(tmp_path, monkeypatch, par
     small = "--no-cameras --hidden-size 8 --pi-layers 1 --vf-layers 1"
     agent_args = parse(f"--preset tuned {small}")
     content = {"model": ppo.Agent(agent_args).state_dict(), "args": vars(agent_args), "global_step": 1}
-    ballbot_runs.save(tmp_path / "a.pt", content)
+    save_checkpoint(tmp_path / "a.pt", content)
     flags = "--init-from a.pt --norm-obs --body-frame --privileged-critic --run-name b"
     args = parse(f"{small} {flags}")
     assert args.depth_scale != agent_args.depth_scale
-    assert ballbot_runs.begin(args, 0.0, ppo.Args, ppo.Agent)[2].keys() == content["model"].keys()
+    assert prepare_run(args, 0.0, in_rank=True).weights.keys() == content["model"].keys()

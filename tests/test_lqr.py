@@ -11,6 +11,8 @@ import pytest
 
 from ballbot_utils import evaluate, lqr
 
+pytestmark = pytest.mark.slow
+
 UNSEEN = dict(terrain="perlin", terrain_seed=1_000_000, cameras=False, wheel_damping=0.4, frame_skip=lqr.FRAME_SKIP,
               max_episode_steps=2000)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How ranks end. Two machines: network namespaces with their own addresses and a cable, a rank of the run in each."""
+"""How ranks end, and a run on two machines: network namespaces with an address each, connected by a cable."""
 
 import os
 import subprocess
@@ -12,15 +12,17 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[1] / "ppo_ballbot.py"
 FLAGS = (
     "--frame-skip 1 --num-envs 4 --num-steps 64 --minibatch-size 64 --total-timesteps 512 --eval-interval 256 "
-    "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --norm-value --run-name run"
+    "--eval-episodes 3 --final-eval-episodes 3 --norm-obs --norm-adv --run-name run"
 ).split()
 
 
-# Python's own end always aborts it; with a gloo thread that waits for the GIL it does so now and then
+pytestmark = pytest.mark.slow
+
+# Python's finalization aborts this program always; one with a gloo thread that waits for the GIL, sometimes
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {folder!r})
-import ballbot_runs
+from ballbot_utils import console, distributed, runs
 class Aborts:
     def __del__(self):
         os.abort()
@@ -28,20 +30,20 @@ class Args:
     resume, run_name, num_processes, cuda = "", "run", 2, False
 def train(args, started=None):
     if "RANK" not in os.environ:
-        return ballbot_runs.start_ranks(train, args, 0.0)
-    ballbot_runs.join_ranks(args)
+        return distributed.spawn_ranks(train, args, 0.0)
+    distributed.init_distributed(args.num_processes, args.cuda)
     global aborts
     aborts = Aborts()
     sys.stdout.write("rank " + os.environ["RANK"] + " is done\\n")
     {end}
 if __name__ == "__main__":
-    ballbot_runs.main(Args, train)
+    runs.run_training(Args, train)
 """
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --monitor-interval 0.1".split()
 
 
 @pytest.mark.parametrize("launcher, end, code", [(TORCHRUN, "pass", 0), ([], "pass", 0),
-                                                 (TORCHRUN, "ballbot_runs.stop('it is wrong')", 1)])  # fmt: skip
+                                                 (TORCHRUN, "console.exit_with_error('it is wrong')", 1)])  # fmt: skip
 def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(folder=str(SCRIPT.parent), end=end))
     output = subprocess.run(
@@ -51,7 +53,7 @@ def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path)
     assert output.returncode == code, output.stderr
     assert sorted(output.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
     assert "SIGABRT" not in output.stderr and output.stderr.count("error: it is wrong") == code
-    assert output.stderr == "" or code  # torchrun says more of failures
+    assert output.stderr == "" or code  # torchrun adds lines of its own to failures
 
 
 def ip(arguments):
@@ -72,7 +74,7 @@ def machines():
             ip(f"-n {name} link set lo up")
         yield names
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("network namespaces are not to be had here")
+        pytest.skip("needs root and network namespaces")
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -104,7 +104,7 @@ def test_cameras_are_clear_of_the_robot():
 
 
 def not_upright(spec):
-    """As the robot was before its rollers were mended."""
+    """The robot before its rollers were fixed."""
     for i in WHEELS:
         spec.delete(spec.actuator(f"upright_{i}"))
 
@@ -341,7 +341,7 @@ def test_without_motor_torque_the_energy_never_rises():
 
 
 def onto_height_field(spec, cells=20):
-    """Put a height field of zeros in place of the plane."""
+    """Replace the plane by a height field of zeros."""
     half = cells / 2 * 10 / 292  # m; the reference's cells, and ours, are 10/292 m
     nodes = np.zeros((cells + 1, cells + 1))
     spec.add_hfield(name="flat", nrow=cells + 1, ncol=cells + 1, size=[half, half, 0.1, 0.1], userdata=nodes.ravel())

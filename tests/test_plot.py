@@ -119,6 +119,7 @@ def test_evaluations_come_from_metrics(tmp_path):
     assert curves[EVAL_LENGTH][2].tolist() == [4000, 4000] and curves[RETURN][2].tolist() == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_short_training_episodes_are_shown_as_logged(tmp_path, capsys):
     for name, limit, num_notes in (("a", 1000, 1), ("b", 4000, 0)):
         run = write_run(tmp_path / name, [25, 26], max_episode_steps=limit)

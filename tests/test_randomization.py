@@ -1,4 +1,4 @@
-"""Domain randomization: what is drawn, what it does, and that it is off by default."""
+"""Domain randomization: its samples, its effects, and that it is off by default."""
 
 import inspect
 import json
@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from test_env import assert_same, copied, random_actions
+from test_env import assert_same, copy_obs, random_actions
 
 from ballbot_env import BallbotEnv, BallbotVectorEnv
 from ballbot_utils import randomization as library
@@ -35,16 +35,18 @@ def test_environment_i_is_the_single_one_and_a_state_is_all_of_it(monkeypatch):
     obs_i, info_i = single.reset(seed=7)
     for step, action in enumerate(random_actions(60, 3, 0.5)):
         assert_same({key: value[2] for key, value in obs.items()}, obs_i, f"{step}")
-        drawn = {key: value[2] for key, value in info["randomization"].items() if key[0] != "_"}
-        assert_same(drawn, info_i["randomization"], f"{step}")
+        reported = {key: value[2] for key, value in info["randomization"].items() if key[0] != "_"}
+        assert_same(reported, info_i["randomization"], f"{step}")
         if step == 40:
             state = many.get_state()
             again.set_state(state)
             assert again.new_frames.all()
-            damaged = state["drawn"] | {"latency": state["drawn"]["latency"] + 10**6}
+            sampled = state["randomization"]
+            damaged = sampled | {"latency": sampled["latency"] + 10**6}
             with pytest.raises(ValueError, match="latency is not as these environments have it"):
-                again.set_state(state | {"drawn": damaged})
-            again.set_state(state | {"drawn": state["drawn"] | {"_relief": torch.zeros(3, dtype=int)}})  # an older one
+                again.set_state(state | {"randomization": damaged})
+            older = {name: value for name, value in state.items() if name != "randomization"}
+            again.set_state(older | {"drawn": sampled | {"_relief": torch.zeros(3, dtype=int)}})
         result = obs, *_, info = many.step(action)
         if step >= 40:
             for a, b in zip(result, again.step(action)):
@@ -64,7 +66,7 @@ def test_off_is_as_if_there_were_none():
     for randomization in (None, {}, dict.fromkeys(set(ALL) - {"push_interval"}, 0) | {"push_interval": 0.5}):
         envs = BallbotVectorEnv(2, "flat", camera_size=16, num_threads=1, randomization=randomization)
         rows = [envs.reset(seed=0), *(envs.step(action) for action in random_actions(10, 2, 0.5))]
-        results.append({i: dict(enumerate((copied(row[0]), *row[1:]))) for i, row in enumerate(rows)})
+        results.append({i: dict(enumerate((copy_obs(row[0]), *row[1:]))) for i, row in enumerate(rows)})
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
     assert "randomization" not in results[0][0][1]
@@ -72,22 +74,22 @@ def test_off_is_as_if_there_were_none():
 
 def test_what_is_drawn():
     envs = make(200, "perlin", **ALL)
-    drawn = [envs.reset(seed=0)[1]["randomization"] for _ in range(2)]
-    assert_same(*drawn)
-    drawn = drawn[0]
-    assert {key for key in drawn if key[0] != "_"} == set(ALL) - {"push_interval", "obs_noise"}
+    sampled = [envs.reset(seed=0)[1]["randomization"] for _ in range(2)]
+    assert_same(*sampled)
+    sampled = sampled[0]
+    assert {key for key in sampled if key[0] != "_"} == set(ALL) - {"push_interval", "obs_noise"}
     for name in ("mass", "friction", "wheel_damping", "terrain_amplitude"):
-        assert np.abs(drawn[name] - 1).max() <= ALL[name] and drawn[name].std() > 0.5 * ALL[name], name
+        assert np.abs(sampled[name] - 1).max() <= ALL[name] and sampled[name].std() > 0.5 * ALL[name], name
     factors = 1 + ALL["terrain_amplitude"] * np.array([-0.8, -0.4, 0, 0.4, 0.8])
-    np.testing.assert_allclose(np.unique(drawn["terrain_amplitude"]), factors)
+    np.testing.assert_allclose(np.unique(sampled["terrain_amplitude"]), factors)
     ground = envs.model.geom_dataid[envs.model.geom("ground").id]
-    assert envs.model.hfield_size[ground][2] == pytest.approx(0.1)  # what they are drawn around
-    assert set(drawn["latency"]) == {0, 1, 2, 3}
+    assert envs.model.hfield_size[ground][2] == pytest.approx(0.1)  # what they vary around
+    assert set(sampled["latency"]) == {0, 1, 2, 3}
     for name, longest in (("tilt", math.radians(ALL["tilt"])), ("velocity", ALL["velocity"])):
-        length, angle = np.linalg.norm(drawn[name], axis=1), np.arctan2(*drawn[name].T)
+        length, angle = np.linalg.norm(sampled[name], axis=1), np.arctan2(*sampled[name].T)
         assert 0.9 * longest < length.max() <= longest and np.abs(length.mean() - longest / 2) < 0.1 * longest
         assert angle.std() == pytest.approx(2 * math.pi / 12**0.5, rel=0.1)
-    assert not np.array_equal(envs.reset()[1]["randomization"]["mass"], drawn["mass"])  # each episode's own
+    assert not np.array_equal(envs.reset()[1]["randomization"]["mass"], sampled["mass"])  # each episode's own
 
 
 def test_an_action_that_is_no_number_ends_the_episode_even_if_it_is_to_come_late():
@@ -99,7 +101,7 @@ def test_an_action_that_is_no_number_ends_the_episode_even_if_it_is_to_come_late
     assert all(np.isfinite(envs.step(np.zeros((3, 3), np.float32))[1]).all() for _ in range(5))
 
 
-def test_a_start_is_the_one_that_is_told():
+def test_a_start_is_the_one_that_is_reported():
     envs = make(20, tilt=10, velocity=0.5)
     obs, info = envs.reset(seed=0)
     assert obs["orientation"][:, :2] == pytest.approx(info["randomization"]["tilt"], abs=1e-6)
@@ -110,18 +112,18 @@ def test_a_start_is_the_one_that_is_told():
 
 
 def test_models_are_as_if_compiled_so():
-    """One step of mj_step on a model that is compiled with what was drawn leads to the same state, bit for bit."""
+    """One step of mj_step on a model compiled with the sampled values leads to the same state, bit for bit."""
     envs = make(3, "perlin", mass=0.3, friction=0.5, wheel_damping=0.5, terrain_amplitude=0.9)
     _, info = envs.reset(seed=1)
     for i in range(3):
-        drawn = {key: value[i] for key, value in info["randomization"].items()}
-        model = make_model(Terrain(amplitude=0.1 * drawn["terrain_amplitude"]), 0.4 * drawn["wheel_damping"])
+        sampled = {key: value[i] for key, value in info["randomization"].items()}
+        model = make_model(Terrain(amplitude=0.1 * sampled["terrain_amplitude"]), 0.4 * sampled["wheel_damping"])
         base = model.body("base").id
-        model.body_mass[base] *= drawn["mass"]
-        model.body_inertia[base] *= drawn["mass"]
+        model.body_mass[base] *= sampled["mass"]
+        model.body_inertia[base] *= sampled["mass"]
         for geom in ("ball", "ground"):
-            model.geom_friction[model.geom(geom).id, 0] *= drawn["friction"]
-        model.pair_friction[:, :2] *= drawn["friction"]
+            model.geom_friction[model.geom(geom).id, 0] *= sampled["friction"]
+        model.pair_friction[:, :2] *= sampled["friction"]
         data = mujoco.MjData(model)
         mujoco.mj_setConst(model, data)
         spec = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -177,25 +179,25 @@ def test_pushes_have_their_impulse_and_their_times(frame_skip, lasts):
     envs = BallbotVectorEnv(4, "flat", cameras=False, frame_skip=frame_skip, max_tilt=80, max_episode_steps=-1,
                             num_threads=1, randomization={"push": 0.5, "push_interval": 0.2})  # fmt: skip
     envs.reset(seed=0)
-    base, forces, told, start = envs.model.body("base").id, [], [], envs.batch.qpos.copy()
+    base, forces, reported, start = envs.model.body("base").id, [], [], envs.batch.qpos.copy()
     for _ in range(2000 // frame_skip):
         infos = envs.step(np.zeros((4, 3)))[4]
         envs.batch.qpos[:], envs.batch.qvel[:] = start, 0  # so that none falls
         forces.append(envs.batch.xfrc_applied[:, base].copy())
-        told.append(infos["randomization"]["push"])
-    forces, told = np.array(forces), np.array(told)
+        reported.append(infos["randomization"]["push"])
+    forces, reported = np.array(forces), np.array(reported)
     assert not forces[:, :, 2:].any()
     acts, seconds = forces.any(2), frame_skip * TIMESTEP
     begin = acts & ~np.roll(acts, 1, 0)
-    assert np.array_equal(acts, told.any(2))
-    assert forces[acts][:, :2] * lasts * seconds == pytest.approx(told[acts])
+    assert np.array_equal(acts, reported.any(2))
+    assert forces[acts][:, :2] * lasts * seconds == pytest.approx(reported[acts])
     for i in range(4):
         steps = np.flatnonzero(begin[:, i])
         assert np.all(acts[:, i][steps[:-1] + lasts - 1]) and not np.any(acts[:, i][steps[:-1] + lasts])
         assert 0.1 - seconds <= steps[0] * seconds <= 0.3 + seconds
         gaps = np.diff(steps) * seconds
         assert gaps.min() >= 0.1 - seconds and gaps.max() <= 0.3 + seconds and gaps.std() > 0.02
-    impulses = np.linalg.norm(told[begin], axis=1)
+    impulses = np.linalg.norm(reported[begin], axis=1)
     assert 0.4 < impulses.max() <= 0.5 and impulses.mean() == pytest.approx(0.25, abs=0.06)
 
 
@@ -206,7 +208,7 @@ def test_a_push_changes_the_speed_as_said():
     impulses = np.zeros((30, 2))
     for _ in range(59):
         obs, *_, infos = envs.step(np.zeros((30, 3)))
-        impulses += infos["randomization"]["push"] / 10  # told in 10 steps each
+        impulses += infos["randomization"]["push"] / 10  # reported in 10 steps each
     slope = (impulses * obs["vel"][:, :2]).sum() / (impulses**2).sum()
     assert 0.2 < slope < 0.4, slope
 

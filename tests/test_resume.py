@@ -1,5 +1,8 @@
-"""Runs that are killed and resumed end with the weights of those that were not; damage is refused in one line."""
+"""A killed and resumed run ends with the same weights as an uninterrupted one; damage gives one line."""
 
+import fcntl
+import hashlib
+import io
 import json
 import os
 import random
@@ -17,23 +20,24 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import check, load_run, save
-from ballbot_utils import plot
+from ballbot_utils import checkpoints, plot, runs
+from ballbot_utils.checkpoints import read_checkpoint, save_checkpoint
+from ballbot_utils.flags import validate_args
 
 SCRIPT = Path(ppo.__file__).resolve()
 KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 ITERATIONS = max(20, 6 * KILLS)
 FLAGS = (
     "--run-name run --frame-skip 1 --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 "
-    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv "
+    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-adv "
     "--learning-rate 3e-4 --anneal-lr --save-interval 0 "
     f"--total-timesteps {256 * ITERATIONS}"
 ).split()
 
 
+RESUME = f"python {SCRIPT} --resume runs/run"
 SHORT = replace(
     ppo.Args(), frame_skip=1, num_threads=1, terrain="flat", cameras=False, num_envs=2, num_steps=64, minibatch_size=64,
     total_timesteps=256, final_eval_episodes=1, learning_rate=1e-3,
@@ -54,10 +58,12 @@ def uninterrupted(tmp_path_factory):
 def assert_same_end(run, other):
     """Bit for bit the same policies, optimizer, environments and generators, and the same curves."""
     for file in ("last.pt", "best.pt"):
-        a, b = (torch.load(folder / file, weights_only=True) for folder in (run, other))
-        for name in ("elapsed", "startup", "training"):  # wall time
+        a, b = (read_checkpoint(folder / file) for folder in (run, other))
+        for name in ("elapsed", "startup", "training"):  # seconds by the clock
             a.pop(name, None), b.pop(name, None)
         assert_equal(a, b)
+    a, b = ([entry | {"seconds": 0} for entry in runs.read_metrics(folder)] for folder in (run, other))
+    assert a == b
     curves = [EventAccumulator(str(folder)).Reload().Scalars("losses/value_loss") for folder in (run, other)]
     assert [(e.step, e.value) for e in curves[0]] == [(e.step, e.value) for e in curves[1]]
 
@@ -94,6 +100,10 @@ def ranks_of(pid, mark=b"spawn_main"):
     return [child for child in children if mark in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+def without_progress(error):
+    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("["))
+
+
 def until_next_checkpoint(process, run):
     def written():
         return (run / "last.pt").stat().st_mtime_ns if (run / "last.pt").exists() else 0
@@ -103,9 +113,10 @@ def until_next_checkpoint(process, run):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
 def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path):
-    """In turn the first process and its ranks: none outlives another, and the run goes on bit for bit."""
+    """In turn the first process and its ranks: none outlives another, and the run resumes bit for bit."""
     rng = random.Random(0)
     run, flags, kills = tmp_path / "runs" / "run", FLAGS, 0
     while True:
@@ -126,21 +137,20 @@ def test_any_process_killed_at_random_points_and_resumed(uninterrupted, tmp_path
         if process.returncode == 0:
             break
         assert killed and time.time() - killed < 30, error
-        assert torch.load(run / "last.pt", weights_only=True)["iteration"] < ITERATIONS  # not to the end alone
+        assert read_checkpoint(run / "last.pt")["global_step"] < 256 * ITERATIONS  # not to the end alone
         if victim == process.pid:
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == os.EX_TEMPFAIL
-            line = error.strip()
-            assert "\n" not in line, error
-            assert line.startswith("error: a process of this run is gone") and line.endswith("--resume runs/run")
+            assert without_progress(error) == f"error: a process of this run has died; to resume: {RESUME}\n"
         flags = ["--resume", "runs/run"]
     assert kills == KILLS, f"the run was over after {kills} kills: make it longer"
     assert_same_end(run, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes in /proc")
-def test_torchrun_starts_lost_ranks_again_and_goes_on_bit_for_bit(uninterrupted, tmp_path):
+def test_torchrun_restarts_lost_ranks_and_the_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     torchrun = (
         "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1".split()
     )
@@ -154,17 +164,17 @@ def test_torchrun_starts_lost_ranks_again_and_goes_on_bit_for_bit(uninterrupted,
     assert_same_end(tmp_path / "runs" / "run", uninterrupted)
 
 
-def test_a_run_goes_on_with_as_many_processes_or_not_at_all(uninterrupted, tmp_path):
+def test_a_run_resumes_with_the_same_number_of_processes_only(uninterrupted, tmp_path):
     environment = dict(os.environ, RANK="0", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     output = subprocess.run(command("--resume", str(uninterrupted)), env=environment, capture_output=True, text=True)
     assert output.returncode == 1
-    assert "is of a run on 2 processes, here are 4: give it as many" in output.stderr
+    assert "is of a run on 2 processes, here are 4: use the same number" in output.stderr
 
 
 @pytest.mark.parametrize("number, handler", [(signal.SIGINT, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN),
                                              (signal.SIGTERM, signal.SIG_IGN)])  # fmt: skip
-def test_interrupted_run_says_how_to_go_on(number, handler, tmp_path):
-    def disposition():  # with nohup and &, SIGINT is ignored: SIGTERM has to work all the same
+def test_an_interrupted_run_says_how_to_resume(number, handler, tmp_path):
+    def disposition():  # a script's & ignores SIGINT: SIGTERM has to work all the same
         signal.signal(signal.SIGINT, handler)
 
     process = subprocess.Popen(command(*FLAGS), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -173,85 +183,81 @@ def test_interrupted_run_says_how_to_go_on(number, handler, tmp_path):
     os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches all of the run's processes
     error = process.communicate()[1].decode()
     assert process.returncode == os.EX_TEMPFAIL
-    assert error.strip().splitlines()[-1].endswith("--resume runs/run")
-    assert "Traceback" not in error
+    assert without_progress(error) == f"stopped; to resume: {RESUME}\n"
 
 
-def test_a_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_with_more_steps(tmp_path, monkeypatch, capsys):
     """At a constant rate, as one that was to have as many from the start: bit for bit."""
     monkeypatch.chdir(tmp_path)
     args = replace(SHORT, run_name="short")
     ppo.train(args)
-    with pytest.raises(SystemExit, match="is of a run of 256 steps: give more --total-timesteps, or none"):
+    with pytest.raises(SystemExit, match="is of a run of 256 steps: give more --total-timesteps"):
         ppo.train(ppo.Args(resume="runs/short", total_timesteps=128))
     short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
-    assert "256 steps become 512: what is scheduled is stretched over all of them" in capsys.readouterr().out
+    assert "256 steps become 512: schedules are stretched over all of them" in capsys.readouterr().out
     assert json.loads((short / "config.json").read_text())["total_timesteps"] == 512
     assert plot.read_run(short)[0]["total_timesteps"] == 512
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
-    assert_equal(*(torch.load(run / "last.pt", weights_only=True)["model"] for run in (short, long)))
-    for argv, total in ((" --total-timesteps 10000000", 10_000_000), ("", 512)):
-        monkeypatch.setattr(sys, "argv", ("ppo_ballbot.py --resume runs/short" + argv).split())
-        args = ppo.parse()
-        _, run, _ = ballbot_runs.begin(args, 0.0, ppo.Args, ppo.Agent)
-        assert args.total_timesteps == total
-        ballbot_runs.open_log(args, short, run).close()
-        monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/short/config.json".split())
-        assert ppo.parse().total_timesteps == 10_000_000  # which the second does not write again
+    assert_equal(*(read_checkpoint(run / "last.pt")["model"] for run in (short, long)))
+    for argv, total in (("--total-timesteps 8000000", 8_000_000), ("--total-timesteps 9000000", 9_000_000), ("", 512)):
+        monkeypatch.setattr(sys, "argv", f"ppo_ballbot.py --resume runs/short {argv}".split())
+        args = ppo.parse_args()
+        with runs.prepare_run(args, 0.0, in_rank=False).open():
+            assert args.total_timesteps == total
+    assert json.loads((short / "config.json").read_text())["total_timesteps"] == 9_000_000
 
 
-def evaluations(run):
-    """The steps of all evaluations in a run's log, those logged again too."""
+def logged_steps(run):
+    """The steps of all evaluations in TensorBoard's logs, repeated ones too."""
     logs = [EventAccumulator(str(file)).Reload() for file in run.glob("events*")]
     tag = "eval/episodic_return"
     return sorted(event.step for log in logs if tag in log.Tags()["scalars"] for event in log.Scalars(tag))
 
 
 @pytest.mark.parametrize("script, eval_interval", [(ppo, 256), (schedules, 10**9)])
-def test_a_run_that_has_finished_is_not_evaluated_again(script, eval_interval, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_not_evaluated_again(script, eval_interval, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = {name: value for name, value in vars(SHORT).items() if name != "exp_name" and name in vars(script.Args())}
-    run = script.train(script.Args(**args | dict(eval_interval=eval_interval, eval_episodes=1, run_name="run")))
-    kept = {file: file.read_bytes() for file in run.iterdir()}
-    assert evaluations(run) == [256]
+    args = script.Args(**args | dict(eval_interval=eval_interval, eval_episodes=1, run_name="run"))
+    with monkeypatch.context() as patch:  # the final evaluation is interrupted
+        patch.setattr(script, "evaluate_at_the_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(args)
+    script.train(script.Args(resume="runs/run"))
+    run = Path("runs/run")
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    assert logged_steps(run) == [256]
+    final = [entry for entry in runs.read_metrics(run) if entry["kind"] == "final"]
+    assert [entry["global_step"] for entry in final] == [256]
     capsys.readouterr()
     script.train(script.Args(resume="runs/run"))
     assert "runs/run has finished, with return " in capsys.readouterr().out
-    assert {file: file.read_bytes() for file in run.iterdir()} == kept
-    # One that was lost in its last evaluation has not finished: it is evaluated, and logged once
-    best = torch.load(run / "best.pt", weights_only=True)
-    (run / "best.pt").unlink()
-    script.train(script.Args(resume="runs/run"))
-    assert_equal(torch.load(run / "best.pt", weights_only=True), best)
-    assert evaluations(run) == [256]
-    script.train(script.Args(resume="runs/run", total_timesteps=384))  # with more steps it goes on
-    assert evaluations(run)[-1] == 384
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    script.train(script.Args(resume="runs/run", total_timesteps=384))
+    assert logged_steps(run)[-1] == 384
 
 
-def test_going_on_keeps_the_best_policy_though_the_end_chose_it(tmp_path, monkeypatch):
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_run_keeps_the_best_policy_of_the_final_evaluation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    returns = {256: 50.0, 512: 10.0}  # of the final policies; the checkpoint knows of no evaluation on the way
-
-    def evaluate(agent, args, episodes):
-        step = 256 if torch.equal(agent.log_std, first["model"]["log_std"]) else 512
-        return ballbot_runs.judged(agent)["eval"] | {"episodic_return": returns[step]}
-
+    returns = iter([50.0, 10.0, 50.0])  # of the first end, of the second, of the first end's policy again
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: RESULT | {"episodic_return": next(returns)})
     run = ppo.train(replace(SHORT, run_name="run"))
-    first = torch.load(run / "last.pt", weights_only=True)
-    assert first["best"] is None and torch.load(run / "best.pt", weights_only=True)["global_step"] == 256
-    monkeypatch.setattr(ppo, "evaluate", evaluate)
+    first = read_checkpoint(run / "best.pt")
     ppo.train(ppo.Args(resume="runs/run", total_timesteps=512))
-    best = torch.load(run / "best.pt", weights_only=True)
+    best = read_checkpoint(run / "best.pt")
     assert (best["global_step"], best["eval"]["episodic_return"]) == (256, 50)
     assert_equal(best["model"], first["model"])
-    # A best.pt that is damaged, or of later than the checkpoint, is not taken
-    for damage in (b"", (run / "best.pt").read_bytes()):
-        (run / "best.pt").write_bytes(damage)
-        known = first | {"global_step": 0 if damage else 256, "best": "the checkpoint's"}
-        assert ballbot_runs.best_of(known, run, ppo.Agent(SHORT)) == "the checkpoint's"
 
 
-def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
+RESULT = {"episodes": 1} | {key + end: 1.0 for key in ("episodic_return", "episodic_length", "falls")
+                            for end in ("", "_std")}  # fmt: skip
+
+
+def test_a_restart_by_torchrun_resumes_its_own_run_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = replace(SHORT, run_name="run")
     run = ppo.train(replace(args))
@@ -260,18 +266,18 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypa
 
     def begin(**flags):
         flags = replace(args, **flags)
-        return flags, ballbot_runs.begin(flags, None, ppo.Args, ppo.Agent)
+        return flags, runs.prepare_run(flags, 0.0, in_rank=False)
 
     for flags in (dict(seed=2), dict(preset="tuned"), dict(total_timesteps=512)):
-        with pytest.raises(SystemExit, match="runs/run exists, and is of other flags: give another --run-name"):
+        with pytest.raises(SystemExit, match="runs/run has other flags: give another --run-name"):
             begin(**flags)
     assert {file: file.read_bytes() for file in run.iterdir()} == kept
-    flags, (_, checkpoint, _) = begin()
-    assert flags.resume == "runs/run" and checkpoint["global_step"] == 256
+    flags, resumed = begin()
+    assert flags.resume == "runs/run" and resumed.global_step == 256
     (run / "config.json").unlink()
-    with pytest.raises(SystemExit, match="is of other flags"):
+    with pytest.raises(SystemExit, match="has other flags"):
         begin()
-    assert begin(run_name="new")[1][1] is None  # lost before its folder was made
+    assert begin(run_name="new")[1].checkpoint is None  # killed before its folder was created
 
 
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
@@ -280,32 +286,33 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
         ppo.Args(), frame_skip=1, num_threads=1, terrain="flat", num_envs=2, num_steps=64, minibatch_size=64,
         total_timesteps=128, final_eval_episodes=1, hidden_size=8, run_name="first",
     )  # fmt: skip
-    first = torch.load(ppo.train(args) / "best.pt", weights_only=True)["model"]
+    first = read_checkpoint(ppo.train(args) / "best.pt")["model"]
     still = replace(
         args, init_from="runs/first", run_name="still", terrain="perlin", learning_rate=1e-30, weight_decay=0.0
     )
-    second = torch.load(ppo.train(still) / "best.pt", weights_only=True)["model"]
+    second = read_checkpoint(ppo.train(still) / "best.pt")["model"]
     moved = {key for key in first if not torch.equal(first[key], second[key])}
-    assert moved == {"obs_mean", "obs_var", "obs_count"}  # which go on
-    with pytest.raises(SystemExit, match="--init-from runs/first: give cameras, hidden_size as it was trained with"):
+    assert moved == {"obs_mean", "obs_var", "obs_count"}  # they are updated
+    with pytest.raises(SystemExit, match="runs/first: use the same cameras, hidden_size as in its training"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", cameras=False, hidden_size=16))
-    with pytest.raises(SystemExit, match="give privileged_critic, depth_scale as it was trained with"):
+    with pytest.raises(SystemExit, match="use the same privileged_critic, depth_scale as"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", privileged_critic=False, depth_scale=0.1))
     assert not Path("runs/third").exists()
 
 
-def test_a_randomized_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_randomized_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
     args = replace(SHORT, total_timesteps=384, randomization=randomization, save_interval=0.0, run_name="one")
-    first = ppo.train(args)
+    first = ppo.train(args).rename("first")
     assert json.loads((first / "config.json").read_text())["randomization"] == randomization
-    shutil.copytree(first, "runs/two")
-    shutil.copy("runs/two/previous.pt", "runs/two/last.pt")
-    again = ppo.train(ppo.Args(resume="runs/two"))
+    updates = iter([ppo.update, ppo.update, interrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "update", lambda *args: next(updates)(*args))
+        with pytest.raises(KeyboardInterrupt):
+            ppo.train(args)
+    again = ppo.train(ppo.Args(resume="runs/one"))
     assert_same_end(again, first)
-    evaluated = ppo.make_envs(args, 1, evaluation=True)
-    assert not evaluated.randomization and ppo.make_envs(args, 1).randomization == randomization
 
 
 @pytest.mark.parametrize("goal", ["forward", "command"])
@@ -317,11 +324,8 @@ def test_environment_state_is_all_of_it(goal):
     actions = rng.uniform(-1, 1, (700, 3, 3))
     for action in actions[:200]:
         envs.step(action)
-    if goal == "command":  # one is told, and two draw soon
-        envs.set_command(np.full((3, 2), 0.3))
-        state = envs.get_state()
-        state["commands_due"][1:] = state["_steps"][1:] + 50
-        envs.set_state(state)
+    if goal == "command":  # two change soon
+        envs.set_state(envs.get_state() | {"commands_due": torch.tensor([10**9, 250, 300])})
     again.set_state(envs.get_state())
     ends = 0
     for action in actions[200:]:
@@ -337,35 +341,36 @@ def test_environment_state_is_all_of_it(goal):
     assert ends
 
 
-def refuse(message, *flags, cwd):
+def assert_refused(message, *flags, cwd):
     output = subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True)
     assert output.returncode == 1
     assert re.search(message, output.stderr), output.stderr
     assert len(output.stderr.strip().splitlines()) == 1
 
 
-def test_damaged_or_foreign_checkpoints_are_refused_and_the_good_one_offered(uninterrupted, tmp_path):
+def test_damaged_or_foreign_checkpoints_are_refused(uninterrupted, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     good = (uninterrupted / "last.pt").read_bytes()
-    (run / "previous.pt").write_bytes(good)
-    offer = "previous.pt is there too: --resume .*previous.pt"
-    refuse(f"last.pt is missing; .*{offer}", "--resume", str(run), cwd=tmp_path)
+    resume = "--resume", str(run)
+    assert_refused("last.pt is missing$", *resume, cwd=tmp_path)
     (run / "last.pt").write_bytes(good[: len(good) // 2])
-    refuse(f"last.pt is damaged, or not a checkpoint.*; .*{offer}", "--resume", str(run), cwd=tmp_path)
-    save(run / "last.pt", {"weights": torch.zeros(3)})
-    refuse(f"last.pt is no checkpoint to go on from; .*{offer}", "--resume", str(run), cwd=tmp_path)
-    content = torch.load(uninterrupted / "last.pt", weights_only=True)
+    assert_refused("last.pt is damaged, or not a checkpoint", *resume, cwd=tmp_path)
+    save_checkpoint(run / "last.pt", {"weights": torch.zeros(3)})
+    assert_refused("last.pt is no checkpoint to resume from$", *resume, cwd=tmp_path)
+    content = read_checkpoint(uninterrupted / "last.pt")
     content["model"]["actor.0.weight"] = content["model"].pop("actor.weight_0")
-    save(run / "last.pt", content)
-    refuse(f"of another version: model is not as its flags imply; .*{offer}", "--resume", str(run), cwd=tmp_path)
-    refuse("no others", "--resume", str(run), "--seed", "3", cwd=tmp_path)
+    save_checkpoint(run / "last.pt", content)
+    assert_refused("last.pt does not fit its flags: .*actor.0.weight", *resume, cwd=tmp_path)
+    assert_refused("add only --total-timesteps", *resume, "--seed", "3", cwd=tmp_path)
     shutil.copy(uninterrupted / "best.pt", run)
-    refuse("best.pt is a policy alone: --resume its run's folder", "--resume", str(run / "best.pt"), cwd=tmp_path)
-    content = torch.load(uninterrupted / "last.pt", weights_only=True)
-    save(run / "last.pt", content | {"args": content["args"] | {"lr_schedule": "linear"}})
-    refuse("of another program or version: its flags differ in lr_schedule$", "--resume", str(run), cwd=tmp_path)
-    refuse("runs/none/last.pt is missing$", "--resume", "runs/none", cwd=tmp_path)
+    assert_refused("best.pt is only a policy: --resume its", "--resume", str(run / "best.pt"), cwd=tmp_path)
+    content = read_checkpoint(uninterrupted / "last.pt")
+    save_checkpoint(run / "last.pt", content | {"args": content["args"] | {"lr_schedule": "linear"}})
+    assert_refused("of another program or version: its flags differ in lr_schedule$", *resume, cwd=tmp_path)
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    save_checkpoint(run / "last.pt", content)
+    assert_refused("last.pt does not fit its flags", *resume, cwd=tmp_path)
 
 
 class Harmful:
@@ -373,51 +378,88 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, "last.pt")
-    with pytest.raises(SystemExit, match="damaged, or not a checkpoint"):
-        load_run(Path("last.pt"), ppo.Args, ppo.Agent)
+    for load in (checkpoints.load_policy, lambda path: runs.read_run(path, ppo)):
+        with pytest.raises(SystemExit, match="is damaged, or not a checkpoint, or contains code"):
+            load(Path("last.pt"))
     assert not Path("harm").exists()
 
 
-def test_checkpoints_of_the_robot_before_it_was_mended_are_refused(tmp_path):
+def test_checkpoints_of_incompatible_versions_are_refused(tmp_path):
     args = {key: value for key, value in vars(ppo.Args()).items() if key != "frame_skip"}
     torch.save({"model": {}, "optimizer": {}, "args": args}, tmp_path / "last.pt")
-    with pytest.raises(SystemExit, match="before its rollers were mended, which spun up at speed: train anew"):
-        load_run(tmp_path / "last.pt", ppo.Args, ppo.Agent)
+    with pytest.raises(SystemExit, match="has no frame_skip in its args: it was trained by an incompatible version"):
+        runs.read_run(tmp_path / "last.pt", ppo)
 
 
-def test_a_checkpoint_of_before_has_no_checksum_and_one_cut_off_is_damage(tmp_path, capsys):
+def test_checkpoints_of_version_0_1_0_load(tmp_path):
+    """They end in the SHA-256 of the content, as the comment of the ZIP archive."""
+    path, content = tmp_path / "last.pt", {"a": torch.arange(3), "b": [1.5, None]}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()[:-2] + b"\x40\0"  # the length of the comment
+    path.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
+    assert_equal(read_checkpoint(path), content)
+
+
+def test_a_changed_byte_is_detected_or_has_no_effect(uninterrupted, tmp_path):
+    content = read_checkpoint(uninterrupted / "best.pt")
+    good, path, rng = (uninterrupted / "best.pt").read_bytes(), tmp_path / "best.pt", random.Random(0)
+    refused = 0
+    for i in range(400):
+        bad = bytearray(good)
+        at = rng.randrange(len(good)) if i % 2 else len(good) - 1 - rng.randrange(4000)  # or in the ZIP's directory
+        bad[at] ^= rng.randrange(1, 256)
+        path.write_bytes(bad)
+        try:
+            read = read_checkpoint(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert_equal(read, content)
+    assert refused > 200
+    for end in (-1, -64, 10, 0):
+        path.write_bytes(good[:end])
+        with pytest.raises(ValueError, match="is damaged"):
+            read_checkpoint(path)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    torch.save({"a": 1}, path)
-    assert ballbot_runs.unsealed(path) == {"a": 1} and "has no checksum" in capsys.readouterr().err
-    save(path, {"a": 1})
-    assert ballbot_runs.unsealed(path) == {"a": 1} and not capsys.readouterr().err
-    for end in (-1, -64, -65):  # at -64, what is left is all of the content
-        path.with_name("cut.pt").write_bytes(path.read_bytes()[:end])
-        with pytest.raises(ValueError, match="its checksum is not that of its content"):
-            ballbot_runs.unsealed(path.with_name("cut.pt"))
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save(path, {"a": 1})
+    save_checkpoint(path, {"a": 1})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match=r"No space left on device.*make room, then to go on: .*--resume"):
-        save(path, {"a": 2})
-    assert torch.load(path, weights_only=True) == {"a": 1}
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"a": 2})
+    assert read_checkpoint(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_two_processes_never_write_to_one_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ppo.train(replace(SHORT, run_name="run"))
+    before = {file: file.read_bytes() for file in Path("runs/run").iterdir()}
+    folder = os.open("runs/run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit) as error:
+        ppo.train(ppo.Args(resume="runs/run", total_timesteps=512))
+    assert error.value.code == os.EX_TEMPFAIL
+    assert "error: runs/run is in use by another process" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="runs/run exists: give another --run-name"):
+        ppo.train(replace(SHORT, run_name="run"))
+    assert {file: file.read_bytes() for file in Path("runs/run").iterdir()} == before
+    os.close(folder)
 
 
 def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch, tmp_path):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *flags])
-        return ppo.parse()
+        return ppo.parse_args()
 
     assert parse() == parse("--preset", "balanced", "--preset=") == ppo.Args()
     aggressive = parse("--preset", "aggressive", "--num-envs", "12")
@@ -425,7 +467,7 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     config = str(uninterrupted / "config.json")
     given = parse("--config", config, "--gamma", "0.97")
     assert (given.gamma, given.num_envs, given.norm_obs) == (0.97, 4, True)
-    with pytest.raises(SystemExit, match="so that --preset tuned would do nothing: give one of them"):
+    with pytest.raises(SystemExit, match="sets all flags: leave out --preset tuned"):
         parse("--preset", "tuned", "--config", config)
     (tmp_path / "part.json").write_text('{"gamma": 0.9}')
     part = parse("--preset", "aggressive", "--config", str(tmp_path / "part.json"))
@@ -439,30 +481,29 @@ def test_flags_win_over_config_which_wins_over_preset(uninterrupted, monkeypatch
     with pytest.raises(SystemExit):
         parse("--preset", "bold")
     for preset in ppo.PRESETS:
-        check(parse("--preset", preset), world_size=2)
+        validate_args(parse("--preset", preset), world_size=2)
 
 
 def test_config_reproduces_the_run(uninterrupted, tmp_path):
     flags = ["--config", str(uninterrupted / "config.json"), "--run-name", "run"]
     subprocess.run(command(*flags), cwd=tmp_path, check=True, capture_output=True)
-    again, first = (torch.load(run / "last.pt", weights_only=True)["model"]
+    again, first = (read_checkpoint(run / "last.pt")["model"]
                     for run in (tmp_path / "runs" / "run", uninterrupted))  # fmt: skip
     assert_equal(again, first)
 
 
 def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saves = []
-    monkeypatch.setattr(ppo, "save", lambda path, *_: saves.append(path.name))
-    monkeypatch.setattr(ppo, "evaluate", lambda agent, args, episodes, evaluate=ppo.evaluate: (
-        time.sleep(1), evaluate(agent, args, episodes))[1])  # fmt: skip
+    saves, save = [], runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, content: (saves.append(path.name), save(path, content)))
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: (time.sleep(3), RESULT)[1])
     started = time.perf_counter()
     run = ppo.train(replace(SHORT, run_name="run", total_timesteps=512, eval_interval=256))
     log = EventAccumulator(str(run)).Reload()
     by_the_clock, iterations = (log.Scalars(tag)[-1] for tag in ("charts/SPS", "SPS/train"))
     assert by_the_clock.step == iterations.step == 512
-    assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 2 < iterations.value  # 2 s of evaluations
-    assert saves.count("last.pt") == 1  # the end comes before 10 s are over
+    assert 512 / (time.perf_counter() - started) < by_the_clock.value < 512 / 3 < iterations.value  # an evaluation
+    assert saves.count("last.pt") == 2  # of the last iteration, and of the end
     saves.clear()
     ppo.train(replace(SHORT, run_name="often", total_timesteps=512, save_interval=0))
-    assert saves.count("last.pt") == 4
+    assert saves.count("last.pt") == 5

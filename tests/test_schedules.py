@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_ballbot as plain
 import ppo_ballbot_schedules as schedules
-from ballbot_runs import check
+from ballbot_utils.flags import validate_args as check
 
 SMALL = dict(
     frame_skip=1, norm_obs=False, privileged_critic=False,
@@ -33,25 +33,26 @@ def test_values_by_hand():
     for p in (1, 0.8, 0.3, 0):
         assert schedules.scheduled("linear", defaults.clip_coef, defaults.clip_end, p) == pytest.approx(0.03 * p + 0.01)
         assert schedules.scheduled("linear", defaults.ent_coef, defaults.ent_end, p) == pytest.approx(0.01 * p)
-        assert schedules.learning_rate_now(defaults, p) == plain.learning_rate_now(plain.Args(), p)
+        assert schedules.learning_rate_at(defaults, p) == plain.learning_rate_at(plain.Args(), p)
     # Either flag works alone
-    assert schedules.learning_rate_now(schedules.Args(lr_schedule="cosine"), 1) == 3e-4
-    assert schedules.learning_rate_now(schedules.Args(learning_rate=1e-3), 0.2) == 1e-3
+    assert schedules.learning_rate_at(schedules.Args(lr_schedule="cosine"), 1) == 3e-4
+    assert schedules.learning_rate_at(schedules.Args(learning_rate=1e-3), 0.2) == 1e-3
 
 
 def test_kl_adaptation_by_hand():
-    assert schedules.kl_adapted(3e-4, 0.021, 0.01) == pytest.approx(2e-4)
-    assert schedules.kl_adapted(3e-4, 0.004, 0.01) == pytest.approx(4.5e-4)
-    assert schedules.kl_adapted(3e-4, 0.006, 0.01) == schedules.kl_adapted(3e-4, 0.019, 0.01) == 3e-4
-    assert schedules.kl_adapted(1e-5, 1.0, 0.01) == 1e-5
-    assert schedules.kl_adapted(1e-2, 0.0, 0.01) == 1e-2
+    assert schedules.adapt_to_kl(3e-4, 0.021, 0.01) == pytest.approx(2e-4)
+    assert schedules.adapt_to_kl(3e-4, 0.004, 0.01) == pytest.approx(4.5e-4)
+    assert schedules.adapt_to_kl(3e-4, 0.006, 0.01) == schedules.adapt_to_kl(3e-4, 0.019, 0.01) == 3e-4
+    assert schedules.adapt_to_kl(1e-5, 1.0, 0.01) == 1e-5
+    assert schedules.adapt_to_kl(1e-2, 0.0, 0.01) == 1e-2
     # From outside its bounds it never moves against its direction
-    assert schedules.kl_adapted(2e-2, 0.0, 0.01) == 2e-2
-    assert schedules.kl_adapted(5e-6, 1.0, 0.01) == 5e-6
-    assert schedules.kl_adapted(3e-2, 1.0, 0.01) == pytest.approx(2e-2)
-    assert schedules.kl_adapted(4e-6, 0.0, 0.01) == pytest.approx(6e-6)
+    assert schedules.adapt_to_kl(2e-2, 0.0, 0.01) == 2e-2
+    assert schedules.adapt_to_kl(5e-6, 1.0, 0.01) == 5e-6
+    assert schedules.adapt_to_kl(3e-2, 1.0, 0.01) == pytest.approx(2e-2)
+    assert schedules.adapt_to_kl(4e-6, 0.0, 0.01) == pytest.approx(6e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rate, schedule",
     [
@@ -91,17 +92,17 @@ def test_values_in_force_are_logged_and_used(tmp_path, monkeypatch):
     rates, kl = values("charts/learning_rate"), values("losses/approx_kl")
     expected = [1e-3]
     for divergence in kl[:-1]:
-        expected.append(schedules.kl_adapted(expected[-1], divergence, 1e-4))
+        expected.append(schedules.adapt_to_kl(expected[-1], divergence, 1e-4))
     assert rates == pytest.approx(expected, rel=1e-5) and len(set(rates)) > 1
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(lr_schedule="step"), "--lr-schedule is step: give guide, constant, linear, cosine, kl"),
-        (dict(ent_schedule="kl"), "--ent-schedule is kl: give constant, linear, cosine"),
+        (dict(lr_schedule="step"), "--lr-schedule is step: give 'guide', 'constant', 'linear', 'cosine' or 'kl'"),
+        (dict(ent_schedule="kl"), "--ent-schedule is kl: give 'constant', 'linear' or 'cosine'"),
         (dict(learning_rate=-2.0), "--learning-rate is -2.0: give -1 for the schedule, or a positive constant"),
-        (dict(clip_end=0.0), "--clip-end is 0.0: give 1e-09 to 1e+06"),
+        (dict(clip_end=0.0), "--clip-end is 0.0: give more than 0"),
         (dict(ent_end=-1.0), "--ent-end is -1.0"),
     ],
 )
@@ -122,7 +123,7 @@ def test_presets_are_the_plain_script_s():
         }
         assert (ours.clip_schedule, ours.ent_schedule) == ("constant", "constant")
         for p in (1, 0.5, 0.2):
-            assert schedules.learning_rate_now(ours, p) == plain.learning_rate_now(theirs, p)
+            assert schedules.learning_rate_at(ours, p) == plain.learning_rate_at(theirs, p)
 
 
 def test_the_difference_is_short():

@@ -1,4 +1,4 @@
-"""A run names its script, and every program takes the policy's classes from that script."""
+"""A checkpoint names its script, and every program takes the policy's classes from that script."""
 
 import hashlib
 import json
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import ballbot_env
-import ballbot_runs
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_utils import common, evaluate, watch
+from ballbot_utils import common, evaluate
+from ballbot_utils.checkpoints import build_agent, import_script, read_checkpoint, save_checkpoint
 
 ROOT = Path(ppo.__file__).resolve().parent
 LEAKY, TANH = "F.leaky_relu_(torch.addmm(bias, x, weight))", "torch.tanh(torch.addmm(bias, x, weight))"
@@ -35,14 +34,14 @@ def trained(tmp_path_factory):
     (folder / "my_ppo.py").write_text((ROOT / "ppo_ballbot.py").read_text().replace(LEAKY, TANH))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        copy = ballbot_runs.import_script(folder / "my_ppo.py")
+        copy = import_script(folder / "my_ppo.py")
         train(copy, run_name="mine")
     return folder, copy
 
 
 @pytest.fixture
 def copy(trained, monkeypatch):
-    """The copy's module, in its folder, whose script is as it was before and after."""
+    """The copy's module, in its folder; the script's text is restored afterwards."""
     folder, module = trained
     monkeypatch.chdir(folder)
     text = (folder / "my_ppo.py").read_text()
@@ -61,31 +60,27 @@ def error_of(function, *args, **kwargs):
 def test_a_run_names_its_script(copy, monkeypatch):
     digest = hashlib.sha256(Path("my_ppo.py").read_bytes()).hexdigest()
     config = json.loads(Path("runs/mine/config.json").read_text())
-    for content in (config, *(ballbot_runs.unsealed(Path("runs/mine", name)) for name in ("last.pt", "best.pt"))):
+    for content in (config, *(read_checkpoint(Path("runs/mine", name)) for name in ("last.pt", "best.pt"))):
         assert (content["script"], content["script_sha256"]) == ("my_ppo.py", digest)
     monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/mine/config.json".split())
-    assert ppo.parse().hidden_size == 8
+    assert ppo.parse_args().hidden_size == 8
 
 
-def test_programs_play_a_changed_copy_by_its_own_networks(copy, capsys, monkeypatch):
+def test_programs_use_the_networks_of_a_changed_copy(copy, capsys):
     evaluate.main(evaluate.Args(checkpoints=(Path("runs/mine"),), episodes=2, gap=False, num_threads=1, json="-"))
     captured = capsys.readouterr()
     (result,) = json.loads(captured.out)
-    own = ballbot_runs.unsealed(Path("runs/mine/best.pt"))["eval"]  # by the copy
+    own = read_checkpoint(Path("runs/mine/best.pt"))["eval"]  # by the copy
     assert result["summary"]["return"]["mean"] == own["episodic_return"] and "warning" not in captured.err
 
     obs = ballbot_env.BallbotEnv("flat", cameras=False).reset(seed=0)[0] | {"vel": np.float32([1, -1, 0])}
-    agent, args = ballbot_runs.fitting(ballbot_runs.unsealed(Path("runs/mine/last.pt")), copy.Args, copy.Agent)
+    agent, args = build_agent(read_checkpoint(Path("runs/mine/last.pt")), copy)
     right, wrong = copy.Policy(agent, args)(obs), ppo.Agent(args)
     wrong.load_state_dict(agent.state_dict())
     assert not np.allclose(ppo.Policy(wrong, args)(obs), right, atol=1e-3)
     last = Path("runs/mine/last.pt")
     for policy in (common.load(last)[0], ppo.load_policy(last), schedules.load_policy(last), copy.load_policy(last)):
         assert type(policy) is copy.Policy and np.array_equal(policy(obs), right)
-    films = []
-    monkeypatch.setattr(watch, "video", lambda policy, *args: films.append(policy(None, None)(obs)))
-    ballbot_runs.film(policy, last.parent, 256)
-    assert np.array_equal(films, [right])
 
 
 def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch):
@@ -93,12 +88,14 @@ def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch
     common.load(best)
     assert not capsys.readouterr().err
     script.write_text(script.read_text() + "\n# changed\n")
-    common.load(best)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, copy.__name__)  # as in another process, which imports the new text
+        common.load(best)
     assert capsys.readouterr().err == f"warning: my_ppo.py has changed since it trained {best}\n"
     assert "error: --script is no.py: there is no such file" == error_of(common.load, best, Path("no.py"))
     monkeypatch.chdir(tmp_path)
-    missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there"
-    assert error_of(common.load, best) == missing + ", or give --script" and error_of(ppo.load_policy, best) == missing
+    missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there, or"
+    assert error_of(common.load, best) == error_of(ppo.load_policy, best) == f"{missing} give --script"
     assert type(common.load(best, best.parents[2] / "my_ppo.py")[0]) is copy.Policy
     for text, problem in (("1 +", "cannot be imported: SyntaxError"), ("x = 1", "Args and Agent and Policy, which")):
         Path("my_ppo.py").write_text(text)
@@ -109,7 +106,7 @@ def test_checkpoints_of_the_installed_scripts(copy, capsys):
     folder = train(schedules, run_name="schedules")
     assert type(common.load(folder)[0]) is schedules.Policy is type(ppo.load_policy(folder))
     capsys.readouterr()
-    for path in ROOT.glob("benchmark/*.pt"):  # of before they had names
+    for path in ROOT.glob("benchmark/*.pt"):  # they are older and name no script
         assert type(common.load(path)[0]) is ppo.Policy and type(copy.load_policy(path)) is copy.Policy
     assert "warning" not in capsys.readouterr().err
 
@@ -117,7 +114,7 @@ def test_checkpoints_of_the_installed_scripts(copy, capsys):
 @pytest.mark.parametrize("name", ["../spy.py", "sub/spy.py", "{}/spy.py", "link.py", "spy", "a spy.py", "spy.py\n",
                                   "sub.spy.py", ".py", "", None, 3, ["spy.py"], b"spy.py"])  # fmt: skip
 def test_a_checkpoint_imports_nothing_outside_the_working_directory(copy, name, tmp_path, monkeypatch):
-    content, here = ballbot_runs.unsealed(Path("runs/mine/best.pt")), tmp_path / "here"
+    content, here = read_checkpoint(Path("runs/mine/best.pt")), tmp_path / "here"
     (here / "sub").mkdir(parents=True)
     for folder in (tmp_path, here / "sub", here):
         for spy in ("spy.py", "a spy.py", "spy", "sub.spy.py", ".py")[: 1 if folder != here else None]:
@@ -126,7 +123,7 @@ def test_a_checkpoint_imports_nothing_outside_the_working_directory(copy, name, 
     (here / "link.py").symlink_to(tmp_path / "spy.py")
     monkeypatch.chdir(here)
     content["script"] = name.format(tmp_path) if isinstance(name, str) else name
-    Path("p.pt").write_bytes(ballbot_runs.sealed(content))
+    save_checkpoint(Path("p.pt"), content)
     for load in (common.load, ppo.load_policy):
         assert "is no script in the working directory" in error_of(load, Path("p.pt"))
     with pytest.raises(SystemExit):
@@ -134,33 +131,34 @@ def test_a_checkpoint_imports_nothing_outside_the_working_directory(copy, name, 
     assert not Path("ran").exists() and not Path("runs").exists()
 
 
-def test_runs_go_on_by_their_own_script(copy, capsys):
+def test_runs_resume_by_their_own_script(copy, capsys):
     message = error_of(ppo.train, ppo.Args(resume="runs/mine"))
-    assert message.endswith("last.pt was trained by 'my_ppo.py', not by ppo_ballbot.py: --resume it by that")
-    message = error_of(train, ppo, init_from="runs/mine", run_name="other")
-    assert message.endswith("was trained by my_ppo.py, whose networks differ from this script's")
+    assert message.endswith("last.pt was trained by 'my_ppo.py', not by ppo_ballbot.py: use that to --resume it")
+    train(ppo, init_from="runs/mine", run_name="other")
+    assert "warning: my_ppo.py trained runs/mine: its networks must be the same as here" in capsys.readouterr().out
     train(ppo, run_name="first")
-    train(schedules, init_from="runs/first", run_name="second")  # whose networks are the same
+    train(schedules, init_from="runs/first", run_name="second")  # its networks are the same
     capsys.readouterr()
-    for changed in (False, True):  # in a run's checkpoints, as if the script had been edited since
-        for name in ("last.pt", "best.pt"):
-            content = ballbot_runs.unsealed(Path("runs/first", name)) | {"script_sha256": "0"} if changed else {}
-            content and Path("runs/first", name).write_bytes(ballbot_runs.sealed(content))
+    for changed in (False, True):  # as if the script had been edited since
+        for name in ("last.pt", "best.pt") if changed else ():
+            path = Path("runs/first", name)
+            save_checkpoint(path, read_checkpoint(path) | {"script_sha256": "0"})
         train(ppo, init_from="runs/first", run_name=f"from_{changed}")
         ppo.train(ppo.Args(resume="runs/first", total_timesteps=768 if changed else 512))
         warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
         assert warnings == [f"warning: ppo_ballbot.py has changed since it trained runs/first/{name}"
                             for name in ("best.pt", "last.pt") if changed]  # fmt: skip
-    assert ballbot_runs.unsealed(Path("runs/first/last.pt"))["script_sha256"] != "0"
+    assert read_checkpoint(Path("runs/first/last.pt"))["script_sha256"] != "0"
 
 
-def test_runs_of_before_scripts_had_names_go_on(copy):
+def test_runs_of_version_0_1_0_resume(copy):
+    """Their checkpoints name no script."""
     folder = train(copy, run_name="old")
     for name in ("last.pt", "best.pt"):
-        content = torch.load(folder / name, weights_only=True)
+        content = read_checkpoint(folder / name)
         for part in (content, content.get("best") or {}):
-            for key in ballbot_runs.SCRIPT_KEYS:
+            for key in ("script", "script_sha256"):
                 part.pop(key, None)
-        (folder / name).write_bytes(ballbot_runs.sealed(content))
+        save_checkpoint(folder / name, content)
     copy.train(copy.Args(resume="runs/old", total_timesteps=512))
     assert type(common.load(folder)[0]) is copy.Policy

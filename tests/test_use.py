@@ -1,24 +1,27 @@
 """What the README says on using policies and the environment elsewhere is run from its text; so is an installation."""
 
-import importlib.machinery
+import contextlib
+import importlib
 import os
 import re
 import subprocess
 import sys
 import sysconfig
-import types
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v2 as imageio
+import mujoco
 import numpy as np
 import onnxruntime
 import pytest
-import torch
+import tyro
+from stable_baselines3 import PPO
 from test_policy import make_run
 
-import ballbot_runs
 import ppo_ballbot as ppo
-from ballbot_utils import common, export
+from ballbot_utils import export
+from ballbot_utils.console import ProgressLine
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +45,7 @@ def test_load_policy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with a policy.onnx of an untrained policy, which soon falls, and what was said."""
+    """A folder with the policy.onnx of a random policy, which soon falls, and the output."""
     folder = tmp_path_factory.mktemp("exported")
     make_run(folder / "run", body_frame=True, norm_obs=True, depth_scale=5.0, frame_skip=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,6 +55,7 @@ def exported(tmp_path_factory):
     return folder, said
 
 
+@pytest.mark.slow
 def test_onnx_file(exported, monkeypatch):
     folder, (line,) = exported
     assert 0 <= float(line.split()[-1]) <= 1e-5 and sorted(path.name for path in folder.iterdir()) == [
@@ -72,6 +76,7 @@ def test_onnx_file(exported, monkeypatch):
         np.testing.assert_allclose(actions, policy(batch), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_file_of_a_policy_that_follows_commands(tmp_path):
     make_run(tmp_path / "run", goal="command", body_frame=True, norm_obs=True, cameras=False, frame_skip=4)
     export.main(export.Args(tmp_path / "run", tmp_path / "policy.onnx"))  # which plays an episode by it
@@ -81,6 +86,7 @@ def test_onnx_file_of_a_policy_that_follows_commands(tmp_path):
     np.testing.assert_allclose(session.run(None, obs)[0], ppo.load_policy(tmp_path / "run")(obs), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_refuses(exported, tmp_path, monkeypatch):
     run = exported[0] / "run"
 
@@ -98,6 +104,7 @@ def test_export_refuses(exported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stable_baselines3(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -109,57 +116,56 @@ def test_stable_baselines3(tmp_path, monkeypatch):
     assert (tmp_path / "ballbot_sb3.zip").exists()
 
 
-def test_rl_zoo():
-    """Its file, as rl_zoo3 reads it: what it does not know goes to the algorithm."""
-    import yaml
-    from stable_baselines3 import PPO
-
-    settings = yaml.safe_load(block("**RL Zoo**"))["Ballbot-v0"]
-    settings["policy_kwargs"] = eval(settings["policy_kwargs"])
-    assert settings.pop("n_timesteps") == 1e6 and settings.pop("n_envs") == 4
-    model = PPO(env=gym.make("ballbot_env:Ballbot-v0", frame_skip=4), **settings | {"n_steps": 16, "batch_size": 16})
-    model.learn(16)
-    assert type(model.policy.features_extractor.extractors["depth_0"]).__name__ == "NatureCNN"
+def run(command, folder, **environment):
+    """The output of a command of bash in a folder; `python` in it is this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = dict(os.environ, PATH=path, PYTHONPATH=str(ROOT), **environment)
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_cleanrl(tmp_path):
-    """CleanRL's wrappers and its reading of ended episodes, in a script with the lines that are changed."""
-    *change, train = block("**CleanRL.**").splitlines()
-    script = tmp_path / "ppo_continuous_action.py"
-    script.write_text("""
-import gymnasium as gym, numpy as np
-def thunk(name):
-    env = gym.wrappers.FlattenObservation(gym.make(name))
-    env = gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(gym.wrappers.RecordEpisodeStatistics(env)))
-    env = gym.wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10))
-    return gym.wrappers.NormalizeReward(env)
-def run(args, lengths):
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: thunk(args.env_id) for i in range(args.num_envs)]
-    )
+@pytest.mark.slow
+def test_rl_zoo(tmp_path):
+    (tmp_path / "ballbot.yml").write_text(block("**RL Zoo**"))
+    command = re.search(r"`(python -m rl_zoo3.train .*?)`", README, re.DOTALL)[1]
+    command += " --hyperparams n_envs:1 n_steps:16 batch_size:16 --n-timesteps 32 --eval-freq -1 --num-threads 1"
+    assert re.search(r"total_timesteps *\| 32 ", run(command, tmp_path))
+    model = PPO.load(next(tmp_path.glob("logs/ppo/*/Ballbot-v0.zip")))
+    assert model.gamma == 0.996 and type(model.policy.features_extractor.extractors["depth_0"]).__name__ == "NatureCNN"
+
+
+def test_cleanrl_wrappers():
+    """The wrappers of CleanRL's ppo_continuous_action.py, with what README changes in that script."""
+
+    def make():
+        env = gym.make("ballbot_env:Ballbot-v0", camera_size=16)
+        env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+        env = gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(env))
+        env = gym.wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10), env.observation_space)
+        env = gym.wrappers.NormalizeReward(env, gamma=0.99)
+        return gym.wrappers.TransformReward(env, lambda reward: np.clip(reward, -10, 10))
+
+    envs = gym.vector.SyncVectorEnv([make, make], autoreset_mode="SameStep")
     obs, _ = envs.reset(seed=1)
-    assert obs.shape == (2, 8208)
-    while not lengths:
-            obs, _, _, _, infos = envs.step(np.zeros((2, 3), np.float32))
-
-            if "final_info" in infos:
-                for info in infos["final_info"]:
-                    if info and "episode" in info:
-                        lengths.append(info["episode"]["l"])
-""")
-    subprocess.run(["bash", "-c", "\n".join(change)], cwd=tmp_path, check=True)
-    names, lengths = {}, []
-    exec(script.read_text(), names)
-    name = train.split()[train.split().index("--env-id") + 1]
-    names["run"](types.SimpleNamespace(env_id=name, num_envs=2), lengths)
-    assert 100 < min(lengths) <= max(lengths) < 4000
+    assert obs.shape == (2, 15 + 1 + 2 * 16 * 16)
+    lengths = []
+    for _ in range(800):
+        obs, rewards, *_, infos = envs.step(np.full((2, 3), 5.0))  # beyond the bounds: ClipAction
+        assert np.isfinite(obs).all() and np.isfinite(rewards).all()
+        if "final_info" in infos:
+            episode = infos["final_info"]["episode"]
+            lengths += [episode["l"][i] for i in np.flatnonzero(infos["final_info"]["_episode"])]
+    assert len(lengths) >= 2 and 30 < min(lengths) <= max(lengths) < 800
+    assert all("ClipAction" in str(env) and "NormalizeReward" in str(env) for env in envs.envs)
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path):
     """Installed from a wheel in a fresh environment, it is found from anywhere, with its assets."""
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py", "ballbot_runs.py",
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py",
                  "ppo_ballbot.py", "ppo_ballbot_schedules.py", "ballbot_utils", "assets"):  # fmt: skip
         (source / name).symlink_to(ROOT / name)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
@@ -174,8 +180,8 @@ def test_wheel(tmp_path):
         "from ballbot_utils.model import ASSETS\n"
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
-        "path = ASSETS.parent / ppo_ballbot.Args.encoder_path\n"
-        "ppo_ballbot.ballbot_runs.load_encoder(path, ppo_ballbot.DepthEncoder())\n"
+        "from ballbot_utils.checkpoints import load_encoder\n"
+        "load_encoder(ppo_ballbot.Args.encoder_path, ppo_ballbot.Agent(ppo_ballbot.Args()))\n"
         "print(ballbot_env.__file__, ASSETS, sep='\\n')"
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)
@@ -191,6 +197,7 @@ FLAGS = ("--frame-skip 1 --no-cameras --num-envs 2 --num-steps 32 --minibatch-si
          "--final-eval-episodes 1 --run-name run").split()  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [["ppo_ballbot.py", *FLAGS], ["-m", "ballbot_utils.diagnose", "--help"]])
 def test_output_closed_early(program, tmp_path):
     """As by `| head`: no traceback."""
@@ -203,8 +210,9 @@ def test_output_closed_early(program, tmp_path):
     assert done.returncode in (1, os.EX_TEMPFAIL) and "Error" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_output_in_ascii():
-    """Every program's --help, and a table, with codes in place of letters such as ²."""
+    """Every program's --help, and a table, with escapes for letters such as ²."""
     code = (
         "import importlib, sys, tomllib\n"
         "programs = tomllib.load(open('pyproject.toml', 'rb'))['project']['scripts'].items()\n"
@@ -232,10 +240,12 @@ def test_a_dumb_terminal(monkeypatch):
     with open(main), open(terminal, "w") as stream:
         for name in ("xterm", "dumb"):
             monkeypatch.setenv("TERM", name)
-            assert ballbot_runs.is_terminal(stream) == (name == "xterm")
-            assert not ballbot_runs.is_terminal(None)
+            with contextlib.redirect_stderr(stream):
+                assert ProgressLine().is_terminal == (name == "xterm")
+            with contextlib.redirect_stderr(None):
+                assert not ProgressLine().is_terminal
     sources = [*ROOT.glob("*.py"), *ROOT.glob("ballbot_utils/*.py")]
-    assert [source.name for source in sources if "isatty()" in source.read_text()] == ["ballbot_runs.py"]
+    assert [source.name for source in sources if "isatty()" in source.read_text()] == ["console.py"]
 
 
 def test_help_names_the_command(monkeypatch, capsys):
@@ -245,43 +255,108 @@ def test_help_names_the_command(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: python -m ballbot_utils.export ")
 
 
-def test_track(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = ppo.Args(run_name="run", track=True, wandb_entity="us", cameras=False, frame_skip=1, num_envs=1,
-                    num_steps=16, minibatch_size=16, total_timesteps=16, final_eval_episodes=1)  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="--track needs Weights & Biases: pip install wandb"):
-        ppo.train(args)
-    assert not list(tmp_path.iterdir())
-    calls, wandb = [], types.ModuleType("wandb")
-    wandb.init, wandb.finish = lambda **kwargs: calls.append(kwargs), lambda: calls.append("finish")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    ppo.train(args)
-    init, finish = calls
-    assert (init["project"], init["entity"], init["id"], finish) == ("ballbot", "us", "run", "finish")
-    assert init["sync_tensorboard"] and init["config"]["num_steps"] == 16
+SHORT = ("--no-cameras --frame-skip 1 --num-envs 1 --num-steps 16 --minibatch-size 16 --total-timesteps 32 "
+         "--eval-interval 16 --eval-episodes 1 --final-eval-episodes 1 --run-name run")  # fmt: skip
 
 
-def test_capture_video(tmp_path, monkeypatch):
-    from ballbot_utils import watch
+def error_without(module, flags, folder, monkeypatch):
+    """What the script says to these flags where a module is missing. It leaves nothing behind."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ppo_ballbot.py", *SHORT.split(), *flags.split()])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as error:
+        ppo.train(ppo.parse_args())
+    assert not list(folder.iterdir())
+    return str(error.value)
 
-    monkeypatch.chdir(tmp_path)
-    args = ppo.Args(run_name="run", capture_video=True, cameras=False, frame_skip=1, num_envs=1, num_steps=16,
-                    minibatch_size=16, total_timesteps=32, eval_interval=16, eval_episodes=1,
-                    final_eval_episodes=1)  # fmt: skip
 
+def test_track_needs_wandb(tmp_path, monkeypatch):
+    error = error_without("wandb", "--track", tmp_path, monkeypatch)
+    assert "--track needs Weights & Biases: pip install wandb" in error
+
+
+@pytest.mark.slow
+def test_track(tmp_path):
+    """A real run of Weights & Biases, which keeps it on the disk."""
+    command = f"python {ROOT / 'ppo_ballbot.py'} {SHORT} --track --wandb-project-name mine --wandb-entity us"
+    run(command, tmp_path, WANDB_MODE="offline")
+    (log,) = tmp_path.glob("runs/run/wandb/offline-run-*/run-run.wandb")
+    for name in (b"mine", b"us", b"minibatch_size", b"eval/episodic_return", b"losses/policy_loss"):
+        assert name in log.read_bytes(), name
+
+
+def test_capture_video_needs_opengl(tmp_path, monkeypatch):
     def none(*args):
         raise RuntimeError("no OpenGL")
 
+    monkeypatch.setattr(mujoco, "Renderer", none)
     monkeypatch.setenv("MUJOCO_GL", "here")
-    monkeypatch.setattr(watch.mujoco, "Renderer", none)
-    with pytest.raises(SystemExit, match="--capture-video needs OpenGL, which does not start"):
-        ppo.train(args)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(watch, "check_video", lambda path, flag: None)
-    films = []
-    monkeypatch.setattr(watch, "video", lambda policy, flags, task: films.append((flags.video, task["terrain_seed"])))
-    ppo.train(args)
-    assert films == [(Path(f"runs/run/videos/{steps}.mp4"), 1_000_000) for steps in (16, 32)]
-    assert common.Conditions.seed == 1_000_000 and torch.get_num_threads() == 1
+    error = error_without("no_module", "--capture-video", tmp_path, monkeypatch)
+    assert "--capture-video needs OpenGL, which does not start" in error
+
+
+@pytest.mark.slow
+def test_capture_video(tmp_path, opengl):
+    """A real video of each evaluation."""
+    run(f"python {ROOT / 'ppo_ballbot.py'} {SHORT} --capture-video", tmp_path)
+    videos = sorted(tmp_path.glob("runs/run/videos/*"))
+    assert [video.name for video in videos] == ["16-episode-0.mp4", "32-episode-0.mp4"]
+    for video in videos:
+        with imageio.get_reader(video) as reader:
+            first, fifth = reader.get_data(0), reader.get_data(4)
+        assert first.std() > 10 and (first != fifth).any()
+
+
+def commands():
+    """(script or program, its flags) of each command in a block of code, or between backticks, of the documentation."""
+    program = re.compile(r"(?:(?:python|torchrun)\s.*?)?(?:(ppo_ballbot\w*)\.py|-m (ballbot_utils\.\w+))(?:\s+(.*)|$)")
+    found = {}
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmark" / "README.md"):
+        text = re.sub(r"<[^>]*>", "NAME", page.read_text()).replace("SEED", "1")
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        code = re.sub(r"\\\n|\s#.*", " ", "\n".join(blocks)).splitlines()
+        code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for command in re.split("&&|;|\0", "\0".join(code)):
+            match = program.match(" ".join(command.split()))
+            if match and match[3]:  # without flags it is only a name
+                found[match[1] or match[2], match[3]] = None
+    return list(found)
+
+
+class Parsed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("program, flags", commands())
+def test_a_command_of_the_documentation_parses(program, flags, tmp_path, monkeypatch):
+    """By the program's own parser, which a command of `tune` has twice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "NAME").mkdir(parents=True)
+    (tmp_path / "runs" / "NAME" / "config.json").write_text("{}")
+    own, _, rest = flags.partition(" -- ")
+    for module, words in ((program, own), ("ppo_ballbot", rest)):
+        module = importlib.import_module(module)
+        monkeypatch.setattr(sys, "argv", [module.__file__, *words.split()])
+        if hasattr(module, "parse_args"):
+            "--help" in words or module.parse_args()
+            continue
+        with monkeypatch.context() as patch:
+            parse = tyro.cli
+            patch.setattr(tyro, "cli", lambda *args, **kwargs: raise_(Parsed(parse(*args, **kwargs))))  # noqa: B023
+            with pytest.raises(Parsed):
+                module.cli()
+
+
+def raise_(error):
+    raise error
+
+
+def test_commands_of_the_documentation_are_found():
+    programs = {program for program, _ in commands()}
+    assert len(commands()) > 30 and {"ppo_ballbot", "ppo_ballbot_schedules", "ballbot_utils.tune"} <= programs
+    assert ("ppo_ballbot", "--preset tuned --num-processes 4") in commands()
+
+
+def test_ci_runs_the_command_of_the_readme():
+    *_, command = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"pip install -r requirements-dev.txt && {command}\n" in README

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from ctypes.util import find_library
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -63,6 +62,7 @@ def test_a_video_that_exists_is_kept(args, tmp_path):
     assert "film.gif exists: give --overwrite" in error_of(replace(args, video=film))
 
 
+@pytest.mark.slow
 def test_unknown_opengl():
     for module, start in (("ballbot_env", "ImportError: "), ("ballbot_utils.watch", "error: ")):
         done = subprocess.run([sys.executable, "-c", f"import {module}"], env=os.environ | {"MUJOCO_GL": "foo"},
@@ -116,22 +116,9 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode does not end
 
 
-def opengl():
-    """A value for MUJOCO_GL that works without a display, or None."""
-    if sys.platform == "linux":
-        for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")):
-            test = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16).close()"
-            environment = os.environ | {"MUJOCO_GL": name}
-            if find_library(library) and not subprocess.run([sys.executable, "-c", test], env=environment).returncode:
-                return name
-    return None
-
-
-def test_arrows_are_seen_in_all_directions():
+@pytest.mark.slow
+def test_arrows_are_seen_in_all_directions(opengl):
     """Arrows of a goal, of the velocity and of a push; none of them is a dot. From the side, lengths are right."""
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import json, numpy as np, ballbot_env as b\n"
                "from ballbot_utils.scene import SceneRenderer, make_arrows\n"
                "envs = b.BallbotVectorEnv(terrain='flat', cameras=False)\n"
@@ -148,7 +135,7 @@ def test_arrows_are_seen_in_all_directions():
                "renderer.close()\n"
                "print(json.dumps(seen))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, height, width = np.array(json.loads(done.stdout)).reshape(8, 3, 3).transpose(2, 0, 1)
     assert count.min() > 60 and np.hypot(height, width).min() > 25
@@ -178,13 +165,11 @@ def test_a_video_shows_the_command(tmp_path, monkeypatch):
     assert "command" not in captions[-1]
 
 
-def test_record_video(tmp_path):
+@pytest.mark.slow
+def test_record_video(tmp_path, opengl):
     """Gymnasium's RecordVideo writes a video in real time, with 25 rendered images per second."""
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("moviepy")
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
                "from ballbot_utils.scene import SceneRenderer\n"
                "render, calls = SceneRenderer.render, []\n"
@@ -197,20 +182,18 @@ def test_record_video(tmp_path):
                "env.close()\n"
                "print('rendered:', len(calls))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "rendered: 6" in done.stdout
     meta = imageio.get_reader(tmp_path / "rl-video-episode-0.mp4").get_meta_data()
     assert meta["size"] == (640, 480) and meta["duration"] == pytest.approx(0.2, abs=0.03)
 
 
-def test_video(tmp_path):
+@pytest.mark.slow
+def test_video(tmp_path, opengl):
     image = pytest.importorskip("PIL.Image")
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("imageio_ffmpeg")
-    backend = opengl()
-    if backend is None:
-        pytest.skip("needs OpenGL without a display: libosmesa6 or libegl1")
     policy = save_policy(tmp_path / "policy.pt")
     command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
                "import ballbot_utils.watch as w\n"
@@ -218,7 +201,7 @@ def test_video(tmp_path):
                "w.main(args); w.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
     gif = tmp_path / "film.gif"
     done = subprocess.run([sys.executable, "-c", command, policy, gif], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"MUJOCO_GL": backend})  # fmt: skip
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     film = image.open(gif)
     assert film.size == (480, 360)

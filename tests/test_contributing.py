@@ -1,0 +1,105 @@
+"""The changes that CONTRIBUTING.md describes are made in a copy of the repository, in the stated places, and work."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENV = "import gymnasium as gym, numpy as np, ballbot_env\n"
+STEP = "envs.reset(seed=1); obs, reward, _, _, infos = envs.step(np.ones((2, 3), np.float32))\n"
+TRAIN = ("ppo_ballbot.py --num-envs 2 --num-steps 32 --minibatch-size 32 --total-timesteps 256 --final-eval-episodes 1 "
+         "--hidden-size 8 --run-name run")  # fmt: skip
+
+# By change: (file, text, its replacement) for each place, and a program that fails without the change
+CHANGES = {
+    "a reward term": (
+        [("ballbot_env.py", '            "reward_healthy":', '            "reward_test": 7.0 * active.sum(1),\n'
+          '            "reward_healthy":')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, cameras=False)\n' + STEP
+        + 'assert (infos["reward_test"] == 7).all() and (reward > 6).all()',
+    ),
+    "an observation": (
+        [("ballbot_utils/observations.py", '        "actions": Observation(',
+          '        "test": Observation((2,), -1, 1, "", lambda envs: np.full((envs.num_envs, 2), 0.5)),\n'
+          '        "actions": Observation(')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, cameras=False)\n' + STEP
+        + 'assert (obs["test"] == 0.5).all() and envs.observation_space.contains(obs)\n'
+        "import ppo_ballbot; assert ppo_ballbot.Agent(ppo_ballbot.Args(cameras=False)).num_proprio == 17",
+    ),
+    "a kind of terrain": (
+        [("ballbot_utils/terrain.py", "# Kind to a function from a seed",
+          "def ramp_terrain(seed):\n"
+          "    return np.tile(np.linspace(0, 1, TERRAIN_NODES, dtype=np.float32), (TERRAIN_NODES, 1))\n\n\n"
+          "# Kind to a function from a seed"),
+         ("ballbot_utils/terrain.py", '"flat": None}', '"flat": None, "ramp": ramp_terrain}')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, terrain="ramp", terrain_amplitude=4.0)\n' + STEP
+        + "assert (abs(envs.slopes()[:, 0] - 0.1) < 0.05).all()\n"
+        "import ppo_ballbot; assert 'ramp' in ppo_ballbot.Args.__annotations__['terrain'].__args__",
+    ),
+    "a camera": (
+        [("assets/ballbot.xml", '<camera name="depth_0"', '<camera name="depth_2" pos="0 0.17 -0.06" fovy="90"/>\n'
+          '      <camera name="depth_0"'),
+         ("ballbot_utils/model.py", '("depth_0", "depth_1")', '("depth_0", "depth_1", "depth_2")')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2)\n' + STEP
+        + 'assert obs["depth_2"].shape == (2, 1, 64, 64)\n'
+        "import ppo_ballbot; assert ppo_ballbot.Agent(ppo_ballbot.Args()).num_depth == 60",
+    ),
+    "a randomization": (
+        [("ballbot_utils/randomization.py", '    "latency": Parameter(',
+          '    "armature": Parameter(\n        0, 1, "a share from 0 to 1", sample_factor,\n'
+          '        fields=lambda model: [("dof_armature", model.joint("wheel_0").dofadr[0])],\n    ),\n'
+          '    "latency": Parameter(')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, cameras=False, randomization={"armature": 0.5})\n' + STEP
+        + 'assert len(set(infos["randomization"]["armature"])) == 2',
+    ),
+    "a preset": (
+        [("ppo_ballbot.py", "PRESETS = {", 'PRESETS = {\n    "small": dict(hidden_size=16),')],
+        "import sys, ppo_ballbot; sys.argv = ['ppo_ballbot.py', '--preset', 'small']\n"
+        "assert ppo_ballbot.parse_args().hidden_size == 16",
+    ),
+    "a flag": (
+        [("ppo_ballbot.py", "    gae_lambda: Share", "    test: Share = 0.25  # a test\n    gae_lambda: Share")],
+        "import sys, ppo_ballbot; sys.argv = ['ppo_ballbot.py', '--test', '0.5']\n"
+        "args = ppo_ballbot.parse_args(); assert args.test == 0.5; args.test = 2.0\n"
+        "from ballbot_utils.flags import validate_args\n"
+        "try: validate_args(args)\nexcept SystemExit as error: assert '--test is 2.0' in str(error)\n"
+        "else: assert False",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("ballbot_utils", "assets"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in ("ballbot_env.py", "ppo_ballbot.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change(change, copy):
+    places, program = CHANGES[change]
+    before = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
+    assert before.returncode, "works without the change"
+    for file, text, replacement in places:
+        source = (copy / file).read_text()
+        assert source.count(text) == 1, f"{text!r} is in {file} {source.count(text)} times"
+        (copy / file).write_text(source.replace(text, replacement))
+    after = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
+    assert after.returncode == 0, after.stderr
+
+
+def test_changes_train_together(copy):
+    """All changes but the camera's, which needs another encoder."""
+    for change in CHANGES.keys() - {"a camera"}:
+        for file, text, replacement in CHANGES[change][0]:
+            path = copy / file
+            path.write_text(path.read_text().replace(text, replacement))
+    flags = "--preset small --terrain ramp --randomization armature 0.5 --test 0.5"
+    command = [sys.executable, *TRAIN.replace("--hidden-size 8", flags).split()]
+    output = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
