@@ -410,16 +410,16 @@ def test_bad_checkpoints(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"checkpoints": ()}, "no checkpoints given"),
-    ({"episodes": 0}, "--episodes is 0: give greater than or equal to 1"),
+    ({"episodes": 0}, "--episodes is 0: give 1 or more"),
     ({"horizon": -1}, "--horizon is -1"),
-    ({"push": -1.0}, "--push is -1.0: give greater than or equal to 0"),
+    ({"push": -1.0}, "--push is -1.0: give 0.0 or more"),
     ({"push_interval": 0.01}, "--push-interval is 0.01"),
     ({"obs_noise": float("nan")}, "--obs-noise is nan"),
     ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
     ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed has no effect on --terrain flat"),
-    ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give greater than 0"),
-    ({"seed": 2**64}, "--seed is 18446744073709551616: give less than or equal to 1000000000000000000"),
-    ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give less than or equal to 100"),
+    ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
+    ({"seed": 2**64}, "--seed is 18446744073709551616: give 1,000,000,000,000,000,000 or less"),
+    ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give 100"),
     ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
     ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),
 ])  # fmt: skip

@@ -48,9 +48,9 @@ def error_of(args):
     ({"video": Path("film.gif"), "render": True}, "give one of --render and --video"),
     ({"video": Path("film.avi")}, "give a name ending in .mp4 or .gif"),
     ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
-    ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give greater than or equal to 1"),
+    ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
     ({"video": Path("film.gif"), "horizon": 1}, "--horizon is 1: give more than the policy's --frame-skip, 1"),
-    ({"render": True, "push": -1.0}, "--push is -1.0: give greater than or equal to 0"),
+    ({"render": True, "push": -1.0}, "--push is -1.0: give 0.0 or more"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
     assert message in error_of(replace(args, **change))
