@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -73,6 +74,14 @@ def check_flags(args: Any) -> None:
         validate_types(json.loads(json.dumps(vars(args), default=str)), type(args))  # paths as strings
     except ValueError as error:
         exit_with_error(error)
+
+
+def require_min(args: Any, low: float, *names: str) -> None:
+    """Exit with one line on the first of these flags that is given and not a finite number of at least `low`."""
+    for name in names:
+        value = getattr(args, name)
+        valid = value is None or low <= value < math.inf
+        check_argument(valid, f"--{name.replace('_', '-')} is {value}: give {low} or more")
 
 
 def check_settings(args: EvalSettings) -> None:

@@ -89,7 +89,7 @@ LEARNING_FROM, LEARNING_AFTER, LEARNING_GAIN = 100_000, 250_000, 1.2
 
 
 def not_learning(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """The return never rose above that of the first 100,000 steps."""
+    """The return never rose above its value in the first 100,000 steps."""
     if not len(steps) or steps[-1] < LEARNING_AFTER:
         return None
     early = steps <= max(LEARNING_FROM, steps[0])
@@ -279,7 +279,7 @@ def parse_flags(flags: dict[str, Any]) -> Any:
 
 
 def accepted_flags(args: Any, flags: dict[str, Any]) -> dict[str, Any]:
-    """Of the `flags` to change, {name: value}, those that the script accepts with `args` and that have an effect."""
+    """The part of `flags`, {name: new value}, that the script accepts with `args` and that has an effect."""
     independent = {name: False for name in ("cuda", "track", "capture_video") if name in vars(args)}  # of this machine
     args, accepted = replace(args, **independent), {}
     for name, value in flags.items():
@@ -453,7 +453,7 @@ def describe_run(
     if plot.has_short_episodes(flags):
         lines.append(f"  training episodes last {flags['max_episode_steps']} steps, evaluations {plot.EVAL_STEPS}")
     if counts_evaluations_only(flags):
-        lines.append("  only evaluations count" + "" if evaluation else ", and there are none yet")
+        lines.append("  only evaluations count" + ("" if evaluation else ", and it has none yet"))
     script = flags.get("script", "ppo_ballbot_schedules.py" if "lr_schedule" in flags else "ppo_ballbot.py")
     best = (run / "best.pt").is_file()
     for name, evidence, changes in found:

@@ -71,8 +71,8 @@ def check_runs(runs: Sequence[Path]) -> None:
 def read_run(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, Any], dict[str, Curve]]:
     """The flags of a run, {name: value}, and its curves, {tag: (steps, minutes, values)}, arrays.
 
-    Flags come from config.json; there are none if it is missing or damaged. Minutes count from the first start, with
-    evaluations and without pauses. Each start or resume of a run has an event file of its own. After a resume, repeated
+    Flags come from config.json; the dict is empty if this is missing or damaged. Minutes count from the first start,
+    with evaluations and without pauses. Each start or resume of a run has its own event file. After a resume, repeated
     steps replace the earlier ones; if a step has several values (the last evaluation), the latest counts.
     """
     try:
@@ -110,7 +110,7 @@ def group_runs(flags: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def differing_flags(flags: list[dict[str, Any]]) -> list[list[str]]:
-    """For each group's flags, those that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
+    """For each group, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
     names = [name for name in dict.fromkeys(name for params in flags for name in params)
              if name not in IGNORED and any(params.get(name) != flags[0].get(name) for params in flags)]  # fmt: skip
     return [[format_flags({name: params[name]}) for name in names if name in params] for params in flags]

@@ -14,9 +14,10 @@ import tyro
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from ballbot_utils import plot, tune
+from ballbot_utils import plot
 from ballbot_utils.common import run_program, write
 from ballbot_utils.console import check_argument
+from ballbot_utils.tune.study import finished, valid_trials
 
 
 @dataclass
@@ -33,13 +34,12 @@ def main(args: Args) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, color in zip(args.names, plot.COLORS):
-        logs = sorted(Path("runs").glob(f"{name}-*/study.log"))
-        check_argument(logs, f"runs/{name}-* holds no study: run them first")
+        paths = sorted(Path("runs").glob(f"{name}-*/study.db"))
+        check_argument(paths, f"runs/{name}-* holds no study: run them first")
         best = []
-        for log in logs:
-            backend = optuna.storages.journal.JournalFileBackend(str(log))
-            study = optuna.load_study(study_name=log.parent.name, storage=optuna.storages.JournalStorage(backend))
-            ended = tune.finished(tune.counted(study))
+        for path in paths:
+            study = optuna.load_study(study_name=path.parent.name, storage=f"sqlite:///{path}")
+            ended = finished(valid_trials(study))
             values = [trial.value if trial.state == TrialState.COMPLETE else -np.inf for trial in ended]
             best.append(np.maximum.accumulate(values))
             failed = sum(trial.state == TrialState.FAIL for trial in ended)
