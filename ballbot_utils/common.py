@@ -1,6 +1,8 @@
-"""What the programs beside it share: their conditions, checks of flags and files, progress, policies and episodes."""
+"""Shared by the programs: settings of evaluations, checks of flags and files, progress, policies and episodes."""
 
 import contextlib
+import importlib
+import json
 import math
 import os
 import sys
@@ -8,16 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 
 from ballbot_env import START_EXTENT, BallbotVectorEnv
 from ballbot_utils.checkpoints import load_policy
 from ballbot_utils.console import ProgressLine, check_argument, exit_with_error, one_line_errors
 from ballbot_utils.depth import MAX_DEPTH
+from ballbot_utils.flags import Count, NonNegative, Seed, validate_types
 from ballbot_utils.model import CAMERAS, TIMESTEP
 from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise
 from ballbot_utils.randomization import PUSH_STEPS, Pushes, add_depth_noise
@@ -27,26 +31,27 @@ TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 
 
 @dataclass
-class Conditions:
-    """Flags on how episodes are played, for the programs that play some."""
+class EvalSettings:
+    """Flags of the programs that run episodes."""
 
-    horizon: int = 4000
-    """steps at which an episode ends, up to whole actions; 10000 is the paper's test of generalisation (fig. 7)"""
-    seed: int = 1_000_000
+    horizon: Count = 4000
+    """steps at which an episode ends, rounded up to whole actions; 10000 is the paper's test of generalization
+    (fig. 7)"""
+    seed: Seed = 1_000_000
     """seed of start poses, pushes and noise; the default is that of ppo_ballbot.py's own evaluations"""
     terrain: str | None = None
-    """ground: perlin or flat; default: that of training"""
-    terrain_seed: int | None = None
-    """which Perlin terrain; default: that of the training's own evaluations"""
-    terrain_amplitude: float | None = None
-    """height of the hills, m; default: 0.1, as in training"""
-    wheel_damping: float | None = None
-    """damping of the wheels' axles, N·m·s/rad; default: that of training"""
-    push: float = 0.0
+    """ground: perlin or flat; default: as in training"""
+    terrain_seed: Seed | None = None
+    """which Perlin terrain; default: the evaluation terrain of the training run"""
+    terrain_amplitude: Annotated[float, Field(gt=0, le=100)] | None = None
+    """height of the hills, m; default: 0.1"""
+    wheel_damping: NonNegative | None = None
+    """damping of the wheels' axles, N·m·s/rad; default: as in training"""
+    push: NonNegative = 0.0
     """impulse of random horizontal pushes on the base, N·s"""
-    push_interval: float = 1.0
+    push_interval: Annotated[float, Field(ge=2 * PUSH_STEPS * TIMESTEP)] = 1.0
     """seconds from one push to the next, and from the start to the first"""
-    obs_noise: float = 0.0
+    obs_noise: NonNegative = 0.0
     """standard deviation of Gaussian noise on the observations, each in its own unit"""
     overwrite: bool = False
     """replace a file that exists"""
@@ -63,12 +68,38 @@ def run_program(main: Callable[[Any], Any], flags: type, **kwargs: Any) -> None:
     main(tyro.cli(flags, prog=name, **kwargs))
 
 
+def check_flags(args: Any) -> None:
+    """Exit with one line on the first flag whose value does not fit its type, bounds included."""
+    try:
+        validate_types(json.loads(json.dumps(vars(args), default=str)), type(args))  # paths as strings
+    except ValueError as error:
+        exit_with_error(error)
+
+
 def require_min(args: Any, low: float, *names: str) -> None:
     """Exit with one line on the first of these flags that is given and not a finite number of at least `low`."""
     for name in names:
         value = getattr(args, name)
         valid = value is None or low <= value < math.inf
         check_argument(valid, f"--{name.replace('_', '-')} is {value}: give {low} or more")
+
+
+def check_settings(args: EvalSettings) -> None:
+    """Exit with one line on the first invalid flag of `args`."""
+    check_flags(args)
+    check_argument(args.terrain in (None, *TERRAINS), f"--terrain is {args.terrain}: give {' or '.join(TERRAINS)}")
+    for name in ("terrain_seed", "terrain_amplitude"):
+        unused = args.terrain == "flat" and getattr(args, name) is not None
+        check_argument(not unused, f"--{name.replace('_', '-')} has no effect on --terrain flat: leave it out")
+
+
+def require_packages(purpose: str, *packages: str, requirements: str = "requirements-dev.txt") -> None:
+    """Exit with one line if a package cannot be imported. `purpose` names what needs it."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            exit_with_error(f"{purpose} needs {error.name}: pip install -r {requirements}")
 
 
 def require_writable(flag: str, path: Path, overwrite: bool, *suffixes: str) -> None:
@@ -86,14 +117,14 @@ def require_writable(flag: str, path: Path, overwrite: bool, *suffixes: str) -> 
 
 
 def part_of(path: Path) -> Path:
-    """The file beside `path` that takes its place once it is whole."""
+    """A temporary file beside `path`, with the same suffix."""
     return path.with_name(f"part_{os.getpid()}_{path.name}")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Let `save(part)` write a file beside `path`, which then takes its place: what was there outlives a failure.
+    """Write a file in one step: `save(part)` writes a temporary file, which then replaces `path`.
 
-    Exits with one line where the disk fails.
+    Exits with one line if the disk fails; `path` is then unchanged.
     """
     part = part_of(path)
     try:
@@ -104,30 +135,6 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def check_conditions(args: Conditions) -> None:
-    """Exit with one line on the first of the flags in `Conditions` that cannot be."""
-    require_min(args, 1, "horizon")
-    require_min(args, 0, "seed", "terrain_seed", "wheel_damping", "push", "obs_noise")
-    for name in ("terrain_amplitude", "push_interval"):
-        value = getattr(args, name)
-        check_argument(
-            value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: give more than 0"
-        )
-    for name, high in (("terrain_amplitude", 100), ("wheel_damping", 1e6), ("seed", 1e18), ("terrain_seed", 1e18)):
-        value = getattr(args, name)
-        check_argument(
-            value is None or value <= high, f"--{name.replace('_', '-')} is {value}: give {high:,.0f} or less"
-        )
-    shortest = 2 * PUSH_STEPS * TIMESTEP
-    check_argument(
-        args.push_interval >= shortest, f"--push-interval is {args.push_interval}: give {shortest} s or more"
-    )
-    check_argument(args.terrain in (None, *TERRAINS), f"--terrain is {args.terrain}: give {' or '.join(TERRAINS)}")
-    for name in ("terrain_seed", "terrain_amplitude"):
-        unused = args.terrain == "flat" and getattr(args, name) is not None
-        check_argument(not unused, f"--{name.replace('_', '-')} means nothing on --terrain flat: leave one out")
 
 
 _line, _started = ProgressLine(interval=30), time.monotonic()
@@ -141,11 +148,14 @@ def progress(text: str, share: float) -> None:
 # Policies
 
 Act = Callable[[dict], np.ndarray]  # observations, (n, ...), to actions, (n, 3)
-EpisodePolicy = Callable[[BallbotVectorEnv, list[torch.Generator]], Act]  # as `play` wants it
+PolicyFactory = Callable[[BallbotVectorEnv, list[torch.Generator]], Act]  # called once for each set of new episodes
 
 
 def load(path: Path, script: Path | None = None) -> tuple[Any, int]:
-    """The Policy in a checkpoint and its steps, by `script` or the script that trained it; exits with one line."""
+    """The Policy in a checkpoint, and its training steps. Exits with one line if there is no valid policy.
+
+    Its classes come from `script`, or else from the script that trained it.
+    """
     check_argument(script is None or script.is_file(), f"--script is {script}: there is no such file")
     policy, content = load_policy(path, script)
     step = content.get("global_step", 0)
@@ -153,21 +163,21 @@ def load(path: Path, script: Path | None = None) -> tuple[Any, int]:
     return policy, step
 
 
-def trained(policy: Any, stochastic: bool = False) -> EpisodePolicy:
-    """A trained policy for `play`; a stochastic one draws its actions."""
+def policy_factory(policy: Any, stochastic: bool = False) -> PolicyFactory:
+    """A trained policy for `step_policy`. A stochastic one samples its actions."""
 
-    def start(envs, generators):
+    def make_act(envs, generators):
         act = type(policy)(policy.agent, policy.args)
         return lambda obs: act(obs, not stochastic, generators)
 
-    return start
+    return make_act
 
 
 # Episodes
 
 
-def conditions(args: Conditions, train_args: Any, policy: str | Path) -> dict[str, Any]:
-    """The arguments of the environment for a policy trained by `train_args`; `policy` names it in an error."""
+def eval_task(args: EvalSettings, train_args: Any, policy: str | Path) -> dict[str, Any]:
+    """The environment's arguments for a policy trained with the flags `train_args`; `policy` names it in an error."""
     task = {
         "terrain": args.terrain or train_args.terrain,
         "cameras": train_args.cameras,
@@ -187,11 +197,12 @@ def conditions(args: Conditions, train_args: Any, policy: str | Path) -> dict[st
     return task
 
 
-def begin(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict, dict]:
-    """`envs.reset(seed=seeds)`, further back along y where a long episode could otherwise end at the terrain's edge.
+def reset_for_horizon(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict, dict]:
+    """`envs.reset(seed=seeds)`, but long episodes start at lower y, so that they do not end at the terrain's edge.
 
-    Up to 4000 steps nothing changes, nor with commands, which lead anywhere. For longer ones the starts are squeezed
-    towards y = -18 m so that at TOP_SPEED none reaches the far edge; from 18,000 steps on the terrain is too small.
+    Nothing changes up to a `horizon` of 4000 steps, nor with commands, which lead in any direction. For longer episodes
+    the starts are moved towards y = -18 m: a robot at TOP_SPEED does not reach the far edge. From 18,000 steps on the
+    terrain is too small for this.
     """
     obs, info = envs.reset(seed=seeds)
     limit = TERRAIN_EXTENT - 2 * TERRAIN_MARGIN
@@ -203,25 +214,21 @@ def begin(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict,
     return obs, info
 
 
-def play(
-    envs: BallbotVectorEnv,
-    obs: dict,
-    policy: EpisodePolicy,
-    args: Conditions,
-    seeds: list[int],
+def step_policy(
+    envs: BallbotVectorEnv, obs: dict, policy: PolicyFactory, args: EvalSettings, seeds: list[int]
 ) -> Iterator[tuple[int, np.ndarray, tuple]]:
-    """Go on for ever from the first observations of new episodes, disturbed as `args` (Conditions) say.
+    """Step the environments without end, from the first observations `obs` of new episodes.
 
-    `policy(envs, generators)` begins new episodes and returns a function from observations, a dict of (n, ...), to
-    actions (n, 3). Each episode has generators of its own, from its seed in `seeds` (n), so that it is the same among
-    any number of others. After each step yields the physics steps so far, the actions, and what `envs.step` returned.
+    Pushes and noise are those of `args`. Each episode has its own generators, from its seed in `seeds` (n): it does not
+    depend on the number of episodes. Yields after each step: physics steps so far, the actions (n, 3), and the result
+    of `envs.step`.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # of noise and actions
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # of pushes; default_rng(seed) samples the start
     pushes, act, steps = Pushes(envs.forces, envs.frame_skip), policy(envs, generators), 0
     while True:
         actions = act(add_obs_noise(obs, envs, args.obs_noise, generators))
-        push(pushes, args, steps // envs.frame_skip, rngs)
+        update_pushes(pushes, args, steps // envs.frame_skip, rngs)
         steps += envs.frame_skip
         result = envs.step(actions)
         obs = result[0]
@@ -229,24 +236,24 @@ def play(
 
 
 def add_obs_noise(obs: dict, envs: BallbotVectorEnv, std: float, generators: list[torch.Generator]) -> dict:
-    """A batch of observations with noise of standard deviation `std` on its sensors, and on new frames, in place.
+    """A batch of observations with noise of standard deviation `std` on its sensors. New frames change in place.
 
-    Each environment's noise is sampled by its own generator.
+    The noise of each environment comes from its own generator.
     """
     if not std:
         return obs
     noise = std * torch.stack([torch.randn(NOISE_WIDTH, generator=generator) for generator in generators])
     noisy = obs | add_sensor_noise(obs, noise.numpy())
-    for i in np.flatnonzero(envs.new_frames) if envs.frames is not None else ():
-        noise = std * torch.randn(envs.frames[i].shape, generator=generators[i])
-        envs.frames[i] = add_depth_noise(envs.frames[i], noise, MAX_DEPTH)
     if envs.frames is not None:
+        for i in np.flatnonzero(envs.new_frames):
+            noise = std * torch.randn(envs.frames[i].shape, generator=generators[i])
+            envs.frames[i] = add_depth_noise(envs.frames[i], noise, MAX_DEPTH)
         noisy |= {name: envs.frames[:, i : i + 1].numpy() for i, name in enumerate(CAMERAS)}  # `obs` may have copies
     return noisy
 
 
-def push(pushes: Pushes, args: Conditions, action: int, rngs: list[np.random.Generator]) -> None:
-    """Begin or end the push that is due before `action` (0 is the first of an episode), each by its own generator."""
+def update_pushes(pushes: Pushes, args: EvalSettings, action: int, rngs: list[np.random.Generator]) -> None:
+    """Begin and end the pushes that are due before `action`, counted from 0 in an episode."""
     pushes.end_due()
     interval = max(1, round(args.push_interval / TIMESTEP / pushes.frame_skip))  # actions
     if args.push and action > 0 and action % interval == 0:

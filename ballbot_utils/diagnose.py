@@ -1,36 +1,35 @@
-"""What goes wrong in a training run, and what to do: `python -m ballbot_utils.diagnose runs/a_seed1 runs/a_seed2`.
+"""Find what is wrong in training runs, and what to do: `python -m ballbot_utils.diagnose runs/a_seed1 runs/a_seed2`.
 
-Reads TensorBoard logs, those of runs still being written too, and looks for what the troubleshooting section of
-openballbot-rl's hyperparameter guide describes: not learning, unstable, slow and overfitting; and for its causes:
-entropy collapse or growth, a value function that lags, steps of the policy (KL divergence) too large or too
-small. Each finding comes with its evidence and with flags to paste. Then it applies the guide's rule for when to
-stop, over all seeds: runs that differ only in their seed are judged together.
+Looks for the problems in the troubleshooting section of openballbot-rl's hyperparameter guide (not learning, unstable,
+slow, overfitting) and for their causes: entropy collapse or growth, a value function that explains little, and updates
+of the policy (KL divergence) that are too large or too small. Each finding comes with its evidence and with flags to
+paste. Then it applies the guide's rule for when to stop, over all seeds: runs that differ only in their seed are one
+group. Reads the same logs as `python -m ballbot_utils.plot`, also of runs that are still being trained.
 
-A run whose training episodes are shorter than the task's, or that started from a given policy (--init-from), is judged
-by its evaluations: its training return does not measure progress. In a run that meets the targets nothing is wrong.
+Evaluations alone count for a run whose training episodes are shorter than the task's, or that started from a policy
+(--init-from): its training return does not measure progress. A run that meets the targets has no findings.
 
-Every finding is one function of a curve's steps and values; its threshold stands right above it. Where the guide
-has no number, the threshold is from logs of this project's own runs: healthy ones stay clear of it.
+Each finding is a function of a curve's steps and values, with its threshold above it. Where the guide gives no number,
+the threshold comes from runs of this project, with a margin to healthy ones.
 """
 
-import ast
 import json
 import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 
-import ppo_ballbot_schedules
 from ballbot_utils import plot
+from ballbot_utils.checkpoints import find_script, import_script
 from ballbot_utils.common import require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
-from ballbot_utils.flags import ineffective_flags, validate_args
+from ballbot_utils.flags import format_flags, ineffective_flags, validate_args, validate_types
 from ballbot_utils.runs import NETWORK_FLAGS, TARGET_LENGTH, TARGET_RETURN
 from ppo_ballbot import PRESETS
-from ppo_ballbot import Args as TrainArgs
 
 RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean100"
 EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS = "eval/episodic_return", "eval/episodic_length", "eval/falls"
@@ -51,37 +50,26 @@ class Args:
     """replace a --json file that exists"""
 
 
-def check(args: Args) -> None:
-    """Exit with one line on what cannot be, before any work starts."""
-    check_argument(args.runs, "no runs given: give folders of runs, runs/<name>")
-    for run in args.runs:
-        problem = "is not a folder" if run.exists() else "does not exist"
-        check_argument(run.is_dir(), f"{run} {problem}: give folders of runs, runs/<name>")
-        check_argument(any(run.glob(plot.EVENT_FILES)), f"{run} has no TensorBoard log, no {plot.EVENT_FILES}")
-    check_argument(len({run.resolve() for run in args.runs}) == len(args.runs), "a run is given twice")
-    if args.json not in ("", "-"):
-        require_writable("--json", Path(args.json), args.overwrite, ".json")
+def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Curve]]:
+    """The flags of a run, {name: value}, and its curves, {tag: (steps, values)}, arrays."""
+    flags, curves = plot.read_run(run, TAGS)
+    return flags, {tag: (steps, values) for tag, (steps, _, values) in curves.items()}
 
 
-def read(run: Path) -> tuple[dict[str, str], dict[str, Curve]]:
-    """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, values)}, arrays."""
-    hyperparameters, curves = plot.read(run, TAGS)
-    return hyperparameters, {tag: (steps, values) for tag, (steps, _, values) in curves.items()}
-
-
-def by_evaluations(params: dict[str, str]) -> bool:
+def counts_evaluations_only(flags: dict[str, Any]) -> bool:
     """Whether evaluations alone measure a run's progress."""
-    return plot.times(params) > 1 or bool(params.get("init_from"))
+    return plot.has_short_episodes(flags) or bool(flags.get("init_from"))
 
 
 def last_result(curves: dict[str, Curve], evaluations_only: bool) -> tuple[float, float] | None:
-    """Return and length of the last evaluation, or while there is none those of training; None if neither counts."""
+    """Return and length of the last evaluation, or else of training; None if neither counts."""
     for tags in ((EVAL_RETURN, EVAL_LENGTH), (RETURN, LENGTH))[: 1 if evaluations_only else 2]:
         if all(len(curves[tag][1]) for tag in tags):
             return tuple(curves[tag][1][-1] for tag in tags)
 
 
 def meets_targets(result: tuple[float, float] | None) -> bool:
+    """Whether return and length exceed the guide's targets."""
     return result is not None and result[0] > TARGET_RETURN and result[1] > TARGET_LENGTH
 
 
@@ -93,15 +81,15 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
     return steps[n - 1 :], np.median(np.lib.stride_tricks.sliding_window_view(values, n), 1)
 
 
-# The findings: evidence as text, or None where there is nothing to say.
+# Findings: the evidence as text, or None
 
-# The return of an untrained policy, and its noise: the means of 100 episodes differ by up to 10 % without any
-# learning. Healthy runs have gained half and more by 250,000 steps.
+# Without learning, means of 100 episodes differ by up to 10 %. Healthy runs return half as much again, or more, at
+# 250,000 steps.
 LEARNING_FROM, LEARNING_AFTER, LEARNING_GAIN = 100_000, 250_000, 1.2
 
 
 def not_learning(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """The return never rose above where it was in the first 100,000 steps."""
+    """The return never rose above its value in the first 100,000 steps."""
     if not len(steps) or steps[-1] < LEARNING_AFTER:
         return None
     early = steps <= max(LEARNING_FROM, steps[0])
@@ -115,7 +103,7 @@ def not_learning(steps: np.ndarray, returns: np.ndarray) -> str | None:
 
 
 def evaluations_flat(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """Evaluations never rose above the first, which is not yet what standing still returns."""
+    """Evaluations never rose above the first, and return less than standing still."""
     if len(steps) < EVAL_TIMES or steps[-1] < LEARNING_AFTER:
         return None
     if returns.max() >= min(LEARNING_GAIN * returns[0], STANDING):
@@ -124,13 +112,13 @@ def evaluations_flat(steps: np.ndarray, returns: np.ndarray) -> str | None:
             f"{steps[-1]:,.0f}")  # fmt: skip
 
 
-# Means of 100 episodes of a healthy run fall by up to 20 % for a while. Of its value loss, the lowest ever and the
-# present one differ by a factor of 5 at most, once the first 60,000 steps are over; runs that diverge go far beyond.
+# In a healthy run the mean of 100 episodes decreases by up to 20 % for a while. After 60,000 steps its value loss is at
+# most 5 times the lowest one. Runs that diverge exceed both by far.
 RETURN_DROP, VALUE_LOSS_GROWTH, VALUE_LOSS_AFTER = 0.25, 10, 60_000
 
 
-def falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """The return is down from its best. (The guide also names an oscillating policy loss; good runs have one too.)"""
+def return_falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
+    """The return is below its best. (The guide also mentions an oscillating policy loss, but good runs have it too.)"""
     steps, returns = smooth(steps, returns)
     if not len(steps) or returns.max() <= 0:
         return None
@@ -142,13 +130,12 @@ def falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
             f"{100 * drop:.0f} % down")  # fmt: skip
 
 
-# Healthy runs have a single evaluation that is down by a quarter now and then, hardly ever two in a row or one that is
-# down by half.
+# In healthy runs a single evaluation is sometimes a quarter below the best, but rarely two in a row, or one by half.
 EVAL_DROP = 0.5
 
 
 def evaluations_falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """The return of evaluations is down from its best: far in the last one, or in the last two."""
+    """The return of evaluations is below its best: far below in the last one, or below in the last two."""
     if len(steps) < 2 or returns.max() <= 0:
         return None
     best = returns.argmax()
@@ -160,7 +147,7 @@ def evaluations_falling(steps: np.ndarray, returns: np.ndarray) -> str | None:
 
 
 def value_loss_rising(steps: np.ndarray, losses: np.ndarray) -> str | None:
-    """The value loss has risen from its lowest."""
+    """The value loss has risen from its minimum."""
     steps, losses = smooth(steps, losses)
     if not len(steps) or steps[-1] < VALUE_LOSS_AFTER or losses[-1] < VALUE_LOSS_GROWTH * losses.min():
         return None
@@ -169,12 +156,12 @@ def value_loss_rising(steps: np.ndarray, losses: np.ndarray) -> str | None:
 
 
 # The reference reaches 85.5 in 8e6 steps (arXiv 2505.18417, figure 6): 10.7 in 1e6; less than half of that is slow.
-# Standing a whole episode returns 80: from there on gains are small, and no sign of slowness.
+# Standing for a whole episode returns 80: above that, small gains are normal.
 PACE_STEPS, REFERENCE_PACE, SLOW_PACE, STANDING = 1_000_000, 10.7, 5, 80
 
 
 def slow(steps: np.ndarray, returns: np.ndarray) -> str | None:
-    """The return rises more slowly than the reference's, and is not yet what standing still returns."""
+    """The return rises more slowly than the reference's, and is less than for standing still."""
     steps, returns = smooth(steps, returns)
     if not len(steps) or steps[-1] - steps[0] < PACE_STEPS or returns[-1] >= STANDING:
         return None
@@ -182,11 +169,11 @@ def slow(steps: np.ndarray, returns: np.ndarray) -> str | None:
     if returns[-1] - then >= SLOW_PACE:
         return None
     return (f"return {then:.1f} at {steps[-1] - PACE_STEPS:,.0f} steps, {returns[-1]:.1f} at {steps[-1]:,.0f}: "
-            f"{returns[-1] - then:+.1f} in {PACE_STEPS:,} steps, where the paper's gain {REFERENCE_PACE}")  # fmt: skip
+            f"{returns[-1] - then:+.1f} in {PACE_STEPS:,} steps, the paper's gain is {REFERENCE_PACE}")  # fmt: skip
 
 
-# Returns with and without action noise differ by up to 20 of 80 either way in healthy runs, and an evaluation has only
-# 16 episodes: hence less than 3/4, twice in a row.
+# In healthy runs, returns with and without action noise differ by up to 20 of 80, and an evaluation has only 16
+# episodes: the threshold is 3/4, twice in a row.
 EVAL_SHARE, EVAL_TIMES = 0.75, 2
 
 
@@ -203,48 +190,48 @@ def overfitting(steps: np.ndarray, returns: np.ndarray, eval_steps: np.ndarray, 
     )
 
 
-# A healthy run with short episodes may fall in all of its first evaluations, but then their returns rise.
+# In a healthy run with short episodes, all of the first evaluations may end in falls, but then their returns rise.
 FALLS_ALL, LASTS = 0.99, 0.9
 
 
 def falls_unseen(
-    steps: np.ndarray, lengths: np.ndarray, eval_steps: np.ndarray, falls: np.ndarray, returns: np.ndarray
+    steps: np.ndarray, lengths: np.ndarray, eval_steps: np.ndarray, falls: np.ndarray, returns: np.ndarray, limit: int
 ) -> str | None:
-    """All episodes of evaluations end in a fall, and those of training last: it does not see why."""
+    """All episodes of evaluations end in a fall, but those of training last for nearly `limit` steps, their maximum."""
     if not len(steps) or min(len(falls), len(returns)) < EVAL_TIMES:
         return None
     length = np.interp(eval_steps[-EVAL_TIMES:], steps, lengths).min()
-    if falls[-EVAL_TIMES:].min() < FALLS_ALL or length < LASTS * 4000:
+    if falls[-EVAL_TIMES:].min() < FALLS_ALL or length < LASTS * limit:
         return None
     if returns[-1] >= LEARNING_GAIN * returns[-EVAL_TIMES]:
         return None
     return (f"all episodes of the last {EVAL_TIMES} evaluations end in a fall, and those of training last for "
-            f"{length / 4000:.0%} of their limit")  # fmt: skip
+            f"{length / limit:.0%} of their limit")  # fmt: skip
 
 
-# Actions are in [-1, 1]. Healthy runs start from a standard deviation of 1 or 0.6 and have 0.35 to 0.4 when they
-# balance; below 0.1 noise tries next to nothing new, above 1 a third of it is clipped away.
+# Actions are in [-1, 1]. Healthy runs start from a standard deviation of 1 or 0.6 and have 0.35 to 0.4 when the robot
+# balances. Below 0.1 there is hardly any exploration, above 1 a third of the noise is clipped.
 STD_SMALL, STD_LARGE, STD_GROWTH = 0.1, 1.0, 1.01
 
 
 def entropy_collapse(steps: np.ndarray, stds: np.ndarray, length_steps: np.ndarray, lengths: np.ndarray) -> str | None:
-    """Actions are all but deterministic before the robot balances."""
+    """Actions are almost deterministic before the robot balances."""
     if not len(steps) or stds[-1] >= STD_SMALL or (len(lengths) and lengths[-1] > TARGET_LENGTH):
         return None
     first = (stds < STD_SMALL).argmax()
     return (f"action std {stds[-1]:.2g} at {steps[-1]:,.0f} steps, below {STD_SMALL} since {steps[first]:,.0f}, "
-            f"and episodes not yet of {TARGET_LENGTH} steps")  # fmt: skip
+            f"and episodes are shorter than {TARGET_LENGTH} steps")  # fmt: skip
 
 
 def entropy_growing(steps: np.ndarray, stds: np.ndarray) -> str | None:
     """The action noise grows beyond the range of actions: the entropy bonus outweighs the return."""
     if not len(steps) or stds[-1] <= STD_LARGE or stds[-1] < STD_GROWTH * stds.min():
         return None
-    return (f"action std {stds.min():.3g} at {steps[stds.argmin()]:,.0f} steps, {stds[-1]:.3g} at {steps[-1]:,.0f}, "
-            "where actions are clipped at ±1")  # fmt: skip
+    return (f"action std {stds.min():.3g} at {steps[stds.argmin()]:,.0f} steps, {stds[-1]:.3g} at {steps[-1]:,.0f}; "
+            "actions are clipped at ±1")  # fmt: skip
 
 
-# Explained variance is 1 for perfect values and 0 for a constant. Healthy runs are above 0.5 from 80,000 steps on
+# Explained variance is 1 for perfect values and 0 for a constant. In healthy runs it is above 0.5 from 80,000 steps on,
 # and above 0.9 from 200,000.
 EXPLAINED_SMALL, EXPLAINED_AFTER = 0.5, 80_000
 
@@ -257,13 +244,13 @@ def value_lagging(steps: np.ndarray, explained: np.ndarray) -> str | None:
     return f"explained variance {explained[-1]:.2g} at {steps[-1]:,.0f} steps (perfect: 1, a constant: 0)"
 
 
-# Usual targets are 0.01 (rsl_rl) to 0.05 (Spinning Up's upper end). Healthy runs here have a median of 0.005 to
-# 0.015 and hardly an iteration above 0.04; the guide's defaults have 0.0001.
+# Usual targets are 0.01 (rsl_rl) to 0.05 (Spinning Up's upper end). Healthy runs here have a median of 0.005 to 0.015
+# and few iterations above 0.04; the guide's defaults have 0.0001.
 KL_LARGE, KL_TIMES, KL_SHARE, KL_SMALL = 0.05, 3, 0.01, 0.001
 
 
 def kl_large(steps: np.ndarray, kls: np.ndarray) -> str | None:
-    """The policy takes steps too large, in 1 % of the iterations or more."""
+    """Updates of the policy are too large, in 1 % of the iterations or more."""
     large = kls > KL_LARGE
     if large.sum() < max(KL_TIMES, KL_SHARE * len(kls)):
         return None
@@ -272,108 +259,109 @@ def kl_large(steps: np.ndarray, kls: np.ndarray) -> str | None:
 
 
 def kl_small(steps: np.ndarray, kls: np.ndarray) -> str | None:
-    """The policy hardly moves. The median of all iterations: where the learning rate falls to 0, so does the KL."""
+    """The policy hardly changes. The median of all iterations counts: a learning rate may fall to 0 at the end."""
     if len(kls) < KL_TIMES or np.median(kls) >= KL_SMALL:
         return None
-    return f"median KL {np.median(kls):.1g} in {steps[-1]:,.0f} steps; steps that learn have some 0.01"
+    return f"median KL {np.median(kls):.1g} in {steps[-1]:,.0f} steps; about 0.01 is usual"
 
 
-# The remedies: the guide's, as factors on the run's own values and within the guide's ranges.
+# Remedies: the guide's, as factors on the run's own values and within the guide's ranges
 
 
-def settings(params: dict[str, str]) -> TrainArgs:
-    """A run's flags, those of its script, from its hyperparameters, {name: text}; the others have their defaults."""
-    args = (ppo_ballbot_schedules.Args if "lr_schedule" in params else TrainArgs)()
-    read = {str: str, float: float}
-    texts = {name: params[name] for name in vars(args).keys() & params.keys()}
-    values = {name: read.get(type(getattr(args, name)), ast.literal_eval)(text) for name, text in texts.items()}
-    return replace(args, **values)
+def parse_flags(flags: dict[str, Any]) -> Any:
+    """The Args of a run's script with its `flags`, {name: value}. ValueError if they do not fit each other."""
+    name = flags.get("script", "ppo_ballbot_schedules.py" if "lr_schedule" in flags else "ppo_ballbot.py")
+    script = find_script(name)
+    if script is None:
+        raise ValueError(f"was trained by {name!r:.80}, which is no script in the working directory: put it there")
+    cls = import_script(script).Args
+    return validate_types({name: value for name, value in flags.items() if name in vars(cls())}, cls)
 
 
-def accepted(args: TrainArgs, flags: dict[str, str]) -> dict[str, str]:
-    """Of `flags`, {flag: value}, those that the script takes beside its `args` and those before, and that change it."""
-    # Whatever this machine has
-    args, kept = replace(args, cuda=False, track=False, capture_video=False), {}
-    for flag, text in flags.items():
-        name = flag[2:].replace("-", "_")
-        kind = type(getattr(args, name))
-        changed = replace(args, **{name: True if kind is bool else kind(text)})
+def accepted_flags(args: Any, flags: dict[str, Any]) -> dict[str, Any]:
+    """The part of `flags`, {name: new value}, that the script accepts with `args` and that has an effect."""
+    independent = {name: False for name in ("cuda", "track", "capture_video") if name in vars(args)}  # of this machine
+    args, accepted = replace(args, **independent), {}
+    for name, value in flags.items():
+        if name not in vars(args):
+            continue
+        changed = replace(args, **{name: value})
         fixed = name in NETWORK_FLAGS and args.init_from
         try:
             validate_args(changed)
         except SystemExit:
             continue
         if not fixed and changed != args and name not in ineffective_flags(changed):
-            args, kept = changed, kept | {flag: text}
-    return kept
+            args, accepted = changed, accepted | {name: value}
+    return accepted
 
 
-def remedies(params: dict[str, str]) -> dict[str, dict[str, str]]:
-    """{finding: {flag: value}} for a run's hyperparameters, {name: text}: flags that its script accepts."""
-    args = settings(params)
+def remedies(args: Any) -> dict[str, dict[str, Any]]:
+    """{finding: {flag: value}} for a run with the flags `args`: changes that its script accepts."""
     schedule = getattr(args, "lr_schedule", "guide")
 
     def scaled(name, factor, low, high, zero=0.0):
-        """`--flag` with the value times `factor`, within the range; {} where that would not move it that way."""
-        old = getattr(args, name)
+        """The flag with its value times `factor`, within the range; {} if that does not change it in this direction."""
+        old = getattr(args, name, 0)
         new = min(max(old * factor, low), high) if old else zero
         new = round(new) if isinstance(old, int) else float(f"{new:.2g}")
-        moved = new > old if factor > 1 else new < old
-        return {"--" + name.replace("_", "-"): f"{new:g}"} if moved else {}
+        return {name: new} if (new > old if factor > 1 else new < old) else {}
 
     def learning_rate(factor):
-        if schedule == "kl":  # then it is set by the KL divergence
+        if schedule == "kl":  # the KL divergence sets the learning rate
             return scaled("target_kl", factor**0.5, 0.003, 0.05)
         old = args.learning_rate
         start = old if old > 0 else 1e-4 if schedule == "guide" else 3e-4
         new = float(f"{min(max(start * factor, 1e-5), 1e-3):.2g}")
-        return {"--learning-rate": f"{new:g}"} if (new > start) == (factor > 1) and new != start else {}
+        return {"learning_rate": new} if (new > start) == (factor > 1) and new != start else {}
 
-    def envs():
-        """10 to 16, as in the guide, then 32; where these are refused, twice as many."""
+    def more_envs():
+        """10 to 16, as in the guide, then 32; if the script rejects these, twice as many."""
         numbers = (16 if args.num_envs < 16 else 32, 2 * args.num_envs)
-        choices = ({"--num-envs": f"{n}"} for n in numbers if args.num_envs < n <= 32)
-        return next((choice for choice in choices if accepted(args, choice)), {})
+        choices = ({"num_envs": n} for n in numbers if args.num_envs < n <= 32)
+        return next((choice for choice in choices if accepted_flags(args, choice)), {})
 
-    more_steps = scaled("num_steps", 2, 1, 4096 // args.frame_skip)  # the guide's are physics steps
+    more_steps = scaled("num_steps", 2, 1, 4096 // args.frame_skip)  # the guide counts physics steps
     larger_clip, smaller_clip = scaled("clip_coef", 4 / 3, 0.01, 0.3), scaled("clip_coef", 3 / 4, 0.01, 0.3)
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
-    norm_adv = {"--norm-adv": ""}
-    guard = {"--target-kl": "0.02"} if args.target_kl > 0.02 and schedule != "kl" else {}
+    norm_adv = {"norm_adv": True}
+    smaller_kl = {"target_kl": 0.02} if getattr(args, "target_kl", 0) > 0.02 and schedule != "kl" else {}
     smaller_net = scaled("hidden_size", 1 / 2, 64, 512)
-    small_std = {"--init-log-std": "-0.5"} if args.init_log_std < -0.5 else {}
+    larger_std = {"init_log_std": -0.5} if getattr(args, "init_log_std", 0) < -0.5 else {}
     found = {
         "unstable": learning_rate(1 / 10) | smaller_clip | more_value,
-        "KL too large": learning_rate(1 / 10) | guard,
+        "KL too large": learning_rate(1 / 10) | smaller_kl,
         "value function lagging": more_value,
-        "entropy collapse": more_entropy | small_std,
+        "entropy collapse": more_entropy | larger_std,
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": learning_rate(10) | larger_clip | norm_adv,
         "not learning": learning_rate(10) | more_entropy | larger_clip,
-        "slow learning": more_steps | scaled("update_epochs", 2, 1, 10) | envs(),
+        "slow learning": more_steps | scaled("update_epochs", 2, 1, 10) | more_envs(),
         "overfitting": scaled("weight_decay", 5, 0, 0.1, zero=0.01) | more_entropy | smaller_net,
     }  # fmt: skip
-    found["falls in evaluations"] = {"--max-episode-steps": "4000"} if plot.times(params) > 1 else found["overfitting"]
-    return {name: accepted(args, flags) for name, flags in found.items()}
+    full_length = {"max_episode_steps": plot.EVAL_STEPS} if plot.has_short_episodes(vars(args)) else {}
+    found["falls in evaluations"] = full_length or found["overfitting"]
+    return {name: accepted_flags(args, flags) for name, flags in found.items()}
 
 
-def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str, str, str]]:
-    """Findings of a run, [(name, evidence, flags)], the causes before what follows from them.
+def diagnose(flags: dict[str, Any], curves: dict[str, Curve]) -> list[tuple[str, str, str]]:
+    """Findings of a run with these flags, [(name, evidence, flags to paste)], causes before their consequences.
 
-    A flag that a finding before has set to another value is left out.
+    A flag that an earlier finding sets to another value is left out.
     """
-    evaluations_only = by_evaluations(params)
+    evaluations_only = counts_evaluations_only(flags)
     if meets_targets(last_result(curves, evaluations_only)):
         return []
     training, evaluations, kls, stds = (curves[tag] for tag in (RETURN, EVAL_RETURN, KL, STD))
     unstable = "; ".join(filter(None, (
-        None if evaluations_only else falling(*training), evaluations_falling(*evaluations),
+        None if evaluations_only else return_falling(*training), evaluations_falling(*evaluations),
         value_loss_rising(*curves[VALUE_LOSS]),
     )))  # fmt: skip
     stuck = not_learning(*training)
     if evaluations_only:
         stuck = stuck and evaluations_flat(*evaluations)
+    limit = min(flags.get("max_episode_steps", plot.EVAL_STEPS), plot.EVAL_STEPS)
     evidence = {
         "unstable": unstable,
         "KL too large": kl_large(*kls),
@@ -383,22 +371,21 @@ def diagnose(params: dict[str, str], curves: dict[str, Curve]) -> list[tuple[str
         "KL too small": kl_small(*kls),
         "not learning": stuck,
         "slow learning": None if unstable or stuck else slow(*(evaluations if evaluations_only else training)),
-        # of shorter episodes, what happens later is not seen in training
-        "overfitting": overfitting(*training, *evaluations) if plot.times(params) == 1 else None,
-        "falls in evaluations": falls_unseen(*curves[LENGTH], *curves[EVAL_FALLS], evaluations[1]),
+        # returns of shorter episodes cannot be compared
+        "overfitting": None if plot.has_short_episodes(flags) else overfitting(*training, *evaluations),
+        "falls in evaluations": falls_unseen(*curves[LENGTH], *curves[EVAL_FALLS], evaluations[1], limit),
     }
-    findings, chosen, remedy = [], {}, remedies(params)
+    evidence = {name: text for name, text in evidence.items() if text}
+    findings, chosen, remedy = [], {}, remedies(parse_flags(flags)) if evidence else {}
     for name, text in evidence.items():
-        if text:
-            flags = {flag: value for flag, value in remedy[name].items() if chosen.get(flag, value) == value}
-            chosen |= flags
-            findings.append((name, text, " ".join(f"{flag} {value}".strip() for flag, value in flags.items())))
+        changes = {flag: value for flag, value in remedy[name].items() if chosen.get(flag, value) == value}
+        chosen |= changes
+        findings.append((name, text, format_flags(changes)))
     return findings
 
 
-# When to stop. The guide: no improvement for 1e6 steps, consistent across seeds (it asks for 3 to 5), targets met.
-# It does not say what counts as improvement, or as consistent: here a hundredth of the target return, and the
-# worst seed within a fifth of the best.
+# When to stop. The guide: no improvement for 1e6 steps, consistent across seeds (3 to 5), targets met. Its terms are
+# not defined. Here an improvement is a hundredth of the target return, and the worst seed within a fifth of the best.
 PLATEAU_STEPS, IMPROVEMENT, SEEDS, SEED_SPREAD = 1_000_000, TARGET_RETURN / 100, 3, 0.8
 
 
@@ -414,10 +401,10 @@ def stalled_for(steps: np.ndarray, returns: np.ndarray) -> float:
 def stop_rule(
     curves: list[dict[str, Curve]], ended: bool, found: bool, evaluations_only: bool = False
 ) -> tuple[dict[str, tuple[bool, str]], str]:
-    """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and a verdict.
+    """The guide's conditions for runs that differ only in their seed, {condition: (holds, evidence)}, and the advice.
 
-    `ended`: they trained for all of --total-timesteps; `found`: something is wrong in one of them; `evaluations_only`:
-    only evaluations measure their progress.
+    `ended`: they trained for --total-timesteps; `found`: one of them has a finding; `evaluations_only`: evaluations
+    alone measure their progress.
     """
     results = [last_result(run, evaluations_only) for run in curves]
     evaluated = None not in results
@@ -428,7 +415,7 @@ def stop_rule(
     plateau = evaluated and min(stalled) >= PLATEAU_STEPS
     consistent = evaluated and len(curves) >= SEEDS and min(returns) >= SEED_SPREAD * max(returns)
     targets = all(map(meets_targets, results))
-    missing = "not all are evaluated yet"
+    missing = "not all runs are evaluated yet"
     conditions = {
         f"no improvement for {PLATEAU_STEPS:,} steps": (
             plateau, "so far " + ", ".join(f"{steps:,.0f}" for steps in stalled) if evaluated else missing,
@@ -445,72 +432,77 @@ def stop_rule(
     }  # fmt: skip
     if targets:
         verdict = "stop" if consistent else f"stop, and repeat it with other seeds, {SEEDS} to 5 in all"
-        verdict += "" if plateau else ", unless you want more: it still improves"
+        verdict += "" if plateau else ", or continue: it still improves"
     elif plateau:
         verdict = "stop: more steps will not help, change hyperparameters"
     elif found:
-        verdict = "not by this rule, but first see to what is wrong"
+        verdict = "not by this rule, but fix the findings first"
     else:
-        verdict = "not yet: repeat it with more --total-timesteps" if ended else "not yet: go on"
+        verdict = "not yet: --resume it with more --total-timesteps" if ended else "not yet: continue"
     return conditions, verdict
 
 
+def describe_run(
+    run: Path, flags: dict[str, Any], curves: dict[str, Curve], found: list[tuple[str, str, str]]
+) -> list[str]:
+    """Lines of text on a run and its findings."""
+    step, total = curves[RETURN][0][-1], flags.get("total_timesteps", math.nan)
+    evaluation = f", evaluation {curves[EVAL_RETURN][1][-1]:.1f}" if len(curves[EVAL_RETURN][1]) else ""
+    lines = [f"{run}: {step:,.0f} of {total:,.0f} steps, return {curves[RETURN][1][-1]:.1f}{evaluation}, "
+             f"length {curves[LENGTH][1][-1]:.0f}"]  # fmt: skip
+    if plot.has_short_episodes(flags):
+        lines.append(f"  training episodes last {flags['max_episode_steps']} steps, evaluations {plot.EVAL_STEPS}")
+    if counts_evaluations_only(flags):
+        lines.append("  only evaluations count" + ("" if evaluation else ", and it has none yet"))
+    script = flags.get("script", "ppo_ballbot_schedules.py" if "lr_schedule" in flags else "ppo_ballbot.py")
+    best = (run / "best.pt").is_file()
+    for name, evidence, changes in found:
+        lines.append(f"  {name}: {evidence}")
+        command = f"python {script} --config {shlex.quote(str(run / 'config.json'))} {changes}"
+        lines.append(f"      {command}" if changes else "      the guide has no further advice")
+        if name == "unstable" and best:
+            lines.append(f"      the policy of its best evaluation is in {run}/best.pt")
+        if name == "overfitting" and best:
+            lines.append("      terrain or missing action noise? python -m ballbot_utils.evaluate "
+                         f"{shlex.quote(str(run))} --stochastic")  # fmt: skip
+    if not found:
+        early = f" so far; learning shows after {LEARNING_AFTER:,} steps" if step < LEARNING_AFTER else ""
+        lines.append(f"  nothing is wrong{early}")
+    elif any(value != flags.get(name, value) for name, value in PRESETS["tuned"].items()):
+        lines.append(f"  or start from the best known configuration: python {script} --preset tuned")
+    return lines
+
+
 def main(args: Args) -> None:
-    check(args)
-    params, curves = [], []
+    plot.check_runs(args.runs)
+    if args.json not in ("", "-"):
+        require_writable("--json", Path(args.json), args.overwrite, ".json")
+    params, curves, findings = [], [], []
     for run in args.runs:
-        hyperparameters, curve = read(run)
-        if not all(len(curve[tag][0]) for tag in (RETURN, LENGTH, KL)):
-            exit_with_error(f"{run} has no finished episode in its log yet, or its log is damaged or foreign")
-        if not hyperparameters:
-            exit_with_error(f"{run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
+        flags, curve = read_run(run)
+        check_argument(len(curve[RETURN][0]) and len(curve[LENGTH][0]), f"{run} has no finished episode in its log "
+                       "yet, or its log is damaged")  # fmt: skip
+        check_argument(flags, f"{run} has no valid config.json: was it written by ppo_ballbot.py?")
         try:
-            settings(hyperparameters)
-        except (ValueError, SyntaxError):
-            exit_with_error(f"{run} has hyperparameters in its log that are not those of ppo_ballbot.py")
-        params.append(hyperparameters)
+            parse_flags(flags)
+        except ValueError as error:
+            exit_with_error(f"{run} has an invalid config.json: {error}")
+        params.append(flags)
         curves.append(curve)
+        findings.append(diagnose(flags, curve))
 
     report, lines, ended = {"runs": {}, "stop": []}, [], []
-    findings = [diagnose(param, curve) for param, curve in zip(params, curves)]
-    for run, param, curve, found in zip(args.runs, params, curves, findings):
-        step, total = curve[KL][0][-1], float(param.get("total_timesteps", "nan"))
-        factors = (float(param.get(name, 0)) for name in ("num_envs", "num_steps", "frame_skip"))
-        ended.append(step + math.prod(factors) > total)
-        report["runs"][str(run)] = {
-            "steps": int(step),
-            "findings": [{"name": name, "evidence": evidence, "flags": flags} for name, evidence, flags in found],
-        }
-        evaluation = f", evaluation {curve[EVAL_RETURN][1][-1]:.1f}" if len(curve[EVAL_RETURN][1]) else ""
-        lines.append(f"{run}: {step:,.0f} of {total:,.0f} steps, return {curve[RETURN][1][-1]:.1f}{evaluation}, "
-                     f"length {curve[LENGTH][1][-1]:.0f}")  # fmt: skip
-        factor = plot.times(param)
-        if factor > 1:
-            lines.append(f"  training returns and lengths are {factor:.3g} times those of its episodes, which are of "
-                         f"{4000 / factor:.0f} steps")  # fmt: skip
-        if by_evaluations(param):
-            none = ", of which there is none yet" * (not len(curve[EVAL_RETURN][0]))
-            lines.append(f"  judged by its evaluations{none}")
-        script = "ppo_ballbot_schedules.py" if "lr_schedule" in param else "ppo_ballbot.py"
-        config = run / "config.json"
-        config = f"--config {shlex.quote(str(config))}" if config.is_file() else "<the run's own flags>"
-        for name, evidence, flags in found:
-            lines.append(f"  {name}: {evidence}")
-            lines.append(f"      python {script} {config} {flags}" if flags else "      the guide goes no further")
-            if name == "unstable" and (run / "best.pt").is_file():
-                lines.append(f"      the policy of its best evaluation is kept: {run}/best.pt")
-            if name == "overfitting" and (run / "best.pt").is_file():
-                lines.append("      the terrain, or the lack of action noise? python -m ballbot_utils.evaluate "
-                             f"{shlex.quote(str(run))} --stochastic")  # fmt: skip
-        if not found:
-            early = f" so far; whether it learns shows after {LEARNING_AFTER:,} steps" if step < LEARNING_AFTER else ""
-            lines.append(f"  nothing is wrong{early}")
-        elif any(str(value) != param.get(name, str(value)) for name, value in PRESETS["tuned"].items()):
-            lines.append(f"  or start from the best that we know: python {script} --preset tuned")
+    for run, flags, curve, found in zip(args.runs, params, curves, findings):
+        step = curve[RETURN][0][-1]
+        iteration = math.prod(flags.get(name, 0) for name in ("num_envs", "num_steps", "frame_skip"))
+        ended.append(step + iteration > flags.get("total_timesteps", math.nan))
+        rows = [{"name": name, "evidence": evidence, "flags": changes} for name, evidence, changes in found]
+        report["runs"][str(run)] = {"steps": int(step), "findings": rows}
+        lines += describe_run(run, flags, curve, found)
     for group in plot.group_runs(params):
         conditions, verdict = stop_rule(
             [curves[i] for i in group], all(ended[i] for i in group), any(findings[i] for i in group),
-            by_evaluations(params[group[0]]),
+            counts_evaluations_only(params[group[0]]),
         )  # fmt: skip
         names = [str(args.runs[i]) for i in group]
         rows = [{"name": name, "holds": bool(holds), "evidence": text} for name, (holds, text) in conditions.items()]

@@ -1,8 +1,9 @@
 """Export a trained policy to ONNX: `python -m ballbot_utils.export runs/a policy.onnx`.
 
-The file holds all of it, normalisation and depth encoder too. Its inputs are the observation's keys, float32 with a
-leading axis of any length, its output `action` is (n, 3) in [-1, 1]. It keeps no state: frames go in with every action.
-The metadata tell how often to act. Before it is kept, ONNX Runtime plays an episode by it beside PyTorch.
+The file contains the whole policy, with normalization and depth encoder. Its inputs are the observation's keys, float32
+with a leading axis of any length; its output `action` is (n, 3) in [-1, 1]. It has no state: every action needs the
+frames. Its metadata give the rate of actions. Before it is saved, the ONNX policy is checked against PyTorch for one
+episode.
 """
 
 import logging
@@ -17,8 +18,17 @@ import torch
 import tyro
 
 from ballbot_env import BallbotVectorEnv
-from ballbot_utils.common import Conditions, conditions, load, progress, require_writable, run_program, write
-from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.common import (
+    EvalSettings,
+    eval_task,
+    load,
+    progress,
+    require_packages,
+    require_writable,
+    run_program,
+    write,
+)
+from ballbot_utils.console import check_argument
 from ballbot_utils.model import TIMESTEP
 from ballbot_utils.observations import PROPRIOCEPTION
 
@@ -28,13 +38,13 @@ TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
 @dataclass
 class Args:
     checkpoint: tyro.conf.Positional[Path]
-    """a checkpoint, a .pt file, or the folder of a run, whose best.pt is meant"""
+    """a checkpoint (.pt file), or the folder of a run, for its best.pt"""
     output: tyro.conf.Positional[Path]
     """file to write, .onnx"""
     overwrite: bool = False
     """replace a file that exists"""
     script: Path | None = None
-    """the script that trained it; default: the one that it names, in the working directory"""
+    """the script that trained it; default: the checkpoint names its script, in the working directory"""
 
 
 class Exported(torch.nn.Module):
@@ -82,7 +92,7 @@ def save(agent: torch.nn.Module, space: gym.spaces.Dict, metadata: dict[str, str
     """Write the ONNX file of an agent that observes `space`, with `metadata`, a dict of strings."""
     keys = list(space)
     example = {key: torch.zeros(2, *space[key].shape) for key in keys}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that this needs not
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about packages that are not needed
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             Exported(agent).eval(), kwargs={"obs": example}, input_names=keys, output_names=["action"],
@@ -93,38 +103,33 @@ def save(agent: torch.nn.Module, space: gym.spaces.Dict, metadata: dict[str, str
 
 
 def largest_difference(path: Path, policy: Any, envs: BallbotVectorEnv) -> tuple[float, int]:
-    """Play an episode by `policy`; the largest difference of ONNX Runtime's actions, and the number of actions."""
+    """Run an episode by `policy`; the largest difference of ONNX Runtime's actions, and the number of actions."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
-    worst, steps, over = 0.0, 0, False
-    obs, _ = envs.reset(seed=Conditions.seed)
-    while not over:
+    worst, steps, done = 0.0, 0, False
+    obs, _ = envs.reset(seed=EvalSettings.seed)
+    while not done:
         actions = policy(obs)
         worst = max(
             worst, float(np.abs(session.run(["action"], {name: obs[name] for name in names})[0] - actions).max())
         )
         obs, _, terminations, truncations, _ = envs.step(actions)
-        over, steps = terminations[0] or truncations[0], steps + 1
+        done, steps = terminations[0] or truncations[0], steps + 1
         progress(f"checking: action {steps:,}", steps / envs.max_episode_steps)
     return worst, steps
 
 
 def main(args: Args) -> None:
-    """Write the file, check it, and say by how much it differs."""
-    check_argument(args.output.suffix == ".onnx", f"{args.output} is no name for it: give one ending in .onnx")
+    """Write the file, check it, and print the largest difference."""
     require_writable("output", args.output, args.overwrite, ".onnx")
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        exit_with_error(f"exporting needs {error.name}: pip install -r requirements-export.txt")
+    require_packages("exporting", "onnxruntime", "onnxscript", requirements="requirements-export.txt")
     torch.set_num_threads(1)
     policy, steps = load(args.checkpoint, args.script)
-    task = conditions(Conditions(), policy.args, args.checkpoint)
+    task = eval_task(EvalSettings(), policy.args, args.checkpoint)
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     metadata = {
         "run": str(args.checkpoint),

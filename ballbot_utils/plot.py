@@ -1,39 +1,42 @@
 """Learning curves of several runs and seeds: `python -m ballbot_utils.plot runs/a_seed1 runs/a_seed2 runs/b_seed1`.
 
-Runs that differ only in their seed are one group: a line is the median over its seeds at equal steps, the
-band around it their range (from 5 seeds on, their quartiles). Return and length, by steps and by the minutes
-that the median seed took to them, go to a PNG and an SVG. Reads TensorBoard logs, those of runs still being
-written too.
+Runs that differ only in their seed are one group: a line is the median over its seeds at equal steps, with a band for
+their range (from 5 seeds on, their quartiles). A PNG and an SVG show return and length, against steps and against the
+minutes of the median seed. Reads evaluations from metrics.jsonl, where a run has it, and the rest from TensorBoard's
+events. It also reads runs that are still being trained. It shows what was logged: where training episodes are shorter
+than those of evaluations, their returns are smaller.
 """
 
-import ast
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ballbot_utils.common import require_writable, run_program, write
+from ballbot_utils.common import require_packages, require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
-from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
+from ballbot_utils.flags import format_flags
+from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EVENT_FILES = "events.out.tfevents.*"
-# One row of panels each: what it shows, training means, deterministic evaluations, target.
+# One row of panels each: title, tags of the training means and of the deterministic evaluations, target
 ROWS = (
     ("episode return", "charts/episodic_return_mean100", "eval/episodic_return", TARGET_RETURN),
     ("episode length (steps)", "charts/episodic_length_mean100", "eval/episodic_length", TARGET_LENGTH),
 )
 TAGS = tuple(tag for row in ROWS for tag in row[1:3])
 IGNORED = ("run_name", "seed", "resume", "config", "preset", "num_processes", "num_threads", "capture_video", "track",
-           "wandb_project_name", "wandb_entity")  # within a group  # fmt: skip
+           "wandb_project_name", "wandb_entity", "script", "script_sha256")  # within a group  # fmt: skip
+EVAL_STEPS = 4000  # length of an evaluation's episodes, steps
 QUARTILES_FROM = 5  # seeds
 MAX_FLAGS = 4  # in a legend entry
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito's, without yellow
@@ -46,107 +49,83 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs, runs/<name>"""
     output: Path = Path("learning_curves.png")
-    """file to write; the SVG and the PNG lie next to each other"""
+    """file to write; the SVG and the PNG have the same name"""
     overwrite: bool = False
     """replace outputs that exist"""
     labels: tuple[str, ...] = ()
     """names of the groups in the legend, in the order of their first runs; default: the flags that differ"""
     lqr: float | None = None
-    """return that a classic controller reaches, by python -m ballbot_utils.lqr: a line to compare with"""
+    """return of the LQR baseline, python -m ballbot_utils.lqr: a line to compare with"""
 
 
-def check(args: Args) -> tuple[Path, Path]:
-    """Exit with one line on what cannot be, before any work starts. Returns the two files to write."""
-    check_argument(args.runs, "no runs given: give folders of runs, runs/<name>")
-    seen = set()
-    for run in args.runs:
-        check_argument(run.exists(), f"{run} does not exist: give folders of runs, runs/<name>")
-        check_argument(run.is_dir(), f"{run} is not a folder: give folders of runs, runs/<name>")
-        check_argument(
-            any(run.glob(EVENT_FILES)), f"{run} has no TensorBoard log, no {EVENT_FILES}: give folders of runs"
-        )
-        check_argument(run.resolve() not in seen, f"{run} is given twice")
-        seen.add(run.resolve())
-    check_argument(
-        args.output.suffix in (".png", ".svg"), f"--output is {args.output}: give a name ending in .png or .svg"
-    )
-    files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
-    for file in files:
-        require_writable("--output", file, args.overwrite, ".png", ".svg")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        exit_with_error("plotting needs matplotlib: pip install -r requirements-dev.txt")
-    return files
+def check_runs(runs: Sequence[Path]) -> None:
+    """Exit with one line on the first of `runs` that is not the folder of a run."""
+    check_argument(runs, "no runs given: give folders of runs, runs/<name>")
+    for run in runs:
+        problem = "is not a folder" if run.exists() else "does not exist"
+        check_argument(run.is_dir(), f"{run} {problem}: give folders of runs, runs/<name>")
+        check_argument(any(run.glob(EVENT_FILES)), f"{run} has no TensorBoard log, no {EVENT_FILES}")
+    check_argument(len({run.resolve() for run in runs}) == len(runs), "a run is given twice")
 
 
-def times(hyperparameters: dict[str, str]) -> float:
-    """By how much a run's training episodes (--max-episode-steps) are shorter than the task's, of 4000 steps."""
-    return max(1, 4000 / int(hyperparameters.get("max_episode_steps", 4000)))
+def read_run(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, Any], dict[str, Curve]]:
+    """The flags of a run, {name: value}, and its curves, {tag: (steps, minutes, values)}, arrays.
 
-
-def read(run: Path, tags: Sequence[str] = TAGS) -> tuple[dict[str, str], dict[str, Curve]]:
-    """Hyperparameters of a run, {name: text}, and its curves, {tag: (steps, minutes, values)}, arrays.
-
-    There is one event file for each time that the run was started or resumed. Minutes count from the first
-    start, evaluations included, pauses between the files not. Steps logged again after a resume replace the
-    ones before; of several values at one step (the last evaluation) the latest counts. Returns and lengths of training
-    episodes are multiplied by `times`.
+    Flags come from config.json; the dict is empty if this is missing or damaged. Minutes count from the first start,
+    with evaluations and without pauses. Each start or resume of a run has its own event file. After a resume, repeated
+    steps replace the earlier ones; if a step has several values (the last evaluation), the latest counts.
     """
-    hyperparameters, points, paused_at = {}, {tag: {} for tag in tags}, 0.0
+    try:
+        flags = {"run_name": run.name, **json.loads((run / "config.json").read_bytes())}
+    except (OSError, ValueError, TypeError):
+        flags = {}
+    points, paused_at = {tag: {} for tag in tags}, 0.0
     for file in sorted(run.glob(EVENT_FILES)):
         log = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        logged = log.Tags()
-        if "hyperparameters/text_summary" in logged["tensors"]:
-            table = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-            rows = (line.strip("|").partition("|") for line in table.splitlines()[2:])
-            hyperparameters = {key: value for key, _, value in rows}
-        for tag in points.keys() & logged["scalars"]:
+        for tag in points.keys() & log.Tags()["scalars"]:
             start = log.FirstEventTimestamp()
             new = {e.step: (paused_at + (e.wall_time - start) / 60, e.value) for e in log.Scalars(tag)}
             points[tag] = {step: point for step, point in points[tag].items() if step < min(new)} | new
         paused_at = max((minutes for curve in points.values() for minutes, _ in curve.values()), default=0.0)
+    if evaluations := [entry for entry in read_metrics(run) if entry["kind"] != "best"]:
+        for tag in (tag for tag in tags if tag.startswith("eval/")):
+            name = tag.removeprefix("eval/")
+            points[tag] = {entry["global_step"]: (entry["seconds"] / 60, entry[name]) for entry in evaluations}
     curves = {}
     for tag, curve in points.items():
         steps, minutes, values = np.array([(s, *curve[s]) for s in sorted(curve)]).reshape(-1, 3).T
-        minutes = np.maximum.accumulate(minutes)  # a clock may be set back
-        if tag.startswith("charts/episodic"):
-            values *= times(hyperparameters)
-        good = np.isfinite(values)
-        curves[tag] = steps[good], minutes[good], values[good]
-    return hyperparameters, curves
+        finite = np.isfinite(values)
+        minutes = np.maximum.accumulate(minutes)  # the machine's clock may be set back
+        curves[tag] = steps[finite], minutes[finite], values[finite]
+    return flags, curves
 
 
-def group_runs(hyperparameters: list[dict[str, str]]) -> list[list[int]]:
-    """Lists of indices of the runs that differ only in what is IGNORED, in the order of their first runs."""
+def group_runs(flags: list[dict[str, Any]]) -> list[list[int]]:
+    """Lists of indices of the runs that differ only in IGNORED flags, in the order of their first runs."""
     groups = {}
-    for i, params in enumerate(hyperparameters):
-        key = tuple(sorted((name, value) for name, value in params.items() if name not in IGNORED))
+    for i, params in enumerate(flags):
+        key = json.dumps({name: value for name, value in params.items() if name not in IGNORED}, sort_keys=True)
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
-def as_flag(name: str, value: str) -> str:
-    """A setting as a command line has it."""
-    name = name.replace("_", "-")
-    if value.startswith("{"):  # a dict, as --randomization's
-        value = " ".join(f"{key} {number}" for key, number in ast.literal_eval(value).items())
-    return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}".strip())
+def differing_flags(flags: list[dict[str, Any]]) -> list[list[str]]:
+    """For each group, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
+    names = [name for name in dict.fromkeys(name for params in flags for name in params)
+             if name not in IGNORED and any(params.get(name) != flags[0].get(name) for params in flags)]  # fmt: skip
+    return [[format_flags({name: params[name]}) for name in names if name in params] for params in flags]
 
 
-def differing_flags(hyperparameters: list[dict[str, str]]) -> list[list[str]]:
-    """For each group's hyperparameters, the flags that not all groups share: `["--clip-coef 0.2", "--no-norm-adv"]`."""
-    names = [name for name in dict.fromkeys(name for params in hyperparameters for name in params)
-             if name not in IGNORED and len({params.get(name) for params in hyperparameters}) > 1]  # fmt: skip
-
-    return [[as_flag(name, params[name]) for name in names if name in params] for params in hyperparameters]
+def has_short_episodes(flags: dict[str, Any]) -> bool:
+    """Whether a run's training episodes are shorter than those of evaluations."""
+    return flags.get("max_episode_steps", EVAL_STEPS) < EVAL_STEPS
 
 
 def common_grid(curves: list[Curve], num: int = 500) -> Curve:
-    """Curves of a group's runs, a list of (steps, minutes, values), on even steps where all of them have values.
+    """The runs of a group, a list of (steps, minutes, values), interpolated at even steps that all of them have.
 
-    Returns steps (num,), the median minutes at which runs got there (num,), and values (runs, num), interpolated;
-    one point where the curves share one step, none where they share none.
+    Returns steps (num,), the median minutes at which runs got there (num,), and values (runs, num). There is one point
+    if the curves share one step, and none if they share no step.
     """
     first, last = max(steps[0] for steps, _, _ in curves), min(steps[-1] for steps, _, _ in curves)
     grid = np.unique(np.linspace(first, last, num)) if first <= last else np.empty(0)
@@ -160,17 +139,16 @@ def median_and_band(values: np.ndarray) -> np.ndarray:
     return np.percentile(values, (50, *band), axis=0)
 
 
-def evaluations(curves: list[Curve]) -> Curve:
-    """Evaluations at the steps that all runs have, as `common_grid`: steps (n,), minutes (n,), values (runs, n)."""
+def common_evaluations(curves: list[Curve]) -> Curve:
+    """Evaluations at the steps that all runs share, as `common_grid`: steps (n,), minutes (n,), values (runs, n)."""
     steps = sorted(set.intersection(*(set(steps) for steps, _, _ in curves)))
     columns = [np.searchsorted(curve[0], steps) for curve in curves]
-    minutes = np.array([curve[1][i] for curve, i in zip(curves, columns)])
-    values = np.array([curve[2][i] for curve, i in zip(curves, columns)])
+    minutes, values = (np.array([curve[k][i] for curve, i in zip(curves, columns)]) for k in (1, 2))
     return np.array(steps), np.median(minutes, 0), values
 
 
-def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float | None = None) -> "Figure":
-    """The figure. `groups`: for each a list of its runs' curves, as `read` returns them; `lqr`: a return to mark."""
+def draw_figure(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float | None = None) -> "Figure":
+    """The figure of `groups`, a list of its runs' curves (of `read_run`) each; `lqr` is a return to mark."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -186,7 +164,7 @@ def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float
         entries.append(Line2D([], [], color=color, ls=dashes, marker=marker, label=textwrap.fill(label, 130)))
         for row, (_, training, evaluation, _) in enumerate(ROWS):
             curve = common_grid([run[training] for run in runs])
-            points = evaluations([run[evaluation] for run in runs])
+            points = common_evaluations([run[evaluation] for run in runs])
             evaluated |= len(points[0]) > 0
             line, lower, upper = median_and_band(curve[2])
             median, low, high = median_and_band(points[2])
@@ -206,7 +184,7 @@ def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
         bottom, top = left.get_ylim()  # of both
-        near = top > target / 3  # from further off the target would squash the curves: it is named at the top instead
+        near = top > target / 3  # otherwise it would squash the curves, and is named at the top
         marked = lqr if name == ROWS[0][0] else None
         top = max(top, 1.05 * target, marked or 0) if near else top
         left.set_ylim(min(bottom, 0) if min(left.dataLim.ymin, right.dataLim.ymin) < 0 else 0, top)
@@ -226,7 +204,7 @@ def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float
         ax.set_xlim(left=0)
     axes[1, 0].xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
 
-    signs = [Line2D([], [], color="0.35", label="training: mean of the last 100 episodes, as if of 4000 steps")]
+    signs = [Line2D([], [], color="0.35", label="training: mean of the last 100 episodes")]
     if evaluated:
         signs.append(Line2D([], [], color="0.35", ls="", marker="o", label="evaluation: deterministic"))
     if any(len(runs) > 1 for runs in groups):
@@ -240,54 +218,56 @@ def draw(groups: list[list[dict[str, Curve]]], labels: Sequence[str], lqr: float
 
 
 def main(args: Args) -> None:
-    files = check(args)
-    runs, hyperparameters, curves = [], [], []
+    check_runs(args.runs)
+    files = args.output.with_suffix(".png"), args.output.with_suffix(".svg")
+    for file in (args.output, *files):
+        require_writable("--output", file, args.overwrite, ".png", ".svg")
+    require_packages("plotting", "matplotlib")
+    runs, flags, curves = [], [], []
     for run in args.runs:
-        params, curve = read(run)
+        params, curve = read_run(run)
         if not all(len(curve[training][0]) for _, training, _, _ in ROWS):
             print(f"note: {run} is left out: its log has no finished episodes yet, or is damaged")
-        elif not params:
-            exit_with_error(f"{run} has no hyperparameters in its log: was it written by ppo_ballbot.py?")
-        else:
-            runs.append(run)
-            hyperparameters.append(params)
-            curves.append(curve)
-    if not runs:
-        exit_with_error("nothing to plot: none of the runs has a finished episode in its log")
+            continue
+        check_argument(params, f"{run} has no valid config.json: was it written by ppo_ballbot.py?")
+        runs.append(run)
+        flags.append(params)
+        curves.append(curve)
+    check_argument(runs, "nothing to plot: none of the runs has a finished episode in its log")
 
-    groups = group_runs(hyperparameters)
-    flags = differing_flags([hyperparameters[group[0]] for group in groups])
+    groups = group_runs(flags)
+    differences = differing_flags([flags[group[0]] for group in groups])
     if args.labels and len(args.labels) != len(groups):
         first = ", ".join(runs[group[0]].name for group in groups)
         exit_with_error(f"{len(args.labels)} --labels for {len(groups)} groups, whose first runs are {first}")
     labels = args.labels
-    if not labels and 1 <= max(map(len, flags)) <= MAX_FLAGS:
-        labels = [" ".join(words) for words in flags]
-    elif not labels:  # a single group, or flags too many for a legend: they are printed
+    if not labels and 1 <= max(map(len, differences)) <= MAX_FLAGS:
+        labels = [" ".join(words) for words in differences]
+    elif not labels:  # a single group, or too many flags for a legend: they are printed
         names = [[runs[i].name for i in group] for group in groups]
         labels = [", ".join(few) if len(few) <= 3 else f"{few[0]} … {few[-1]}" for few in names]
 
-    for group, words, label in zip(groups, flags, labels):
+    for group, words, label in zip(groups, differences, labels):
+        params = flags[group[0]]
         print(label if label == " ".join(words) else f"{label} {' '.join(words)}".strip())
-        print("  " + ", ".join(f"{runs[i]} (seed {hyperparameters[i].get('seed')})" for i in group))
+        print("  " + ", ".join(f"{runs[i]} (seed {flags[i].get('seed')})" for i in group))
         for name, training, _, _ in ROWS:
             steps, minutes, values = common_grid([curves[i][training] for i in group])
             if len(steps):
                 median, low, high = median_and_band(values)[:, -1]
                 band = f" ({low:.1f} to {high:.1f})" if len(group) > 1 else ""
                 print(f"  {name} at {steps[-1]:,.0f} steps, {minutes[-1]:.1f} minutes: {median:.1f}{band}")
-        factor = times(hyperparameters[group[0]])
-        if factor > 1:
-            print(f"  note: training episodes are of {4000 / factor:.0f} steps; their returns and lengths are shown "
-                  f"{factor:.3g} times as large")  # fmt: skip
+        if has_short_episodes(params):
+            print(f"  note: training episodes last {params['max_episode_steps']} steps, evaluations {EVAL_STEPS}: "
+                  "their returns and lengths cannot be compared")  # fmt: skip
         ends = [curves[i][ROWS[0][1]][0][-1] for i in group]
         if min(ends) < 0.95 * max(ends):
-            print(f"  note: drawn to where its shortest run ends, {runs[group[int(np.argmin(ends))]]}: "
+            print(f"  note: the line ends with the shortest run, {runs[group[int(np.argmin(ends))]]}: "
                   f"{min(ends):,.0f} steps, the longest has {max(ends):,.0f}")  # fmt: skip
 
     import matplotlib
 
-    fig = draw([[curves[i] for i in group] for group in groups], labels, args.lqr)
+    fig = draw_figure([[curves[i] for i in group] for group in groups], labels, args.lqr)
     with matplotlib.rc_context({"svg.hashsalt": "ballbot"}):  # the same curves make the same file
         for file in files:
             metadata = {"Date": None} if file.suffix == ".svg" else None

@@ -1,32 +1,33 @@
 """Pretrain the depth encoder as half of an autoencoder: `python -m ballbot_utils.pretrain_encoder --overwrite`.
 
-Frames are rendered at random poses on Perlin terrains that neither training nor evaluation uses by
-default. The encoder of ppo_ballbot.py learns features from which a decoder, thrown away afterwards,
-rebuilds the frame. Held-out terrains then tell what the features are worth. Needs no display and no GPU.
+Frames are rendered at random poses on Perlin terrains that neither training nor evaluation uses by default. The encoder
+of ppo_ballbot.py learns features from which a decoder reconstructs the frame; the decoder is not saved. Linear probes
+on held-out terrains measure the quality of the features. Needs no display and no GPU.
 """
 
 import contextlib
-import importlib.util
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn as nn
+from pydantic import Field
 
 from ballbot_utils.checkpoints import read_checkpoint
-from ballbot_utils.common import progress, require_min, require_writable, run_program, write
+from ballbot_utils.common import check_flags, progress, require_packages, require_writable, run_program, write
 from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.depth import DepthRenderer
+from ballbot_utils.flags import Count, NonNegative, Positive, Seed
 from ballbot_utils.model import ASSETS, BALL_RADIUS, BASE_OVER_BALL, make_model
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
 from ppo_ballbot import DepthEncoder
 
-SIZE = 64  # pixels a side: the encoder's last layer fits no other
+SIZE = 64  # pixels a side, fixed by the encoder's last layer
 TERRAIN_AMPLITUDE = 0.1  # m, the environment's default
 TRAIN_TERRAIN_SEED, VAL_TERRAIN_SEED = 2_000_000, 3_000_000  # the first of each; 0 and 1,000,000 are ppo_ballbot's
 MAX_TILT = np.radians(20.0)  # beyond it an episode ends
@@ -39,27 +40,27 @@ class Args:
     output: Path = ASSETS / "depth_encoder.pt"
     """file to write"""
     picture: Path | None = None
-    """PNG of held-out frames beside their reconstructions, if given (needs matplotlib)"""
+    """PNG of held-out frames and their reconstructions (needs matplotlib)"""
     overwrite: bool = False
     """replace an output that exists"""
-    seed: int = 1
+    seed: Seed = 1
     """seed of poses, networks and minibatches"""
-    num_threads: int = 0
+    num_threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads, 0: one per core"""
-    num_frames: int = 65_536
+    num_frames: Annotated[int, Field(ge=256)] = 65_536
     """training frames, half from each camera; 16 KB of memory each"""
-    num_val_frames: int = 8_192
-    """held-out frames, from terrains of their own"""
-    num_terrains: int = 8
-    """training terrains, of seeds 2,000,000 on; held-out frames come from 2 terrains, of seeds 3,000,000 on"""
-    epochs: int = 8
+    num_val_frames: Annotated[int, Field(ge=256)] = 8_192
+    """held-out frames, from other terrains"""
+    num_terrains: Count = 8
+    """training terrains, with seeds from 2,000,000; held-out frames come from 2 terrains, with seeds from 3,000,000"""
+    epochs: Count = 8
     """passes over the training frames"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """frames per gradient step"""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Adam's step size at the start; it falls to 0 along a cosine"""
-    feature_coef: float = 0.1
-    """weight of the loss that keeps features centred and within the range of tanh"""
+    feature_coef: NonNegative = 0.1
+    """weight of the loss that keeps features centered and within the range of tanh"""
 
 
 def height_at(heights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -74,18 +75,18 @@ def height_at(heights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and what probes look for.
+    """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and the probes' targets (n, 4).
 
-    Tilts are up to 20° in any direction, small ones more often (half are below 5°); yaw is near 0, as the robot
-    starts there. One in twenty hovers up to 3 cm higher, as at the start of an episode. `targets` (n, 4) are the
-    tilts about the robot's x and y axes, rad, and the terrain's slopes along them, yaw alone being turned.
+    Tilts are up to 20° in any direction, and half of them below 5°. Yaw is near 0, as at the start of an episode. One
+    robot in twenty is up to 3 cm higher, as at the start. Targets are the tilts about the robot's x and y axes, rad,
+    and the terrain's slopes along these axes, in the frame rotated by the yaw only.
     """
     x, y = rng.uniform(TERRAIN_MARGIN - TERRAIN_EXTENT, TERRAIN_EXTENT - TERRAIN_MARGIN, (2, n))
     yaw = rng.normal(0, 0.5, n)
     tilt, direction = MAX_TILT * rng.uniform(0, 1, n) ** 2, rng.uniform(0, 2 * np.pi, n)
     tilt_x, tilt_y = tilt * np.cos(direction), tilt * np.sin(direction)
 
-    # The ball rests where it first touches: its centre is the highest that a point of its footprint asks for.
+    # The ball rests where it first touches the ground: the highest center that any point below it requires
     grid = np.linspace(-1, 1, 13)
     dx, dy = (g.ravel() for g in np.meshgrid(grid, grid))
     dx, dy = (BALL_RADIUS * g[dx**2 + dy**2 < 1] for g in (dx, dy))
@@ -95,7 +96,7 @@ def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple
 
     half_yaw, half_tilt = yaw / 2, tilt / 2
     sine = np.sin(half_tilt)
-    axis = direction + yaw / 2  # yaw after tilt turns the quaternion's horizontal part by half of it
+    axis = direction + yaw / 2  # yaw after tilt rotates the quaternion's horizontal part by half the yaw
     quaternion = np.stack(
         [np.cos(half_yaw) * np.cos(half_tilt), sine * np.cos(axis), sine * np.sin(axis),
          np.sin(half_yaw) * np.cos(half_tilt)], 1)  # fmt: skip
@@ -126,7 +127,7 @@ def make_frames(rng: np.random.Generator, terrain_seeds: Sequence[int], n: int) 
 
 
 class Decoder(nn.Module):
-    """Features (n, 20) and the camera's index (n,) to standardised frames (n, 64, 64)."""
+    """Features (n, 20) and the camera's index (n,) to standardized frames (n, 64, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,10 +147,10 @@ class Decoder(nn.Module):
 def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> tuple[DepthEncoder, Decoder]:
     """Train encoder and decoder on frames (n, 2, 64, 64). Returns both.
 
-    Most of a frame is the same in all: what matters for control moves it by millimetres. So the loss compares
-    deviations from each camera's mean frame, in units of each pixel's standard deviation. A second
-    term asks that, for each camera, every feature before tanh has mean 0 and standard deviation FEATURE_STD:
-    else the two cameras' mirrored views would use up the range of tanh, and features could be of any size.
+    Frames are nearly the same: the information for control is in millimeters. So the loss compares deviations from
+    each camera's mean frame, in units of each pixel's standard deviation. A second term gives, for each camera, every
+    feature before tanh mean 0 and standard deviation FEATURE_STD. Without it the two cameras' mirrored views would use
+    up the range of tanh, and features could have any size.
     """
     encoder, decoder = DepthEncoder(), Decoder()
     encoder.to(memory_format=torch.channels_last)  # convolutions are twice as fast on CPUs
@@ -186,7 +187,7 @@ def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor)
 
 @torch.no_grad()
 def encode(encoder: DepthEncoder, frames: torch.Tensor) -> torch.Tensor:
-    """Features (n, 40) of frames (n, 2, 64, 64), as ppo_ballbot.py lays them out."""
+    """Features (n, 40) of frames (n, 2, 64, 64), in the order of ppo_ballbot.py."""
     return torch.cat([encoder(part.flatten(0, 1)[:, None]).view(len(part), -1) for part in frames.split(64)])
 
 
@@ -194,7 +195,7 @@ def encode(encoder: DepthEncoder, frames: torch.Tensor) -> torch.Tensor:
 def reconstruct(
     encoder: DepthEncoder, decoder: Decoder, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
 ) -> torch.Tensor:
-    """Frames (n, 2, 64, 64) rebuilt from their features."""
+    """Frames (n, 2, 64, 64) reconstructed from their features."""
     features = encode(encoder, frames).view(-1, DepthEncoder.num_features)
     camera = torch.arange(2).repeat(len(frames))
     parts = [decoder(*part) for part in zip(features.split(64), camera.split(64))]
@@ -220,27 +221,25 @@ def probe_all(
 ) -> list[float]:
     """R² of tilt x, y; slope x, y; tilt to the ground x, y; and slope x, y when the tilt is given as well."""
 
-    def with_relative(y):  # a slope along y is a turn about x, one along x a turn about -y
+    def with_relative(y):  # a slope along y is a tilt about x, a slope along x one about -y
         return torch.cat([y, y[:, 0:1] - y[:, 3:4], y[:, 1:2] + y[:, 2:3]], 1)
 
     alone = probe(train_x, with_relative(train_y), val_x, with_relative(val_y), noise)
-    # The tilt is given scaled up, so that the noise added to it does not count.
+    # The tilt is scaled up, so that the added noise is negligible
     train_x, val_x = (torch.cat([x, 1e3 * y[:, :2]], 1) for x, y in ((train_x, train_y), (val_x, val_y)))
     return torch.cat([alone, probe(train_x, train_y[:, 2:], val_x, val_y[:, 2:], noise)]).tolist()
 
 
-def save_picture(path: Path, frames: torch.Tensor, rebuilt: torch.Tensor, mean: torch.Tensor) -> None:
-    """PNG: held-out frames, rebuilt ones, both as deviations from the mean frame, and their difference."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def save_picture(path: Path, frames: torch.Tensor, reconstruction: torch.Tensor, mean: torch.Tensor) -> None:
+    """PNG: held-out frames, reconstructions, both as deviations from the mean frame, and their difference."""
+    from matplotlib.figure import Figure
 
     columns = [(i, c) for i in range(4) for c in (0, 1)]
-    figure, axes = plt.subplots(5, len(columns), figsize=(13, 8.6), layout="constrained")
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
+    axes = figure.subplots(5, len(columns))
     titles = ("frame", "reconstruction", "frame\nminus mean", "reconstruction\nminus mean", "difference")
     for col, (i, c) in enumerate(columns):
-        x, y = frames[i, c], rebuilt[i, c]
+        x, y = frames[i, c], reconstruction[i, c]
         axes[0, col].set_title(f"pose {i + 1}, camera {c}", fontsize=9)
         for row, image in enumerate((x, y, x - mean[c], y - mean[c], y - x)):
             limits = dict(vmin=0, vmax=0.6, cmap="viridis") if row < 2 else dict(vmin=-50, vmax=50, cmap="RdBu_r")
@@ -252,34 +251,27 @@ def save_picture(path: Path, frames: torch.Tensor, rebuilt: torch.Tensor, mean: 
                 last = 2 if row == 0 else 5
                 figure.colorbar(shown, ax=axes[row:last], label="depth, m" if row == 0 else "mm", shrink=0.8)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
-def check(args: Args) -> None:
-    """Exit with one line on the first flag that cannot be, before any work starts."""
-    require_min(args, 1, "num_terrains", "epochs", "batch_size")
-    require_min(args, 0, "seed", "num_threads", "feature_coef")
-    check_argument(0 < args.learning_rate < np.inf, f"--learning-rate is {args.learning_rate}: give a positive number")
-    smallest = max(2 * args.num_terrains, args.batch_size, 256)
+def check_args(args: Args) -> None:
+    """Exit with one line on the first invalid flag, before any work starts."""
+    check_flags(args)
+    smallest = max(2 * args.num_terrains, args.batch_size)
     check_argument(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
-         f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
-    check_argument(args.num_val_frames >= 256, f"--num-val-frames is {args.num_val_frames}: give 256 or more")
+                   f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
     require_writable("--output", args.output, args.overwrite, ".pt")
-    if args.output.exists():  # which --overwrite lets it replace, if it is an encoder or nothing that can be read
+    if args.output.exists():  # --overwrite replaces an encoder, or an unreadable file
         with contextlib.suppress(ValueError):
-            check_argument(
-                "encoder" in read_checkpoint(args.output),
-                f"--output is {args.output}, which is no encoder: give another name",
-            )
+            is_encoder = "encoder" in read_checkpoint(args.output)
+            check_argument(is_encoder, f"--output is {args.output}, which is no encoder: give another name")
     if args.picture is not None:
         require_writable("--picture", args.picture, args.overwrite, ".png")
-    check_argument(args.picture is None or importlib.util.find_spec("matplotlib"),
-         "--picture needs matplotlib: pip install matplotlib, or leave the flag out")  # fmt: skip
+        require_packages("--picture", "matplotlib")
 
 
 def pretrain(args: Args) -> dict[str, Any]:
-    """Make, measure and save an encoder by `args`. Returns what was saved."""
-    check(args)
+    """Train, measure and save an encoder. Returns the content of the file."""
+    check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())
     start = time.perf_counter()
@@ -290,14 +282,14 @@ def pretrain(args: Args) -> dict[str, Any]:
     val_frames, val_targets = make_frames(rng, val_seeds, args.num_val_frames // 2)
     mean = frames.mean(0)
     std = frames.std(0) + NOISE_FLOOR
-    untrained = DepthEncoder()
+    initial = DepthEncoder()
     encoder, decoder = fit(args, frames, mean, std)
     seconds = time.perf_counter() - start
 
     sample = torch.randperm(len(frames))[: len(val_frames)]  # as many training frames
     frames, targets = frames[sample], targets[sample]
-    rebuilt = reconstruct(encoder, decoder, val_frames, mean, std)
-    error, baseline = rebuilt - val_frames, val_frames - mean
+    reconstruction = reconstruct(encoder, decoder, val_frames, mean, std)
+    error, baseline = reconstruction - val_frames, val_frames - mean
     features = encode(encoder, val_frames)
     result = {
         "train_mse": (reconstruct(encoder, decoder, frames, mean, std) - frames).square().mean().item(),
@@ -324,13 +316,13 @@ def pretrain(args: Args) -> dict[str, Any]:
     names = ("tilt x", "tilt y", "slope x", "slope y", "tilt to ground x", "tilt to ground y",
              "slope x, tilt given", "slope y, tilt given")  # fmt: skip
     train_x, val_x = encode(encoder, frames), features
-    untrained_x = encode(untrained, frames), encode(untrained, val_frames)
+    initial_x = encode(initial, frames), encode(initial, val_frames)
     rows = {
         "mean depth of each frame": (frames.mean((2, 3)), val_frames.mean((2, 3)), 0.0),
-        "untrained, 40 features": (*untrained_x, 0.0),
+        "random weights, 40 features": (*initial_x, 0.0),
         "camera 0, 20 features": (train_x[:, :20], val_x[:, :20], 0.0),
         "both, 40 features": (train_x, val_x, 0.0),
-        "untrained, 40 features, noise": (*untrained_x, 0.05),
+        "random weights, 40, noise": (*initial_x, 0.05),
         "camera 0, 20 features, noise": (train_x[:, :20], val_x[:, :20], 0.05),
         "both, 40 features, noise": (train_x, val_x, 0.05),
     }
@@ -343,9 +335,9 @@ def pretrain(args: Args) -> dict[str, Any]:
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
     content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
     write(args.output, lambda part: torch.save(content, part))
-    print(f"{args.output}: made in {seconds:.0f} s")
+    print(f"{args.output}: trained in {seconds:.0f} s")
     if args.picture is not None:
-        write(args.picture, lambda part: save_picture(part, val_frames, rebuilt, mean))
+        write(args.picture, lambda part: save_picture(part, val_frames, reconstruction, mean))
     return content
 
 

@@ -1,7 +1,7 @@
-"""Which strategy finds what, how fast: `python -m benchmark.strategies grid random tpe --output strategies.png`.
+"""Compare search strategies: `python -m benchmark.strategies grid random tpe --output strategies.png`.
 
-For each name draws the best return so far, by trials, of the studies runs/NAME-* as thin lines, their median as a
-thick one. Prints what each study found, and how often a trial failed.
+For each name, plots the best return so far against the number of trials: a thin line for each of the studies
+runs/NAME-*, and a thick one for their median. Prints each study's result and its number of failed trials.
 """
 
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ import tyro
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from ballbot_utils import plot, tune
+from ballbot_utils import plot
 from ballbot_utils.common import run_program, write
 from ballbot_utils.console import check_argument
+from ballbot_utils.tune.study import finished, valid_trials
 
 
 @dataclass
 class Args:
     names: tyro.conf.Positional[tuple[str, ...]]
-    """what the studies' names begin with, one for each strategy"""
+    """prefixes of the studies' names, one for each strategy"""
     output: Path = Path("strategies.png")
     """file to write"""
 
 
 def main(args: Args) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    check_argument(args.names, "no names given: give what the studies' names begin with")
+    check_argument(args.names, "no names given: give prefixes of studies' names")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, color in zip(args.names, plot.COLORS):
-        logs = sorted(Path("runs").glob(f"{name}-*/study.log"))
-        check_argument(logs, f"runs/{name}-* holds no study: run them first")
+        paths = sorted(Path("runs").glob(f"{name}-*/study.db"))
+        check_argument(paths, f"runs/{name}-* holds no study: run them first")
         best = []
-        for log in logs:
-            backend = optuna.storages.journal.JournalFileBackend(str(log))
-            study = optuna.load_study(study_name=log.parent.name, storage=optuna.storages.JournalStorage(backend))
-            ended = tune.finished(tune.counted(study))
+        for path in paths:
+            study = optuna.load_study(study_name=path.parent.name, storage=f"sqlite:///{path}")
+            ended = finished(valid_trials(study))
             values = [trial.value if trial.state == TrialState.COMPLETE else -np.inf for trial in ended]
             best.append(np.maximum.accumulate(values))
             failed = sum(trial.state == TrialState.FAIL for trial in ended)

@@ -1,9 +1,9 @@
-"""How well do observations tell the ground's slope? `python -m benchmark.what_cameras_show runs/NAME/last.pt`.
+"""How well do observations predict the ground's slope? `python -m benchmark.what_cameras_show runs/NAME/last.pt`.
 
-Drives by the policy, which must see cameras, over two unseen terrains with hills of the given height, and fits the
-slope along the goal and across it, under the ball, 0.3 m and 0.6 m on, by ridge regression on the first terrain:
-from proprioception, with the encoder's depth features, and with the frames themselves in 8 x 8 blocks. Prints the
-share of the slope's variance explained (R²) on the second.
+Runs a policy that was trained with cameras on two unseen terrains with hills of the given height. On the first terrain,
+ridge regression fits the slope along the goal and across it, under the ball and 0.3 m and 0.6 m ahead: from
+proprioception, with the encoder's depth features, and with the frames in 8 x 8 blocks. Prints the explained share of
+the slope's variance (R²) on the second terrain.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ class Args:
     """height of the hills, m"""
 
 
-def drive(policy, args: Args, terrain_seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Inputs (samples, width) of each kind, and slopes (samples, 6), from 64 robots for 1000 actions, each 20th."""
+def collect(policy, args: Args, terrain_seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Inputs (samples, width) of each kind, and slopes (samples, 6): every 20th of 1000 actions of 64 robots."""
     agent = policy.agent
     task = dict(terrain_seed=terrain_seed, terrain_amplitude=args.terrain_amplitude, max_episode_steps=4000)
     envs = ppo_ballbot.make_envs(replace(policy.args, randomization={}, **task), 64)
@@ -47,7 +47,9 @@ def drive(policy, args: Args, terrain_seed: int) -> tuple[list[np.ndarray], np.n
     return [proprio, np.hstack([proprio, depth]), np.hstack([proprio, blocks])], slopes
 
 
-def explained(inputs: np.ndarray, slopes: np.ndarray, new_inputs: np.ndarray, new_slopes: np.ndarray) -> np.ndarray:
+def explained_variance(
+    inputs: np.ndarray, slopes: np.ndarray, new_inputs: np.ndarray, new_slopes: np.ndarray
+) -> np.ndarray:
     """R² (6,) on new data of a ridge regression with squares of the inputs."""
     mean, std = inputs.mean(0), inputs.std(0) + 1e-6
     x, new = (np.clip((x - mean) / std, -5, 5) for x in (inputs, new_inputs))
@@ -58,11 +60,13 @@ def explained(inputs: np.ndarray, slopes: np.ndarray, new_inputs: np.ndarray, ne
 
 def main(args: Args) -> None:
     policy = ppo_ballbot.load_policy(args.checkpoint)
-    check_argument(policy.agent.encoder, f"{args.checkpoint} sees no cameras: give a policy trained with them")
-    (first, slopes), (second, new_slopes) = drive(policy, args, 3_000_000), drive(policy, args, 3_000_001)
-    print("R² of the slope along +x and +y:  under the ball   0.3 m on       0.6 m on")
+    check_argument(
+        policy.agent.encoder, f"{args.checkpoint} was trained without cameras: give a policy trained with them"
+    )
+    (first, slopes), (second, new_slopes) = collect(policy, args, 3_000_000), collect(policy, args, 3_000_001)
+    print("R² of the slope along +x and +y:  under the ball   0.3 m ahead    0.6 m ahead")
     for name, x, new in zip(("proprioception", "and depth features", "and frames, 8 x 8"), first, second):
-        r2 = explained(x, slopes, new, new_slopes)
+        r2 = explained_variance(x, slopes, new, new_slopes)
         print(f"{name:32}  " + "   ".join(f"{r2[k]:5.2f}, {r2[k + 1]:5.2f}" for k in (0, 2, 4)))
     print(f"standard deviation of the slope: {new_slopes.std():.3f}")
 

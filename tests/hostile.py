@@ -248,7 +248,7 @@ def programs(base):
         yield line[:90], partial(program, modules[name], *flags), "refused", prepare
 
 
-LINES = ("NEW >&-", "NEW > /dev/full", "NEW | head -1", "--help | head -1", "--help > /dev/full", "--help >&- 2>&-",
+LINES = ("NEW >&-", "NEW > /dev/full", "NEW | head -1", "--help | head -1", "--help > /dev/full",
          "NEW", "NEW <&- >&- 2>&-", "NEW --num-processes 2 | head -1", "NEW --num-processes 2", "--help")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The benchmark command: a small real run, its table from known figures, and what is said to bad input."""
+"""The benchmark program: a small real run, its tables from known numbers, and errors on invalid input."""
 
 import json
 import sys
@@ -17,11 +17,11 @@ def test_small_run(tmp_path, capsys):
     benchmark.main(args)
     said = capsys.readouterr().out
     content = json.loads((tmp_path / "speed.json").read_text())
-    assert [r["stage"] for r in content["records"]] == [*benchmark.STAGES, *benchmark.FLOOR]
+    assert [r["stage"] for r in content["records"]] == [*benchmark.STAGES, *benchmark.REQUIRED]
     speeds = {r["stage"]: r["steps_per_second"] for r in content["records"]}
-    # Each stage contains the one before, and all of training each part that it cannot do without.
+    # Each stage contains the previous one, and training contains all required operations
     assert 0 < speeds["training"] < speeds["rollout"] < speeds["env"] < speeds["physics"]
-    assert all(speeds["training"] < speeds[part] for part in benchmark.FLOOR)
+    assert all(speeds["training"] < speeds[part] for part in benchmark.REQUIRED)
     assert all(100 < r["memory"] < 4000 for r in content["records"])
     assert (tmp_path / "speed.md").read_text() in said
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
@@ -35,29 +35,29 @@ def test_stable_baselines3_learns_the_same_task():
     assert list(result) == ["SB3 DummyVecEnv"] and result["SB3 DummyVecEnv"] > 0 and memory > 100
 
 
-def test_iterations_are_of_the_asked_size_in_whole_minibatches():
-    assert benchmark.iteration(10, 20_480) == (1024, 256)
-    assert benchmark.iteration(1, 20_480) == (10_240, 256)
-    assert benchmark.iteration(1024, 20_480) == (10, 256)
-    assert benchmark.iteration(3, 100) == (16, 48)
-    assert benchmark.iteration(64, 1) == (1, 64)
+def test_iteration_sizes():
+    assert benchmark.iteration_sizes(10, 20_480) == (1024, 256)
+    assert benchmark.iteration_sizes(1, 20_480) == (10_240, 256)
+    assert benchmark.iteration_sizes(1024, 20_480) == (10, 256)
+    assert benchmark.iteration_sizes(3, 100) == (16, 48)
+    assert benchmark.iteration_sizes(64, 1) == (1, 64)
 
 
-def test_processes_are_those_that_can_share_environments_and_minibatches():
-    assert benchmark.processes(10, 2, 20_480) == 2
-    assert benchmark.processes(1, 2, 20_480) == 1
-    assert benchmark.processes(4, 4, 8) == 4
-    assert benchmark.processes(6, 4, 20_480) == 1
+def test_number_of_processes():
+    assert benchmark.num_processes(10, 2, 20_480) == 2
+    assert benchmark.num_processes(1, 2, 20_480) == 1
+    assert benchmark.num_processes(4, 4, 8) == 4
+    assert benchmark.num_processes(6, 4, 20_480) == 1
 
 
 def record(stage, speed, num_envs=10, threads=2, round_=1):
     return dict(stage=stage, num_envs=num_envs, threads=threads, round=round_, steps_per_second=speed, memory=500.4)
 
 
-FLOOR_SPEEDS = (50_000, 100_000, 20_000, 50_000)
+REQUIRED_SPEEDS = (50_000, 100_000, 20_000, 50_000)
 
 
-def test_table_of_known_figures():
+def test_tables_of_known_numbers():
     args = replace(SMALL, num_envs=(10,), threads=(2,), repeats=3, sb3_envs=10)
     speeds = {"physics": 40_000, "training": 10_000, "training, no cameras": 15_000}
     records = [
@@ -66,11 +66,13 @@ def test_table_of_known_figures():
         for stage in benchmark.STAGES
     ]
     records += [
-        record(part, speed, threads=1, round_=i) for i in range(3) for part, speed in zip(benchmark.FLOOR, FLOOR_SPEEDS)
+        record(part, speed, threads=1, round_=i)
+        for i in range(3)
+        for part, speed in zip(benchmark.REQUIRED, REQUIRED_SPEEDS)
     ]
     records += [record("SB3 DummyVecEnv", 100, threads=1, round_=i) for i in range(3)]
     records += [record("SB3 SubprocVecEnv", 200 * factor, threads=1) for factor in (1, 1.1, 0.9)]
-    lines = benchmark.table(records, args).splitlines()
+    lines = benchmark.format_tables(records, args).splitlines()
     assert "| 10 | 2 | 40,000 (36,000 to 44,000) | 20,000 (18,000 to 22,000) |" in lines[4]
     assert lines[4].endswith("| 0.25 (0.25 to 0.25) | 500 |")
     assert "| SB3 DummyVecEnv | 10 | 100 (100 to 100) | 100.0 (90.0 to 110.0) | 500 |" in lines
@@ -85,8 +87,8 @@ def test_table_of_known_figures():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(num_envs=()), "--num-envs is ()"),
-        (dict(threads=(0,)), "--threads is (0,)"),
+        (dict(num_envs=()), "--num-envs is []"),
+        (dict(threads=(0,)), "--threads-0 is 0"),
         (dict(repeats=0), "--repeats is 0"),
         (dict(seconds=0), "--seconds is 0"),
         (dict(sb3_envs=-1), "--sb3-envs is -1"),

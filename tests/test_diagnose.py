@@ -1,22 +1,25 @@
-"""Diagnoses of short real runs made to fail in each way, of curves made by hand, and what is said to bad input."""
+"""Diagnoses of short real runs that fail in each way, of curves made by hand, and errors on invalid input."""
 
 import json
 import shlex
 import sys
+from dataclasses import asdict
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import tyro
-from ballbot_runs import as_config, begin, check, save
 from torch.utils.tensorboard import SummaryWriter
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
 from ballbot_utils import diagnose
+from ballbot_utils.checkpoints import save_checkpoint
+from ballbot_utils.flags import config_json, format_flags, validate_args
+from ballbot_utils.runs import prepare_run
 
-# Learns, as far as 8 iterations go; each run below breaks one thing.
+# It learns in its 8 iterations; each run below breaks one thing
 HEALTHY = dict(
     frame_skip=1, num_threads=1, cameras=False, terrain="flat", num_envs=32, num_steps=128, minibatch_size=1024,
     privileged_critic=False,
@@ -31,7 +34,7 @@ BROKEN = {
     "entropy growing": dict(init_log_std=0.0, ent_coef=1.0, learning_rate=3e-3),
     "KL too small": dict(learning_rate=1e-8),
     "overfitting": dict(terrain="perlin", total_timesteps=163_840, eval_interval=40_960, eval_episodes=8,
-                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, norm_value=True, vf_coef=1.0,
+                        learning_rate=5e-4, gamma=0.998, gae_lambda=0.99, vf_coef=1.0,
                         target_kl=0.02, ent_coef=0.0),
     "slow learning": dict(learning_rate=1e-5, total_timesteps=98_304),
     "not learning": dict(learning_rate=1e-8, total_timesteps=262_144, num_envs=128, update_epochs=1,
@@ -40,14 +43,14 @@ BROKEN = {
 
 
 def train_on_gentle_hills(args, num_envs, evaluation=False):
-    """Environments whose evaluation terrain is so much steeper that nothing learnt in training helps there."""
+    """Environments whose evaluation terrain is so steep that training does not help there."""
     terrain = dict(terrain_seed=int(evaluation), terrain_amplitude=2.0 if evaluation else 0.02)
     return gym.make_vec("Ballbot-v0", num_envs=num_envs, cameras=False, num_threads=1, **terrain)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the healthy run and the broken ones, made when first asked for: run(name) is its path."""
+    """A function from a name in BROKEN, or "healthy", to the run's folder; the first call trains it."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name):
@@ -65,7 +68,7 @@ def runs(tmp_path_factory):
 
 
 def names(run):
-    return [name for name, _, _ in diagnose.diagnose(*diagnose.read(run))]
+    return [name for name, _, _ in diagnose.diagnose(*diagnose.read_run(run))]
 
 
 @pytest.mark.slow
@@ -80,15 +83,15 @@ def test_healthy_run(runs, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_run(runs, name, capsys, monkeypatch):
-    if name == "slow learning":  # a twentieth of the steps that the rule looks at, to be quick
+    if name == "slow learning":  # a twentieth of the rule's steps, to save time
         monkeypatch.setattr(diagnose, "PACE_STEPS", diagnose.PACE_STEPS // 20)
         monkeypatch.setattr(diagnose, "SLOW_PACE", diagnose.SLOW_PACE / 20)
     run = runs(name)
-    findings = {found: (evidence, flags) for found, evidence, flags in diagnose.diagnose(*diagnose.read(run))}
+    findings = {found: (evidence, flags) for found, evidence, flags in diagnose.diagnose(*diagnose.read_run(run))}
     assert name in findings
     evidence, flags = findings[name]
     assert any(character.isdigit() for character in evidence) and flags
-    # What it says to paste is accepted as it is.
+    # The command to paste is accepted
     capsys.readouterr()
     diagnose.main(diagnose.Args((run,)))
     lines = capsys.readouterr().out.splitlines()
@@ -96,8 +99,8 @@ def test_broken_run(runs, name, capsys, monkeypatch):
     command = shlex.split(lines[after])
     assert command[:3] == ["python", "ppo_ballbot.py", "--config"] and command[3] == f"{run}/config.json"
     monkeypatch.setattr(sys, "argv", command[1:])
-    args = ppo.parse()
-    check(args, world_size=2)
+    args = ppo.parse_args()
+    validate_args(args, world_size=2)
     before = vars(ppo.Args(**HEALTHY | BROKEN[name]))
     changed = {key for key, value in vars(args).items() if key not in ("config", "run_name") and value != before[key]}
     assert changed and len(changed) <= len(flags.split())
@@ -115,19 +118,19 @@ def test_not_learning():
     # Iterations of 131,072 steps: the first is the start.
     assert diagnose.not_learning(*line(6.5, 6.9, start=131_072, num=20)).startswith("return 6.5 in the first 131,072")
     steps, values = line(6, 60)
-    values[200:] = 5  # it learned, and fell: unstable, but not this
+    values[200:] = 5  # it learned and then failed: unstable, but not this
     assert diagnose.not_learning(steps, values) is None
 
 
 def test_unstable():
     steps, values = line(6, 75)
-    assert diagnose.falling(steps, values) is None
+    assert diagnose.return_falling(steps, values) is None
     values[200:] = 45  # from 51
-    assert diagnose.falling(steps, values) is None
+    assert diagnose.return_falling(steps, values) is None
     values[200:] = 30
-    assert diagnose.falling(steps, values) == "return 50.9 at 1,996,656 steps, 30.0 at 3,000,000: 41 % down"
+    assert diagnose.return_falling(steps, values) == "return 50.9 at 1,996,656 steps, 30.0 at 3,000,000: 41 % down"
     values[250:] = 60  # a dip that is over
-    assert diagnose.falling(steps, values) is None
+    assert diagnose.return_falling(steps, values) is None
     assert diagnose.value_loss_rising(*line(1, 0.01)) is None
     assert "value loss" in diagnose.value_loss_rising(*line(0.01, 1))
     assert diagnose.value_loss_rising(*line(0.5, 10, end=12_000, num=3)) is None  # too early
@@ -136,7 +139,7 @@ def test_unstable():
 def test_slow():
     assert "+3.0 in 1,000,000 steps" in diagnose.slow(*line(6, 15))
     assert diagnose.slow(*line(6, 60)) is None
-    assert diagnose.slow(*line(85, 86)) is None  # balances
+    assert diagnose.slow(*line(85, 86)) is None  # it balances
     assert diagnose.slow(*line(6, 6, end=900_000)) is None  # too early
 
 
@@ -145,14 +148,14 @@ def test_overfitting():
     steps = np.array([1_000_000, 2_000_000, 3_000_000])  # training: 40, 60, 80
     evidence = diagnose.overfitting(*training, steps, np.array([41, 40, 50]))
     assert evidence.endswith(": 60.0 and 40.0 at 2,000,000 steps, 80.0 and 50.0 at 3,000,000 steps")
-    assert diagnose.overfitting(*training, steps, np.array([41, 60, 50])) is None  # once may be chance
+    assert diagnose.overfitting(*training, steps, np.array([41, 60, 50])) is None  # a single one may be chance
     assert diagnose.overfitting(*training, steps[:1], np.array([5])) is None
     assert diagnose.overfitting(*training, np.array([]), np.array([])) is None
 
 
 def test_entropy():
     assert "below 0.1 since 2," in diagnose.entropy_collapse(*line(0.6, 0.01), *line(300, 900))
-    assert diagnose.entropy_collapse(*line(0.6, 0.01), *line(300, 3900)) is None  # it balances: as it should be
+    assert diagnose.entropy_collapse(*line(0.6, 0.01), *line(300, 3900)) is None  # it balances: no problem
     assert diagnose.entropy_collapse(*line(0.6, 0.2), *line(300, 900)) is None
     assert "1.3 at 3,000,000" in diagnose.entropy_growing(*line(1, 1.3))
     assert diagnose.entropy_growing(*line(1, 0.6)) is None
@@ -183,27 +186,25 @@ def test_every_finding_takes_short_and_empty_curves():
 
 
 def test_remedies_of_the_guide():
-    """The steps that its troubleshooting section names, from the values that it names."""
-    text = {key: str(value) for key, value in vars(ppo.Args()).items()}
-    remedies = diagnose.remedies(text)
-    assert remedies["not learning"] == {"--learning-rate": "0.001", "--ent-coef": "0.01", "--clip-coef": "0.02"}
-    assert remedies["slow learning"] == {"--num-steps": "1024", "--update-epochs": "10", "--num-envs": "16"}
-    assert remedies["overfitting"] == {"--weight-decay": "0.05", "--ent-coef": "0.01", "--hidden-size": "64"}
-    remedies = diagnose.remedies(text | {"learning_rate": "0.001", "clip_coef": "0.02", "vf_coef": "1.0"})
-    assert remedies["unstable"] == {"--learning-rate": "0.0001", "--clip-coef": "0.015", "--vf-coef": "2"}
-    # Where a value is at the end of its range already, there is nothing to paste.
-    at_the_end = text | {"learning_rate": "0.001", "ent_coef": "0.01", "clip_coef": "0.3"}
-    assert diagnose.remedies(at_the_end)["not learning"] == {}
+    """The steps of its troubleshooting section, from its values."""
+    remedies = diagnose.remedies(ppo.Args())
+    assert remedies["not learning"] == {"learning_rate": 0.001, "ent_coef": 0.01, "clip_coef": 0.02}
+    assert remedies["slow learning"] == {"num_steps": 1024, "update_epochs": 10, "num_envs": 16}
+    assert remedies["overfitting"] == {"weight_decay": 0.05, "ent_coef": 0.01, "hidden_size": 64}
+    remedies = diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.02, vf_coef=1.0))
+    assert remedies["unstable"] == {"learning_rate": 0.0001, "clip_coef": 0.015, "vf_coef": 2.0}
+    # Values at the end of their range
+    assert diagnose.remedies(ppo.Args(learning_rate=0.001, ent_coef=0.01, clip_coef=0.3))["not learning"] == {}
 
 
 def configurations():
-    """Flags of both scripts, of which every remedy is tried."""
+    """Flags of both scripts, for which every remedy is tried."""
     small = "--no-cameras --hidden-size 64 --pi-layers 1 --vf-layers 1"
     odd = ("--num-envs 7 --num-steps 33 --minibatch-size 77 --total-timesteps 1200", "--num-envs 16 --num-processes 16",
            "--num-envs 30 --num-steps 100 --minibatch-size 1000 --num-processes 2", "--minibatch-size 1",
            "--num-envs 2 --num-steps 128 --update-epochs 1", "--vf-coef 0 --gamma 0",
            f"{small} --init-from policy.pt", f"{small} --init-from policy.pt --weight-decay 0 --max-episode-steps 500",
-           "--terrain flat --init-log-std -3 --log-std-lr-scale 0", "--max-episode-steps 500",
+           "--terrain flat --init-log-std -3", "--max-episode-steps 500",
            "--total-timesteps 20480 --update-epochs 20")  # fmt: skip
     for script in (ppo, schedules):
         yield from ((script, f"--preset {preset}".removesuffix("--preset ")) for preset in ppo.PRESETS)
@@ -220,24 +221,23 @@ def test_every_remedy_is_accepted_and_changes_something(script, flags, tmp_path,
 
     def parse(*words):
         monkeypatch.setattr(sys, "argv", ["ppo.py", *words])
-        return script.parse()
+        return script.parse_args()
 
     args = parse(*flags.split())
     if args.init_from:
-        policy = {"model": script.Agent(args).state_dict(), "args": vars(args) | {"init_from": ""}, "global_step": 1}
-        save(tmp_path / "policy.pt", policy)
-    (tmp_path / "config.json").write_text(as_config(vars(args)))
+        policy = {"model": script.Agent(args).state_dict(), "args": asdict(args) | {"init_from": ""}, "global_step": 1}
+        save_checkpoint(tmp_path / "policy.pt", policy)
+    (tmp_path / "config.json").write_text(config_json(asdict(args)))
     before = vars(parse("--config", "config.json"))
-    text = {key: str(value) for key, value in vars(args).items()}
-    for name, remedy in diagnose.remedies(text).items():
-        after = parse("--config", "config.json", *" ".join(map(" ".join, remedy.items())).split())
+    for name, remedy in diagnose.remedies(args).items():
+        after = parse("--config", "config.json", *shlex.split(format_flags(remedy)))
         changed = {key for key, value in vars(after).items() if value != before[key]}
-        assert changed == {flag[2:].replace("-", "_") for flag in remedy}, name
-        begin(after, 0.0, script.Args, script.Agent)
+        assert changed == remedy.keys(), name
+        prepare_run(after, 0.0, in_rank=True)
 
 
 def test_findings_do_not_contradict_each_other():
-    params = {key: str(value) for key, value in vars(ppo.Args()).items()}
+    params = asdict(ppo.Args())
     curves = {tag: line(0, 0, num=0) for tag in diagnose.TAGS}
     curves |= {diagnose.RETURN: line(6.5, 6.5), diagnose.LENGTH: line(300, 300), diagnose.STD: line(1, 1.5)}
     findings = {name: flags for name, _, flags in diagnose.diagnose(params, curves)}
@@ -268,17 +268,17 @@ def test_stop_rule():
     holds, verdict = judge(run_curves(rising, long))
     assert holds == [False, False, True] and verdict.endswith("it still improves")
     rising_low = run_curves(rising / 2, short)
-    assert judge(rising_low) == ([False] * 3, "not yet: go on")
-    assert judge(rising_low, ended=True)[1] == "not yet: repeat it with more --total-timesteps"
-    assert "what is wrong" in judge(rising_low, found=True)[1]
-    # Where there is an evaluation, it is the one that counts.
+    assert judge(rising_low) == ([False] * 3, "not yet: continue")
+    assert judge(rising_low, ended=True)[1] == "not yet: --resume it with more --total-timesteps"
+    assert "fix the findings" in judge(rising_low, found=True)[1]
+    # If there is an evaluation, it counts
     evaluated = run_curves(flat - 5, long) | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([101.0])),
                                               diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([3950.0]))}  # fmt: skip
     assert judge(evaluated)[0] == [True, False, True]
-    fell = good | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([60.0])),
+    falling = good | {diagnose.EVAL_RETURN: (np.array([3e6]), np.array([60.0])),
                    diagnose.EVAL_LENGTH: (np.array([3e6]), np.array([2300.0]))}  # fmt: skip
-    assert judge(fell)[0] == [True, False, False]
-    # Of shorter training episodes or a given policy, evaluations alone tell.
+    assert judge(falling)[0] == [True, False, False]
+    # With short training episodes or --init-from only evaluations count
     assert judge(good, evaluations_only=True)[0] == judge(evaluated, good, evaluations_only=True)[0] == [False] * 3
     assert judge(evaluated, evaluations_only=True)[0] == [False, False, True]
     steps = np.linspace(0, 3e6, 13)
@@ -301,7 +301,7 @@ def log(evaluations, falls=0.0, eval_length=3900.0, training=100.0, length=3900.
     return curves
 
 
-SHORT, GIVEN, FULL = {"max_episode_steps": "1000"}, {"init_from": "runs/a"}, {}
+SHORT, GIVEN, FULL = {"max_episode_steps": 1000}, {"init_from": "runs/a"}, {}
 
 
 def found(params, curves):
@@ -326,7 +326,7 @@ def test_evaluations_judge_short_episodes_and_a_given_policy():
     for params in (SHORT, GIVEN):
         evidence, _ = found(params, log([20, 60, 76, 28]))["unstable"]
         assert evidence == "evaluations return 76.0 at 750,000 steps, 28.0 at 1,000,000: 63 % down"
-        assert "unstable" not in found(params, log([20, 60, 76, 50]))  # once may be chance
+        assert "unstable" not in found(params, log([20, 60, 76, 50]))  # a single one may be chance
         assert "unstable" in found(params, log([20, 60, 76, 50, 55]))
         assert found(params, log([20, 60, 76, 28, 80, 85])) == {}  # a dip that is over
         assert found(params, log([60, 70, 80, 90], training=(100, 60))) == {}  # training does not measure progress
@@ -342,13 +342,13 @@ def test_evaluations_judge_short_episodes_and_a_given_policy():
 
 def test_falls_that_training_does_not_see():
     name = "falls in evaluations"
-    evidence, flags = found(SHORT, log([70, 71, 70], falls=1.0, eval_length=2500))[name]
+    evidence, flags = found(SHORT, log([70, 71, 70], falls=1.0, eval_length=2500, length=975))[name]
     assert evidence == ("all episodes of the last 2 evaluations end in a fall, and those of training last for 98% of "
                         "their limit")  # fmt: skip
     assert flags == "--max-episode-steps 4000"
     assert name in found(FULL, log([90, 91, 90], falls=1.0, eval_length=3000))
-    assert name not in found(SHORT, log([20, 51, 89], falls=np.array([1, 1, 0.3])))
-    assert name not in found(SHORT, log([20, 51], falls=1.0))  # it learns
+    assert name not in found(SHORT, log([20, 51, 89], falls=np.array([1, 1, 0.3]), length=975))
+    assert name not in found(SHORT, log([20, 51], falls=1.0, length=975))  # it learns
     assert name not in found(FULL, log([20, 20], falls=1.0, training=20, length=1000))  # training falls too
     assert "unstable" in found(FULL, log([100, 90, 80, 70, 60], training=90))
 
@@ -358,7 +358,7 @@ def test_seeds_are_judged_together(runs, tmp_path, capsys):
     logs = []
     for seed in (1, 2, 3):
         writer = SummaryWriter(tmp_path / f"seed{seed}")
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|seed|{seed}|\n|total_timesteps|3000000|")
+        (tmp_path / f"seed{seed}" / "config.json").write_text(json.dumps({"seed": seed, "total_timesteps": 3_000_000}))
         for step in range(0, 3_000_001, 20_000):  # rises for 1e6 steps, and no more
             returns = min(6 + step / 10_000, 104 + seed)
             for tag, value in ((diagnose.RETURN, returns), (diagnose.LENGTH, 3900), (diagnose.KL, 0.01)):
@@ -372,10 +372,10 @@ def test_seeds_are_judged_together(runs, tmp_path, capsys):
     assert "[x] consistent across seeds: returns 105.0, 106.0, 107.0 at 3,000,000 steps\n" in out
 
 
-def test_short_training_episodes_are_told_and_not_compared(tmp_path, capsys):
+def test_short_training_episodes_are_not_compared(tmp_path, capsys):
     for limit in (1000, 4000):
         writer = SummaryWriter(tmp_path / str(limit))
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|max_episode_steps|{limit}|")
+        (tmp_path / str(limit) / "config.json").write_text(json.dumps({"max_episode_steps": limit}))
         for step in (100_000, 200_000):
             values = {diagnose.RETURN: 5, diagnose.LENGTH: 227, diagnose.KL: 0.01}
             values |= {diagnose.EVAL_RETURN: 2, diagnose.EVAL_LENGTH: 228}
@@ -384,22 +384,22 @@ def test_short_training_episodes_are_told_and_not_compared(tmp_path, capsys):
         writer.close()
     diagnose.main(diagnose.Args((tmp_path / "1000",)))
     out = capsys.readouterr().out
-    assert "training returns and lengths are 4 times those of its episodes, which are of 1000 steps" in out
+    assert "training episodes last 1000 steps, evaluations 4000" in out
     assert "overfitting" not in out
     diagnose.main(diagnose.Args((tmp_path / "4000",)))
     out = capsys.readouterr().out
-    assert "times those" not in out and "overfitting: return in training and evaluation: 5.0 and 2.0" in out
+    assert "training episodes last" not in out and "overfitting: return in training and evaluation: 5.0 and 2.0" in out
 
 
 def test_resumed_log(tmp_path):
-    # Stopped after 300 steps, resumed from 200: what the first log has from step 250 on is no longer true.
+    # Stopped after 300 steps, resumed from 200: the first log is void from step 250 on
     for name, values in (("1", {100: 5, 200: 6, 300: 7}), ("2", {250: 8, 300: 9})):
         writer = SummaryWriter(tmp_path / "part")
         for step, value in values.items():
             writer.add_scalar(diagnose.KL, value, step)
         writer.close()
         next((tmp_path / "part").iterdir()).rename(tmp_path / f"events.out.tfevents.{name}")
-    steps, values = diagnose.read(tmp_path)[1][diagnose.KL]
+    steps, values = diagnose.read_run(tmp_path)[1][diagnose.KL]
     assert steps.tolist() == [100, 200, 250, 300] and values.tolist() == [5, 6, 8, 9]
 
 
@@ -419,10 +419,10 @@ def test_json(runs, tmp_path, capsys):
 
 
 def test_bad_input(tmp_path):
-    empty, file, foreign, damaged = (tmp_path / name for name in ("empty", "file", "foreign", "damaged"))
+    empty, file, other, damaged = (tmp_path / name for name in ("empty", "file", "other", "damaged"))
     empty.mkdir()
     file.write_text("")
-    writer = SummaryWriter(foreign)
+    writer = SummaryWriter(other)
     writer.add_scalar("loss", 1, 1)
     writer.close()
     damaged.mkdir()
@@ -432,13 +432,13 @@ def test_bad_input(tmp_path):
         ((tmp_path / "gone",), "gone does not exist"),
         ((file,), "file is not a folder"),
         ((empty,), "has no TensorBoard log"),
-        ((foreign, foreign), "given twice"),
-        ((foreign,), "no finished episode"),
+        ((other, other), "given twice"),
+        ((other,), "no finished episode"),
         ((damaged,), "no finished episode"),
     ):
         with pytest.raises(SystemExit, match=message) as error:
             diagnose.main(diagnose.Args(runs))
         assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="there is no folder"):
-        diagnose.main(diagnose.Args((foreign,), json=str(tmp_path / "nowhere" / "a.json")))
+        diagnose.main(diagnose.Args((other,), json=str(tmp_path / "nowhere" / "a.json")))
     assert tyro.cli(diagnose.Args, args=["runs/a", "runs/b"]).runs == tuple(map(type(tmp_path), ("runs/a", "runs/b")))

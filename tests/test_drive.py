@@ -1,4 +1,4 @@
-"""Driving by commands: a script of them, the keyboard in a window, and what is said to bad input."""
+"""Driving by commands: from a file, by keyboard in a window, and errors on invalid input."""
 
 import os
 import shutil
@@ -46,14 +46,14 @@ def error_of(args):
     ({"commands": None, "plot": Path("a.png")}, "--plot needs --commands"),
     ({"plot": Path("a.gif")}, "give a name ending in .png"),
     ({"commands": Path("nowhere.txt")}, "--commands is nowhere.txt: there is no such file"),
-    ({"checkpoint": Path("nowhere.pt")}, "nowhere.pt does not exist"),
+    ({"checkpoint": Path("nowhere.pt")}, "nowhere.pt is missing"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
     assert message in error_of(replace(args, **change))
 
 
 @pytest.mark.parametrize("line", ["1 0", "1 0 north", "0 0 0.4", "1 0 2.1", "1 nan 0", "-1 0 0"])
-def test_bad_scripts(args, line):
+def test_invalid_commands(args, line):
     args.commands.write_text("1 0 0.4\n" + line)
     assert f"commands.txt, line 2: {line!r}: give seconds vx vy" in error_of(args)
     args.commands.write_text("# nothing")
@@ -62,7 +62,7 @@ def test_bad_scripts(args, line):
 
 def test_comments_and_a_byte_order_mark(args):
     args.commands.write_bytes(b"\xef\xbb\xbf2 0 0.4  # ahead\r\n# \xff\n1.5 -0.1 0# left\n  #\n")
-    assert drive.read(args.commands).tolist() == [[2, 0, 0.4], [1.5, -0.1, 0]]
+    assert drive.read_commands(args.commands).tolist() == [[2, 0, 0.4], [1.5, -0.1, 0]]
 
 
 def test_a_policy_trained_without_commands(args, tmp_path):
@@ -77,28 +77,28 @@ def test_without_display(args, monkeypatch):
     assert "the window needs a display" in error_of(replace(args, commands=None))
 
 
-def test_a_script_is_followed(args, capsys):
+def test_commands_are_followed(args, capsys):
     pytest.importorskip("matplotlib")
     seen = []
 
     def policy(envs, generator):
         return lambda obs: seen.append(obs["command"][0].tolist()) or np.zeros((1, 3))
 
-    commands = drive.read(args.commands)
-    task = drive.conditions(replace(args, horizon=80), ppo.Args(goal="command", cameras=False, frame_skip=4), "policy")
-    times, wanted, velocities, end = drive.follow(policy, args, task, commands)
-    # 25 actions of 8 ms make 0.1 s (12.5 of them: the 13th ends after it), the rest 0.06 s
+    commands = drive.read_commands(args.commands)
+    task = drive.eval_task(replace(args, horizon=80), ppo.Args(goal="command", cameras=False, frame_skip=4), "policy")
+    times, targets, velocities, end = drive.follow_commands(policy, args, task, commands)
+    # Of 20 actions of 8 ms, the first 13 begin within 0.1 s; the others are for the next 0.06 s
     assert end == "" and times[-1] == pytest.approx(0.16)
-    assert np.array(seen) == pytest.approx(np.array([[0, 0.4]] * 13 + [[-0.2, 0]] * 7)) and wanted.shape == (20, 2)
-    assert np.array(seen) == pytest.approx(wanted)
+    assert np.array(seen) == pytest.approx(np.array([[0, 0.4]] * 13 + [[-0.2, 0]] * 7)) and targets.shape == (20, 2)
+    assert np.array(seen) == pytest.approx(targets)
     assert velocities.shape == (20, 2) and np.abs(velocities).max() > 0
-    errors = np.linalg.norm(velocities - wanted, axis=1)
+    errors = np.linalg.norm(velocities - targets, axis=1)
     plot = args.commands.with_name("plot.png")
     drive.main(replace(args, plot=plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["0.10", "0.00", "0.40"] and lines[3].split()[:2] == ["0.16", "all"]
-    report = drive.report(commands, times, errors, "fell")
+    report = drive.format_report(commands, times, errors, "fell")
     assert report.splitlines()[1].split()[3] == f"{errors[:12].mean():.3f}" and report.endswith("fell at 0.16 s")
 
 
@@ -145,14 +145,14 @@ def test_the_keyboard_drives_in_a_window(args, screen):
         for line in process.stdout:
             if "episode" in line or "start" in line:
                 break
-        heard = []
+        printed = []
         for key, expected in (("Up", "+0.0 +0.1"), ("Up", "+0.0 +0.2"), ("Right", "+0.1 +0.2"), ("space", "+0.0 +0.0")):
             xdotool("key", "--window", window[0], key)
             for line in process.stdout:  # ends when the process does
                 if line.startswith("command: "):
-                    heard.append(line.split("command: ")[1].split(" m/s")[0])
+                    printed.append(line.split("command: ")[1].split(" m/s")[0])
                     break
-            assert heard[-1:] == [expected], heard
+            assert printed[-1:] == [expected], printed
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Evaluation held against plain loops over one environment, and what it says to bad input."""
+"""Evaluation against plain loops over one environment, and its errors on invalid input."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def make_agent(**train_args):
     torch.manual_seed(0)
     args = ppo.Args(num_threads=1, hidden_size=16, pi_layers=1, vf_layers=1, **train_args)
     agent = ppo.Agent(args)
-    list(agent.actor.parameters())[-2].data *= 30  # actions that matter
+    list(agent.actor.parameters())[-2].data *= 30  # larger actions
     return agent, args
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The untrained policy of a run without cameras."""
+    """A policy with random weights, of a run without cameras."""
     agent, args = make_agent(cameras=False)
     (tmp_path / "run").mkdir()
     torch.save({"model": agent.state_dict(), "args": asdict(args), "global_step": 1234}, tmp_path / "run" / "best.pt")
@@ -50,15 +50,15 @@ def equal(a, b):
     return all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def test_statistics_are_those_of_a_plain_loop():
+def test_results_equal_a_plain_loop():
     agent, _ = make_agent()
-    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, PERLIN)
+    found = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, PERLIN)
     rows = []
     for seed in ballbot_env.spawn_seeds(7, 3):
         env = gym.make("Ballbot-v0", **PERLIN)
         obs, info = env.reset(seed=seed)
-        start, total, effort, length, over = info["position"][1], 0.0, 0.0, 0, False
-        while not over:
+        start, total, effort, length, done = info["position"][1], 0.0, 0.0, 0, False
+        while not done:
             if obs["relative_image_timestamp"][0] == 0:
                 frames = torch.from_numpy(np.stack([obs["depth_0"], obs["depth_1"]]))
                 with torch.no_grad():
@@ -67,83 +67,85 @@ def test_statistics_are_those_of_a_plain_loop():
             proprio = torch.from_numpy(np.concatenate([obs[key] for key in keys]))
             with torch.no_grad():
                 action = agent.actor(torch.cat([proprio, depth])[None])[0].numpy()
-            obs, reward, fell, truncated, info = env.step(action)
-            over = fell or truncated
+            obs, reward, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
             total, effort, length = total + reward, effort + (action.clip(-1, 1) ** 2).sum(), length + 1
         distance = info["position"][1] - start
-        rows.append((total, length, distance / (length * 0.002), distance, effort / length, fell))
+        rows.append((total, length, distance / (length * 0.002), distance, effort / length, terminated))
         env.close()
-    assert all(row[-1] for row in rows) and len({row[1] for row in rows}) > 1  # they fell, at different times
-    expected = dict(zip(("return", "length", "speed", "distance", "effort", "fell"), np.array(rows).T))
+    assert all(row[-1] for row in rows) and len({row[1] for row in rows}) > 1  # all fall, at different times
+    expected = dict(zip(("return", "length", "speed", "distance", "effort", "falls"), np.array(rows).T))
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, rtol=1e-3, atol=1e-4, err_msg=key)
-    assert not found["left"].any()
+    assert not found["left_terrain"].any()
 
 
-def test_tracking_error_is_that_of_a_plain_loop():
+def test_tracking_error_equals_a_plain_loop():
     agent, train_args = make_agent(cameras=False, goal="command", frame_skip=4)
-    task = evaluate.conditions(ARGS, train_args, "run")
-    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, task)
+    task = common.eval_task(ARGS, train_args, "run")
+    found = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, task)
     assert "speed" not in found
     for i, seed in enumerate(ballbot_env.spawn_seeds(7, 3)):
         env = gym.make("Ballbot-v0", **task)
         obs, _ = env.reset(seed=seed)
-        errors, over = [], False
-        while not over:
-            wanted = obs["command"]
+        errors, done = [], False
+        while not done:
+            command = obs["command"]
             with torch.no_grad():
                 batch = {key: value[None] for key, value in obs.items()}
                 action = agent.actor(ppo.proprioception(batch, agent))[0].numpy()
-            obs, _, fell, truncated, _ = env.step(action)
-            errors.append(np.linalg.norm(obs["vel"][:2] - wanted))
-            over = fell or truncated
+            obs, _, terminated, truncated, _ = env.step(action)
+            errors.append(np.linalg.norm(obs["vel"][:2] - command))
+            done = terminated or truncated
         assert found["tracking_error"][i] == pytest.approx(np.mean(errors), rel=1e-3)
-    forward = dict.fromkeys(("return", "length", "speed", "distance", "effort", "fell", "left"), np.ones(3))
+    forward = dict.fromkeys(("return", "length", "speed", "distance", "effort", "falls", "left_terrain"), np.ones(3))
     both = {"commanded": found, "forward": forward}
-    columns = [evaluate.column(name, ARGS, FLAT, episodes) for name, episodes in both.items()]
-    lines = {line.split("   ")[0]: line for line in evaluate.table(columns, 200).splitlines()}
+    columns = [evaluate.make_column(name, ARGS, FLAT, episodes) for name, episodes in both.items()]
+    lines = {line.split("   ")[0]: line for line in evaluate.format_table(columns, 200).splitlines()}
     assert f"{found['tracking_error'].mean():.3f} [" in lines["tracking error (m/s)"]
     assert lines["tracking error (m/s)"].endswith(" -")
     assert lines["speed along goal (m/s)"].split()[4] == "-"
 
 
-def test_same_figures_as_the_training_scripts_own_evaluation():
+def test_results_equal_those_of_the_training_script():
     agent, train_args = make_agent(cameras=False)
     expected = ppo.evaluate(agent, train_args, 3)
     args = replace(ARGS, seed=1_000_000, horizon=4000)
-    found = evaluate.run_episodes(
-        evaluate.trained(ppo.Policy(agent, None)), args, evaluate.conditions(args, train_args, "run")
+    found = evaluate.evaluate_policy(
+        common.policy_factory(ppo.Policy(agent, None)), args, common.eval_task(args, train_args, "run")
     )
     assert found["return"].mean() == pytest.approx(expected["episodic_return"], rel=1e-12)
     assert found["length"].mean() == expected["episodic_length"]
-    assert found["fell"].mean() == expected["falls"]
+    assert found["falls"].mean() == expected["falls"]
 
 
 def test_more_episodes_than_environments(monkeypatch):
     agent, _ = make_agent(cameras=False)
     task = PERLIN | {"cameras": False}
-    at_once = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task)
+    at_once = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task)
     monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
-    in_rounds = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task)
+    in_rounds = evaluate.evaluate_policy(
+        common.policy_factory(ppo.Policy(agent, None)), replace(ARGS, episodes=5), task
+    )
     for key in at_once:
         np.testing.assert_allclose(in_rounds[key], at_once[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("cameras, goal", [(False, "forward"), (True, "command")])
-def test_an_episode_is_the_same_among_any_number_and_in_watch(cameras, goal):
+def test_an_episode_does_not_depend_on_the_others_and_watch_shows_it(cameras, goal):
     agent, train_args = make_agent(cameras=cameras, goal=goal, frame_skip=4, body_frame=True, init_log_std=-2.0)
-    policy = evaluate.trained(ppo.Policy(agent, train_args), stochastic=True)
+    policy = common.policy_factory(ppo.Policy(agent, train_args), stochastic=True)
     args = replace(ARGS, push=0.3, push_interval=0.1, obs_noise=0.01, episodes=5)
-    task = evaluate.conditions(args, train_args, "run")
-    found = evaluate.run_episodes(policy, args, task)
-    fewer = evaluate.run_episodes(policy, replace(args, episodes=3), task)
-    others = evaluate.run_episodes(policy, replace(args, seed=args.seed + 1), task)
+    task = common.eval_task(args, train_args, "run")
+    found = evaluate.evaluate_policy(policy, args, task)
+    fewer = evaluate.evaluate_policy(policy, replace(args, episodes=3), task)
+    others = evaluate.evaluate_policy(policy, replace(args, seed=args.seed + 1), task)
     assert len({*found["return"], *others["return"]}) == 10  # adjacent seeds share no episode
     for key, values in found.items():
         assert np.array_equal(fewer[key], values[:3])
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, **task)
     for i in (4, 0):
-        *_, (steps, total, _) = watch.episode(envs, policy, args, i)
+        *_, (steps, total, _) = watch.run_episode(envs, policy, args, i)
         assert (steps, total) == (found["length"][i], found["return"][i])
 
 
@@ -160,24 +162,24 @@ def test_bootstrap_by_known_numbers():
 
 def test_pushes():
     agent, _ = make_agent(cameras=False)
-    plain = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)
-    none = evaluate.run_episodes(
-        evaluate.trained(ppo.Policy(agent, None)), replace(ARGS, push=0.0, push_interval=0.1), FLAT
+    plain = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, FLAT)
+    none = evaluate.evaluate_policy(
+        common.policy_factory(ppo.Policy(agent, None)), replace(ARGS, push=0.0, push_interval=0.1), FLAT
     )
     assert equal(plain, none)
     args = replace(ARGS, push=0.2, push_interval=0.1)
-    pushed = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, FLAT)
+    pushed = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), args, FLAT)
     assert (pushed["return"] != plain["return"]).all()
-    assert len(set(pushed["return"])) == 3  # each its own direction
-    assert equal(pushed, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, FLAT))
+    assert len(set(pushed["return"])) == 3  # different directions
+    assert equal(pushed, evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), args, FLAT))
 
-    # The force times its duration is the impulse, and none is left after it.
+    # The force times its duration is the impulse. Then the force is 0.
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT)
     envs.reset(seed=0)
     rngs, impulse, forced = [np.random.default_rng(seed) for seed in (0, 1)], 0, []
     pushes = common.Pushes(envs.forces, 1)
     for step in range(100):
-        common.push(pushes, args, step, rngs)
+        common.update_pushes(pushes, args, step, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += [step] if force.any() else []
         impulse = impulse + 0.002 * force
@@ -188,14 +190,14 @@ def test_pushes():
 
 
 @pytest.mark.parametrize("frame_skip, lasts", [(1, 10), (4, 12), (25, 25)])
-def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
+def test_a_push_keeps_its_impulse_with_frame_skip(frame_skip, lasts):
     envs = gym.make_vec("Ballbot-v0", num_envs=2, **FLAT | {"frame_skip": frame_skip})
     envs.reset(seed=0)
     args, impulse, forced = replace(ARGS, push=0.2, push_interval=0.2), 0, 0
     rngs = [np.random.default_rng(seed) for seed in (0, 1)]
     pushes = common.Pushes(envs.forces, frame_skip)
     for step in range(0, 200, frame_skip):  # one push, at 0.2 s
-        common.push(pushes, args, step // frame_skip, rngs)
+        common.update_pushes(pushes, args, step // frame_skip, rngs)
         force = envs.batch.bind("xfrc_applied")[:, envs.model.body("base").id].copy()
         forced += frame_skip * force.any()
         impulse = impulse + 0.002 * frame_skip * force
@@ -204,22 +206,22 @@ def test_a_push_keeps_its_impulse_where_actions_are_held(frame_skip, lasts):
     np.testing.assert_allclose(np.linalg.norm(impulse[:, :2], axis=1), 0.2)
 
 
-def test_held_actions_are_counted_in_physics_steps():
+def test_lengths_are_in_physics_steps():
     agent, train_args = make_agent(cameras=False, frame_skip=4)
     args = replace(ARGS, horizon=402)
-    task = evaluate.conditions(args, train_args, "run") | {"terrain": "flat"}
-    found = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, task)
+    task = common.eval_task(args, train_args, "run") | {"terrain": "flat"}
+    found = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), args, task)
     assert task["frame_skip"] == 4 and (found["length"] == 404).all()  # whole actions
-    assert not found["fell"].any()
+    assert not found["falls"].any()
     env = ballbot_env.BallbotEnv(**task)
     obs, _ = env.reset(seed=ballbot_env.spawn_seeds(args.seed, 1)[0])
-    total, effort, over = 0.0, [], False
-    while not over:
+    total, effort, done = 0.0, [], False
+    while not done:
         with torch.no_grad():
             batch = {key: value[None] for key, value in obs.items()}
             action = agent.actor(ppo.proprioception(batch, agent)).numpy()[0]
-        obs, reward, fell, truncated, _ = env.step(action)
-        total, over = total + reward, fell or truncated
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, done = total + reward, terminated or truncated
         effort.append((action.clip(-1, 1) ** 2).sum())
     assert found["return"][0] == pytest.approx(total, rel=1e-4)
     assert found["effort"][0] == pytest.approx(np.mean(effort), rel=1e-3)
@@ -229,11 +231,14 @@ def test_observation_noise():
     agent, _ = make_agent()
     task = PERLIN | {"max_episode_steps": 60}
     args = replace(ARGS, horizon=60)
-    plain = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), args, task)
+    plain = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), args, task)
     assert equal(
-        plain, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(args, obs_noise=0.0), task)
+        plain,
+        evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), replace(args, obs_noise=0.0), task),
     )
-    noisy = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), replace(args, obs_noise=0.05), task)
+    noisy = evaluate.evaluate_policy(
+        common.policy_factory(ppo.Policy(agent, None)), replace(args, obs_noise=0.05), task
+    )
     assert (noisy["effort"] != plain["effort"]).all()
 
     envs = gym.make_vec("Ballbot-v0", num_envs=200, **task)
@@ -243,7 +248,7 @@ def test_observation_noise():
     noise = (ppo.proprioception(noisy, agent) - ppo.proprioception(obs, agent)).numpy()
     assert np.abs(noise[:, :12].std(0) - 0.05).max() < 0.01 and not noise[:, 12:].any()
     assert 0.04 < (envs.frames - frames).std() < 0.06 and 0 <= envs.frames.min()
-    # A frame is drawn upon once, when it is new.
+    # Only new frames get noise
     frames = envs.frames.clone()
     obs, *_ = envs.step(np.zeros((200, 3)))
     common.add_obs_noise(obs, envs, 0.05, generators)
@@ -252,8 +257,8 @@ def test_observation_noise():
 
 
 def test_noise_reaches_observations_that_are_copies():
-    for copied in (False, True):
-        envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copied, **PERLIN)
+    for copy in (False, True):
+        envs = gym.make_vec("Ballbot-v0", num_envs=2, copy=copy, **PERLIN)
         noisy = common.add_obs_noise(
             envs.reset(seed=0)[0], envs, 0.05, [torch.Generator().manual_seed(i) for i in (0, 1)]
         )
@@ -261,32 +266,34 @@ def test_noise_reaches_observations_that_are_copies():
             assert np.array_equal(noisy[f"depth_{i}"][:, 0], envs.frames[:, i])
 
 
-def test_drawn_actions():
+def test_sampled_actions():
     agent, _ = make_agent(cameras=False)
-    drawn = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT)
-    assert equal(drawn, evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT))
+    sampled = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT)
+    assert equal(
+        sampled, evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None), stochastic=True), ARGS, FLAT)
+    )
     assert (
-        drawn["effort"].mean()
-        > evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)["effort"].mean() + 0.5
+        sampled["effort"].mean()
+        > evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, FLAT)["effort"].mean() + 0.5
     )
 
 
 def test_long_episodes_start_further_back():
     envs = gym.make_vec("Ballbot-v0", num_envs=50, **PERLIN)
     _, info = envs.reset(seed=0)
-    drawn, frames = info["position"], envs.frames.clone()
-    _, info = common.begin(envs, list(range(50)), 4000)
-    assert np.array_equal(info["position"], drawn)
-    _, info = common.begin(envs, list(range(50)), 10_000)
-    (x, y, _), drawn_y = info["position"].T, drawn[:, 1]
-    assert np.array_equal(x, drawn[:, 0]) and y.min() >= -18 and -4 < y.max() <= -2
-    np.testing.assert_allclose(y, np.interp(drawn_y, [-10, 10], [-18, -2]))
+    usual, frames = info["position"], envs.frames.clone()
+    _, info = common.reset_for_horizon(envs, list(range(50)), 4000)
+    assert np.array_equal(info["position"], usual)
+    _, info = common.reset_for_horizon(envs, list(range(50)), 10_000)
+    (x, y, _), usual_y = info["position"].T, usual[:, 1]
+    assert np.array_equal(x, usual[:, 0]) and y.min() >= -18 and -4 < y.max() <= -2
+    np.testing.assert_allclose(y, np.interp(usual_y, [-10, 10], [-18, -2]))
     assert not torch.equal(envs.frames, frames) and envs.new_frames.all()
-    anywhere = gym.make_vec("Ballbot-v0", num_envs=50, goal="command", **PERLIN)  # where commands lead
-    assert np.array_equal(common.begin(anywhere, list(range(50)), 10_000)[1]["position"], drawn)
+    anywhere = gym.make_vec("Ballbot-v0", num_envs=50, goal="command", **PERLIN)  # commands lead in any direction
+    assert np.array_equal(common.reset_for_horizon(anywhere, list(range(50)), 10_000)[1]["position"], usual)
 
 
-def test_long_episodes_by_the_edge_are_counted():
+def test_episodes_that_leave_the_terrain_are_counted():
     agent, _ = make_agent(cameras=False)
     envs = gym.make_vec("Ballbot-v0", num_envs=3, **FLAT)
     original = envs.reset
@@ -300,8 +307,8 @@ def test_long_episodes_by_the_edge_are_counted():
     envs.reset = reset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.gym, "make_vec", lambda *args, **kwargs: envs)
-        episodes = evaluate.run_episodes(evaluate.trained(ppo.Policy(agent, None)), ARGS, FLAT)
-    assert episodes["left"].tolist() == [1, 0, 0] and episodes["fell"].tolist() == [0, 1, 1]
+        episodes = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, FLAT)
+    assert episodes["left_terrain"].tolist() == [1, 0, 0] and episodes["falls"].tolist() == [0, 1, 1]
     assert episodes["length"][0] == 1
 
 
@@ -339,18 +346,20 @@ def test_table_and_json(checkpoint, tmp_path, capsys, monkeypatch):
 
 
 def test_table_fits_the_width():
-    episodes = {key: np.full(4, 120.0) for key in ("return", "length", "speed", "distance", "effort", "fell", "left")}
+    episodes = {
+        key: np.full(4, 120.0) for key in ("return", "length", "speed", "distance", "effort", "falls", "left_terrain")
+    }
     episodes["length"] = np.array([4000, 4000, 4000, 0])
-    episodes["left"] = np.zeros(4)
+    episodes["left_terrain"] = np.zeros(4)
     result = {"label": "a", "global_step": 1, "stochastic": False, "task": FLAT, "gap": None,
-              "summary": evaluate.summarise(episodes)}  # fmt: skip
-    wide, narrow = evaluate.table([result] * 4, 500), evaluate.table([result] * 4, 80)
+              "summary": evaluate.summarize(episodes)}  # fmt: skip
+    wide, narrow = evaluate.format_table([result] * 4, 500), evaluate.format_table([result] * 4, 80)
     assert "target: return > 100" in wide and wide.count("steps trained") == 1
     assert narrow.count("steps trained") > 1 and max(map(len, narrow.splitlines())) <= 80
     assert "reached" in wide and "missed, within error" in wide  # the mean length is 3000, which is not more than 3000
 
 
-def test_training_terrain_is_refused(checkpoint, capsys):
+def test_training_terrain_is_rejected(checkpoint, capsys):
     args = replace(ARGS, checkpoints=(checkpoint,), horizon=10, terrain_seed=0)
     assert f"{checkpoint} was trained on terrain seed 0" in error_of(args)
     evaluate.main(replace(args, allow_training_terrain=True))
@@ -358,7 +367,7 @@ def test_training_terrain_is_refused(checkpoint, capsys):
 
 
 class Code:
-    """What a malicious checkpoint may hold: unpickling it runs a command."""
+    """An object that a malicious checkpoint may contain: unpickling it runs a command."""
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
@@ -376,7 +385,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
         torch.save(content, tmp_path / "bad.pt")
         return says(tmp_path / "bad.pt")
 
-    assert "does not exist" in says(tmp_path / "nowhere.pt")
+    assert "is missing" in says(tmp_path / "nowhere.pt")
     (tmp_path / "empty").mkdir()
     assert "has no best.pt" in says(tmp_path / "empty")
     (tmp_path / "bad.pt").write_bytes(b"")
@@ -389,34 +398,28 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     code.path = str(tmp_path / "ran")
     assert "code, which is never run" in saved(**good | {"optimizer": code})
     assert not (tmp_path / "ran").exists()
-    assert "is no checkpoint of ppo_ballbot.py or a copy" in saved(weights=torch.zeros(3))
-    assert "is no checkpoint of ppo_ballbot.py or a copy" in says(ASSETS / "depth_encoder.pt")
-    args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
-    assert "was trained on the robot before its rollers were mended" in saved(**good | {"args": args})
-    args = {key: value for key, value in good["args"].items() if key != "cameras"}
-    assert "has no cameras in its args" in saved(**good | {"args": args})
-    args = {key: value for key, value in good["args"].items() if key != "frame_skip"}
-    assert "before its rollers were mended" in saved(**good | {"args": args})
-    assert "hidden_size is of type str, not int" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
-    assert "--terrain is moon: give perlin, flat" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
-    assert "is not as its flags imply" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
-    assert "is not as its flags imply" in saved(**good | {"args": good["args"] | {"cameras": True}})
-    model = good["model"] | {"log_std": torch.full((3,), torch.nan)}
-    assert "model log_std is not as its flags imply" in saved(**good | {"model": model})
+    assert "has no policy of this program" in saved(weights=torch.zeros(3))
+    assert "has no cameras, hidden_size" in says(ASSETS / "depth_encoder.pt")
+    args = {key: value for key, value in good["args"].items() if key not in ("cameras", "frame_skip")}
+    assert "has no cameras, frame_skip in its args" in saved(**good | {"args": args})
+    assert "--hidden-size is 16: give a valid integer" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
+    assert "--terrain is moon: give 'perlin' or 'flat'" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
+    assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
+    assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"cameras": True}})
 
 
 @pytest.mark.parametrize("change, message", [
     ({"checkpoints": ()}, "no checkpoints given"),
     ({"episodes": 0}, "--episodes is 0: give 1 or more"),
     ({"horizon": -1}, "--horizon is -1"),
-    ({"push": -1.0}, "--push is -1.0: give 0 or more"),
+    ({"push": -1.0}, "--push is -1.0: give 0.0 or more"),
     ({"push_interval": 0.01}, "--push-interval is 0.01"),
     ({"obs_noise": float("nan")}, "--obs-noise is nan"),
     ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
-    ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed means nothing on --terrain flat"),
+    ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed has no effect on --terrain flat"),
     ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
     ({"seed": 2**64}, "--seed is 18446744073709551616: give 1,000,000,000,000,000,000 or less"),
-    ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give 100 or less"),
+    ({"terrain_amplitude": 200.0}, "--terrain-amplitude is 200.0: give 100"),
     ({"wheel_damping": -0.4}, "--wheel-damping is -0.4"),
     ({"json": "nowhere/figures.json"}, "there is no folder nowhere"),
 ])  # fmt: skip
@@ -424,7 +427,7 @@ def test_bad_flags(change, message):
     assert message in error_of(replace(ARGS, **{"checkpoints": (Path("unseen.pt"),)} | change))
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "figures.json"
     common.write(path, lambda part: part.write_text("first"))
 
@@ -437,5 +440,5 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     mine = tmp_path / "try_figures.json"
     mine.write_text("mine")
-    common.need_file("--json", path, True, ".json")
+    common.require_writable("--json", path, True, ".json")
     assert mine.read_text() == "mine" and path.read_text() == "first" and len(list(tmp_path.iterdir())) == 2

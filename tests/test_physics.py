@@ -246,7 +246,7 @@ def test_without_control_it_falls():
 
 @functools.cache
 def driver():
-    return lqr.design(wheel_damping=0.4)
+    return lqr.design_regulator(wheel_damping=0.4)
 
 
 def drive(speed, change=None, seconds=8):
@@ -260,7 +260,7 @@ def drive(speed, change=None, seconds=8):
     model = spec.compile()
     data = mujoco.MjData(model)
     base, hubs = data.joint("base"), [data.joint(f"wheel_{i}") for i in WHEELS]
-    act = lqr.regulator(*driver(), (0.0, speed))(SimpleNamespace(num_envs=1))
+    act = lqr.regulator_factory(*driver(), (0.0, speed))(SimpleNamespace(num_envs=1))
 
     def velocity(body, point):
         """Of the body's material at `point`, in the world."""
@@ -274,7 +274,7 @@ def drive(speed, change=None, seconds=8):
         mujoco.mju_quat2Vel(orientation, base.qpos[3:], 1)
         obs = {"orientation": orientation[None], "angular_vel": base.qvel[None, 3:], "vel": base.qvel[None, :3]}
         data.ctrl[:3] = -10 * np.clip(act(obs)[0], -1, 1)
-        mujoco.mj_step(model, data, nstep=lqr.HOLD)
+        mujoco.mj_step(model, data, nstep=lqr.FRAME_SKIP)
         mujoco.mj_forward(model, data)
         if data.body("base").xmat[8] < np.cos(np.radians(20)):
             break

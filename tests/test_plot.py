@@ -1,5 +1,6 @@
-"""Learning curves from small logs with known values, numbers by hand, and what is said to bad input."""
+"""Learning curves from small logs with known values, numbers by hand, and errors on invalid input."""
 
+import json
 import sys
 import time
 
@@ -14,12 +15,11 @@ RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean1
 EVAL_RETURN, EVAL_LENGTH = "eval/episodic_return", "eval/episodic_length"
 
 
-def write_log(folder, scalars, name="events.out.tfevents.1", **hyperparameters):
-    """An event file of scalars, {tag: [(step, minutes, value)]}, as ppo_ballbot.py writes it."""
+def write_log(folder, scalars, name="events.out.tfevents.1", **flags):
+    """config.json, if there are flags, and an event file of scalars, {tag: [(step, minutes, value)]}."""
     writer = SummaryWriter(folder)
-    if hyperparameters:
-        rows = "\n".join(f"|{key}|{value}|" for key, value in hyperparameters.items())
-        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+    if flags:
+        (folder / "config.json").write_text(json.dumps(flags))
     start = time.time()
     for tag, points in scalars.items():
         for step, minutes, value in points:
@@ -30,7 +30,7 @@ def write_log(folder, scalars, name="events.out.tfevents.1", **hyperparameters):
     return folder
 
 
-def write_run(folder, returns, **hyperparameters):
+def write_run(folder, returns, **flags):
     """A run with one training mean every 100 steps and minute, lengths of 10 times the return, and two evaluations."""
     training = [(100 * (i + 1), i + 1, value) for i, value in enumerate(returns)]
     evaluation = [(100, 1, 50), (300, 3, 60)]
@@ -40,7 +40,7 @@ def write_run(folder, returns, **hyperparameters):
         EVAL_RETURN: evaluation,
         EVAL_LENGTH: [(step, minutes, 10 * value) for step, minutes, value in evaluation],
     }
-    return write_log(folder, scalars, run_name=folder.name, **hyperparameters)
+    return write_log(folder, scalars, **flags)
 
 
 def test_common_grid_by_hand():
@@ -68,24 +68,24 @@ def test_median_and_band_by_hand():
 def test_evaluations_by_hand():
     a = np.array([100, 200]), np.array([1, 2]), np.array([10, 20])
     b = np.array([100, 150, 200, 300]), np.array([3, 4, 6, 9]), np.array([30, 35, 40, 50])
-    steps, minutes, values = plot.evaluations([a, b])
+    steps, minutes, values = plot.common_evaluations([a, b])
     assert steps.tolist() == [100, 200] and minutes.tolist() == [2, 4]
     assert values.tolist() == [[10, 20], [30, 40]]
     nothing = (np.empty(0),) * 3
-    assert [x.shape for x in plot.evaluations([a, nothing])] == [(0,), (0,), (2, 0)]
+    assert [x.shape for x in plot.common_evaluations([a, nothing])] == [(0,), (0,), (2, 0)]
 
 
 def test_groups_and_flags():
     runs = [
-        {"run_name": "a", "seed": "1", "clip_coef": "0.2", "norm_adv": "True", "gamma": "0.99"},
-        {"run_name": "b", "seed": "1", "clip_coef": "0.1", "norm_adv": "False", "gamma": "0.99"},
-        {"run_name": "c", "seed": "2", "gamma": "0.99", "clip_coef": "0.2", "norm_adv": "True"},
+        {"run_name": "a", "seed": 1, "clip_coef": 0.2, "norm_adv": True, "gamma": 0.99},
+        {"run_name": "b", "seed": 1, "clip_coef": 0.1, "norm_adv": False, "gamma": 0.99},
+        {"run_name": "c", "seed": 2, "gamma": 0.99, "clip_coef": 0.2, "norm_adv": True},
     ]
     assert plot.group_runs(runs) == [[0, 2], [1]]
     assert plot.differing_flags(runs[:2]) == [["--clip-coef 0.2", "--norm-adv"], ["--clip-coef 0.1", "--no-norm-adv"]]
     assert plot.differing_flags([runs[0], runs[2]]) == [[], []]
-    pushed = [{"randomization": "{}"}, {"randomization": "{'push': 1.0, 'mass': 0.1}"}]
-    assert plot.differing_flags(pushed) == [["--randomization"], ["--randomization push 1.0 mass 0.1"]]
+    pushed = [{"randomization": {}}, {"randomization": {"push": 1.0, "mass": 0.1}}]
+    assert plot.differing_flags(pushed) == [["--randomization"], ["--randomization push 1 mass 0.1"]]
 
 
 def test_read(tmp_path):
@@ -93,9 +93,9 @@ def test_read(tmp_path):
         RETURN: [(100, 1, 5), (200, 2, float("nan")), (300, 3, 7)],
         EVAL_RETURN: [(300, 3, 50), (300, 4, 60)],  # at the end: the last evaluation counts
     }
-    run = write_log(tmp_path / "run", scalars, seed=3, run_name="a|b")
-    hyperparameters, curves = plot.read(run)
-    assert hyperparameters == {"seed": "3", "run_name": "a|b"}
+    run = write_log(tmp_path / "run", scalars, seed=3)
+    flags, curves = plot.read_run(run)
+    assert flags == {"seed": 3, "run_name": "run"}
     steps, minutes, values = curves[RETURN]
     assert steps.tolist() == [100, 300] and values.tolist() == [5, 7]  # without the NaN
     assert minutes == pytest.approx([1, 3], abs=0.02)
@@ -103,24 +103,37 @@ def test_read(tmp_path):
     assert [x.shape for x in curves[LENGTH]] == [(0,)] * 3
 
 
+def test_evaluations_come_from_metrics(tmp_path):
+    run = write_run(tmp_path / "run", [10, 20, 30], seed=1)
+    rows = [
+        ("evaluation", 100, 60, 1 / 3),
+        ("evaluation", 300, 180, 70),
+        ("final", 300, 240, 80),
+        ("best", 100, 300, 5),
+    ]
+    names = ("kind", "global_step", "seconds", "episodic_return")
+    lines = [json.dumps(dict(zip(names, row)) | {"episodic_length": 4000.0}) for row in rows]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n{")  # the last line is incomplete
+    _, curves = plot.read_run(run)
+    assert [x.tolist() for x in curves[EVAL_RETURN]] == [[100, 300], [1, 4], [1 / 3, 80]]  # with full precision
+    assert curves[EVAL_LENGTH][2].tolist() == [4000, 4000] and curves[RETURN][2].tolist() == [10, 20, 30]
+
+
 @pytest.mark.slow
-def test_short_training_episodes_are_shown_as_the_task_s(tmp_path, capsys):
-    _, curves = plot.read(write_run(tmp_path / "a", [25, 26], max_episode_steps=1000))
-    assert curves[RETURN][2].tolist() == [100, 104] and curves[LENGTH][2].tolist() == [1000, 1040]
-    assert curves[EVAL_RETURN][2].tolist() == [50, 60]
-    _, curves = plot.read(write_run(tmp_path / "b", [25, 26], max_episode_steps=8000))
-    assert curves[RETURN][2].tolist() == [25, 26]
-    for run, told in (("a", 1), ("b", 0)):
-        plot.main(plot.Args((tmp_path / run,), tmp_path / f"{run}.png"))
-        note = "note: training episodes are of 1000 steps; their returns and lengths are shown 4 times as large"
-        assert capsys.readouterr().out.count(note) == told
+def test_short_training_episodes_are_shown_as_logged(tmp_path, capsys):
+    for name, limit, num_notes in (("a", 1000, 1), ("b", 4000, 0)):
+        run = write_run(tmp_path / name, [25, 26], max_episode_steps=limit)
+        assert plot.read_run(run)[1][RETURN][2].tolist() == [25, 26]
+        plot.main(plot.Args((run,), tmp_path / f"{name}.png"))
+        note = "note: training episodes last 1000 steps, evaluations 4000: "
+        assert capsys.readouterr().out.count(note) == num_notes
 
 
 def test_read_resumed(tmp_path):
     # Stopped after 300 steps and 3 minutes, resumed from 200 steps: a minute later it is at 300 again.
     run = write_log(tmp_path / "run", {RETURN: [(100, 1, 5), (200, 2, 6), (300, 3, 7)]}, seed=1)
     write_log(run, {RETURN: [(300, 1, 8), (400, 2, 9)]}, name="events.out.tfevents.2", seed=1)
-    steps, minutes, values = plot.read(run)[1][RETURN]
+    steps, minutes, values = plot.read_run(run)[1][RETURN]
     assert steps.tolist() == [100, 200, 300, 400] and values.tolist() == [5, 6, 8, 9]
     assert minutes == pytest.approx([1, 2, 4, 5], abs=0.02)
 
@@ -128,8 +141,8 @@ def test_read_resumed(tmp_path):
 def test_read_while_written(tmp_path):
     run = write_log(tmp_path / "run", {RETURN: [(100, 1, 5), (200, 2, 6)]}, seed=1)
     file = run / "events.out.tfevents.1"
-    file.write_bytes(file.read_bytes()[:-10])  # the last record is not whole
-    assert plot.read(run)[1][RETURN][2].tolist() == [5]
+    file.write_bytes(file.read_bytes()[:-10])  # the last record is incomplete
+    assert plot.read_run(run)[1][RETURN][2].tolist() == [5]
 
 
 def test_files_and_report(tmp_path, capsys):
@@ -142,12 +155,12 @@ def test_files_and_report(tmp_path, capsys):
     )
     output = tmp_path / "curves.svg"
     plot.main(plot.Args(runs, output))
-    said = capsys.readouterr().out
-    assert f"note: {tmp_path / 'begun'} is left out" in said
-    assert "--clip-coef 0.2\n" in said and "--clip-coef 0.1\n" in said
-    assert "episode return at 200 steps, 2.0 minutes: 30.0 (20.0 to 80.0)" in said
-    assert "episode length (steps) at 100 steps, 1.0 minutes: -50.0\n" in said
-    assert "note: drawn to where its shortest run ends" in said and "200 steps, the longest has 300" in said
+    printed = capsys.readouterr().out
+    assert f"note: {tmp_path / 'begun'} is left out" in printed
+    assert "--clip-coef 0.2\n" in printed and "--clip-coef 0.1\n" in printed
+    assert "episode return at 200 steps, 2.0 minutes: 30.0 (20.0 to 80.0)" in printed
+    assert "episode length (steps) at 100 steps, 1.0 minutes: -50.0\n" in printed
+    assert "note: the line ends with the shortest run" in printed and "200 steps, the longest has 300" in printed
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     svg = output.read_bytes()
     assert b"<svg" in svg and svg.rstrip().endswith(b"</svg>")
@@ -160,8 +173,8 @@ def test_files_and_report(tmp_path, capsys):
 
 def test_figure(tmp_path):
     runs = [write_run(tmp_path / f"a{seed}", [10 * seed, 10 * seed + 10], seed=seed) for seed in (1, 2, 4)]
-    curves = [plot.read(run)[1] for run in runs]
-    axes = np.reshape(plot.draw([curves, curves[:1]], ["all", "first"]).axes, (2, 2))
+    curves = [plot.read_run(run)[1] for run in runs]
+    axes = np.reshape(plot.draw_figure([curves, curves[:1]], ["all", "first"]).axes, (2, 2))
     for column, end in ((0, 200), (1, 2)):
         line, band = axes[0, column].lines[0], axes[0, column].collections[0].get_paths()[0].vertices
         assert (line.get_xdata()[-1], line.get_ydata()[-1]) == pytest.approx((end, 30), abs=0.02)
@@ -179,8 +192,10 @@ def test_labels(tmp_path, capsys):
         write_run(tmp_path / "b", [3, 4], seed=1, **dict.fromkeys(many, 2)),
     )
     plot.main(plot.Args(runs, tmp_path / "many.png"))
-    said = capsys.readouterr().out
-    assert "a --flag-0 1 --flag-1 1" in said and "b --flag-0 2 --flag-1 2" in said  # too many for a legend: names
+    printed = capsys.readouterr().out
+    assert (
+        "a --flag-0 1 --flag-1 1" in printed and "b --flag-0 2 --flag-1 2" in printed
+    )  # too many for a legend: it has names
     words = [*map(str, runs), "--labels", "slow", "fast", "--output", str(tmp_path / "given.png")]
     plot.main(tyro.cli(plot.Args, args=words))
     assert b"slow" in (tmp_path / "given.svg").read_bytes()  # in a comment beside the outlines of the letters
@@ -191,7 +206,7 @@ def test_labels(tmp_path, capsys):
 def test_bad_input(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", [1], seed=1)
     (tmp_path / "empty").mkdir()
-    foreign = write_log(tmp_path / "foreign", {RETURN: [(1, 1, 1)], LENGTH: [(1, 1, 1)]})
+    other = write_log(tmp_path / "other", {RETURN: [(1, 1, 1)], LENGTH: [(1, 1, 1)]})
     begun = write_log(tmp_path / "begun", {}, seed=1)
     good = tmp_path / "curves.png"
     for runs, output, message in (
@@ -202,7 +217,7 @@ def test_bad_input(tmp_path, monkeypatch):
         ((run, tmp_path / "run" / ".." / "run"), good, "is given twice"),
         ((run,), tmp_path / "curves.pdf", "ending in .png or .svg"),
         ((run,), tmp_path / "none" / "curves.png", "there is no folder"),
-        ((foreign,), good, "no hyperparameters in its log"),
+        ((other,), good, "has no valid config.json"),
         ((begun,), good, "nothing to plot"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as exit_:
@@ -215,10 +230,10 @@ def test_bad_input(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("curves.*"))
 
 
-def test_short_runs_fill_the_picture():
+def test_short_runs_fill_the_figure():
     steps = np.linspace(1e4, 1e5, 20)
     run = {tag: (steps, steps / 1e5, np.linspace(8, 16, 20)) for tag in plot.TAGS}
-    axes = plot.draw([[run]], ["short"], lqr=101.6).axes
+    axes = plot.draw_figure([[run]], ["short"], lqr=101.6).axes
     for ax in axes:
         assert ax.get_ylim()[1] < 20
     texts = [text.get_text() for ax in axes for text in ax.texts]

@@ -1,4 +1,4 @@
-"""A policy that is loaded acts as evaluations do, and so does its ONNX file."""
+"""A loaded policy acts as in training and evaluation."""
 
 from dataclasses import asdict
 
@@ -12,11 +12,11 @@ import ppo_ballbot as ppo
 
 
 def make_run(folder, **flags):
-    """A run's folder with an untrained policy that moves, its statistics those of some robot."""
+    """A run's folder with a policy of random weights and plausible statistics."""
     torch.manual_seed(0)
     args = ppo.Args(hidden_size=16, pi_layers=1, vf_layers=1, **flags)
     agent = ppo.Agent(args)
-    list(agent.actor.parameters())[-2].data *= 30  # actions that matter
+    list(agent.actor.parameters())[-2].data *= 30  # larger actions
     agent.obs_mean.normal_(std=0.1)
     agent.obs_var.uniform_(0.5, 2)
     folder.mkdir()
@@ -30,7 +30,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("frame_skip", [1, 4])
-def test_actions_are_those_of_a_loop_that_knows_the_environment(run, frame_skip):
+def test_actions_equal_those_of_the_training_loop(run, frame_skip):
     policy = ppo.load_policy(run[0])
     envs = gym.make_vec("Ballbot-v0", num_envs=3, num_threads=1, frame_skip=frame_skip, max_episode_steps=50)
     obs, _ = envs.reset(seed=0)
@@ -69,8 +69,8 @@ def test_frames_are_encoded_once_and_never_missed(run, monkeypatch):
     obs, _ = env.reset(seed=0)
     for _ in range(12):
         obs, *_ = env.step(policy(obs))
-    assert encoded == [1, 1]  # taken at the reset and after 6 steps, those after 12 not yet acted upon
-    # A frame that is another and yet older than the one before, in one environment of two
+    assert encoded == [1, 1]  # at the reset and after 6 steps; those after 12 are not used yet
+    # In one of two environments, a different frame with an older time
     other = {key: np.stack([value, value]) for key, value in obs.items()}
     policy(other)
     other["depth_1"] = other["depth_1"].copy()
@@ -106,20 +106,20 @@ def test_a_default_of_float64(run):
     assert all(np.array_equal(again[key], value) and again[key].dtype == value.dtype for key, value in obs.items())
 
 
-def test_drawn_actions(tmp_path):
+def test_sampled_actions(tmp_path):
     agent = make_run(tmp_path / "run", cameras=False, init_log_std=-2.0)
     policy = ppo.load_policy(str(tmp_path / "run"))
     obs, _ = gym.make_vec("Ballbot-v0", num_envs=1, terrain="flat", cameras=False).reset(seed=0)
     obs = {key: np.repeat(value, 5000, 0) for key, value in obs.items()}
-    draw = [policy(obs, deterministic=False, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert np.array_equal(draw[0], draw[1]) and not np.array_equal(draw[0], draw[2])
-    np.testing.assert_allclose((draw[0] - policy(obs)).std(0), np.exp(-2), rtol=0.05)
+    sampled = [policy(obs, deterministic=False, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(sampled[0], sampled[1]) and not np.array_equal(sampled[0], sampled[2])
+    np.testing.assert_allclose((sampled[0] - policy(obs)).std(0), np.exp(-2), rtol=0.05)
     agent.log_std.data += 3
-    drawn = ppo.Policy(agent, None)(obs, deterministic=False)
-    assert np.abs(drawn).max() == 1 and (np.abs(drawn) == 1).mean() < 0.9
+    actions = ppo.Policy(agent, None)(obs, deterministic=False)
+    assert np.abs(actions).max() == 1 and (np.abs(actions) == 1).mean() < 0.9
 
 
-def test_files_that_hold_no_policy(run, tmp_path):
+def test_files_without_a_policy(run, tmp_path):
     content = torch.load(run[0] / "best.pt", weights_only=True)
 
     def says(path, **changes):
@@ -132,7 +132,7 @@ def test_files_that_hold_no_policy(run, tmp_path):
         return message
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="is missing: give runs"):
+    with pytest.raises(SystemExit, match=r"has no best\.pt"):
         ppo.load_policy(tmp_path / "empty")
     assert "is missing" in says(tmp_path / "no.pt")
     bad = tmp_path / "bad.pt"
@@ -140,7 +140,7 @@ def test_files_that_hold_no_policy(run, tmp_path):
     assert "damaged" in says(bad)
     bad.write_text("a text")
     assert "damaged" in says(bad)
-    assert "not as its flags imply" in says(bad, model={})
-    assert "not as its flags imply" in says(bad, args=content["args"] | {"hidden_size": 32})
+    assert "does not fit its flags" in says(bad, model={})
+    assert "does not fit its flags" in says(bad, args=content["args"] | {"hidden_size": 32})
     old = {key: value for key, value in content["args"].items() if key != "frame_skip"}
-    assert "before its rollers were mended" in says(bad, args=old)
+    assert "has no frame_skip in its args" in says(bad, args=old)

@@ -1,4 +1,4 @@
-"""The viewer and the video: what they show, and what they say to bad input or without a display."""
+"""The viewer and the video: what they show, and their errors on invalid input or without a display."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def save_policy(path, **train_args):
 
 @pytest.fixture
 def args(tmp_path):
-    """Short episodes of an untrained policy without cameras."""
+    """Short episodes of a policy with random weights, without cameras."""
     return watch.Args(checkpoint=save_policy(tmp_path / "policy.pt", cameras=False), terrain="flat", horizon=50)
 
 
@@ -50,7 +50,7 @@ def error_of(args):
     ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
     ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
     ({"video": Path("film.gif"), "horizon": 1}, "--horizon is 1: give more than the policy's --frame-skip, 1"),
-    ({"render": True, "push": -1.0}, "--push is -1.0: give 0 or more"),
+    ({"render": True, "push": -1.0}, "--push is -1.0: give 0.0 or more"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
     assert message in error_of(replace(args, **change))
@@ -63,7 +63,7 @@ def test_a_video_that_exists_is_kept(args, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_opengl_that_mujoco_does_not_know():
+def test_unknown_opengl():
     for module, start in (("ballbot_env", "ImportError: "), ("ballbot_utils.watch", "error: ")):
         done = subprocess.run([sys.executable, "-c", f"import {module}"], env=os.environ | {"MUJOCO_GL": "foo"},
                               capture_output=True, text=True)  # fmt: skip
@@ -113,25 +113,26 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     watch.main(replace(args, render=True))
     assert 80 * 0.002 <= time.perf_counter() - started < 2
     assert window.synced and window.closed and window.steps == 0
-    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode is cut short
+    assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode does not end
 
 
 @pytest.mark.slow
 def test_arrows_are_seen_in_all_directions(opengl):
-    """A goal's, the velocity's and a push's, none of them a dot; sideways they are as long as they should be."""
+    """Arrows of a goal, of the velocity and of a push; none of them is a dot. From the side, lengths are right."""
     command = ("import json, numpy as np, ballbot_env as b\n"
+               "from ballbot_utils.scene import SceneRenderer, make_arrows\n"
                "envs = b.BallbotVectorEnv(terrain='flat', cameras=False)\n"
-               "place = envs.reset(seed=0)[1]['position'][0]\n"
-               "qpos, still, seen = envs.batch.qpos[0], np.zeros(3), []\n"
-               "painter = b.Painter(240, 320, [place[:2]], 0, terrain='flat')\n"
-               "bare = painter.picture(qpos, []).astype(int)\n"
+               "envs.reset(seed=0)\n"
+               "qpos, place, still, seen = envs.batch.qpos[0], envs.robots.position[0], np.zeros(3), []\n"
+               "renderer = SceneRenderer(240, 320, [place[:2]], envs.terrain, 0)\n"
+               "bare = renderer.render(qpos, []).astype(int)\n"
                "for angle in np.radians(21.3) + np.arange(8) * np.pi / 4:\n"  # the first is towards the camera
                "    way = np.array([np.cos(angle), np.sin(angle), 0])\n"
                "    for arrows in ((way[:2], still, still), ([0, 0], way, still), ([0, 0], still, 60 * way)):\n"
-               "        picture = painter.picture(qpos, b.make_arrows(place, *arrows))\n"
+               "        picture = renderer.render(qpos, make_arrows(place, *arrows))\n"
                "        pixels = np.argwhere(np.abs(picture - bare).sum(2) > 60)\n"
                "        seen.append((len(pixels), *np.ptp(pixels, 0).tolist()))\n"
-               "painter.close()\n"
+               "renderer.close()\n"
                "print(json.dumps(seen))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=REPOSITORY, text=True,
                           capture_output=True)  # fmt: skip
@@ -142,22 +143,22 @@ def test_arrows_are_seen_in_all_directions(opengl):
     np.testing.assert_allclose(width[[2, 6]], 0.5 / 1.1 * 120 / np.tan(np.pi / 8), rtol=0.1)
 
 
-def test_a_video_tells_the_command(tmp_path, monkeypatch):
+def test_a_video_shows_the_command(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     captions = []
 
-    class Painter:
-        def __init__(self, *args, **terrain):
-            self.picture, self.close = (lambda pose, arrows: None), (lambda: None)
+    class Renderer:
+        def __init__(self, *args):
+            self.render, self.close = (lambda pose, arrows: None), (lambda: None)
 
-    monkeypatch.setattr(watch, "Painter", Painter)
-    monkeypatch.setattr(watch, "compose", lambda picture, frames, caption: captions.append(caption))
-    monkeypatch.setattr(watch, "encode", lambda pictures, path, fps: path.write_text(str(list(pictures))))
+    monkeypatch.setattr(watch, "SceneRenderer", Renderer)
+    monkeypatch.setattr(watch, "compose_image", lambda pixels, frames, caption: captions.append(caption))
+    monkeypatch.setattr(watch, "encode_video", lambda images, path, fps: path.write_text(str(list(images))))
     for goal in ("command", "forward"):
         policy = save_policy(tmp_path / "policy.pt", cameras=False, goal=goal)
         args = watch.Args(checkpoint=policy, horizon=30, video=tmp_path / f"{goal}.gif", terrain="flat", seed=3)
         (policy, _), task = watch.load(args.checkpoint), dict(terrain="flat", cameras=False, max_episode_steps=30)
-        watch.video(watch.trained(policy), args, task | ({"goal": goal} if goal == "command" else {}))
+        watch.write_video(watch.policy_factory(policy), args, task | ({"goal": goal} if goal == "command" else {}))
     env, (seed,) = gym.make("Ballbot-v0", goal="command", cameras=False), spawn_seeds(3, 1)
     x, y = env.reset(seed=seed)[0]["command"]
     assert np.hypot(x, y) > 0.01 and f"m/s    command ({x:+.2f}, {y:+.2f}) m/s    return" in captions[0]
@@ -166,23 +167,24 @@ def test_a_video_tells_the_command(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_record_video(tmp_path, opengl):
-    """Gymnasium's RecordVideo has a film in real time, of pictures drawn 25 times a second."""
+    """Gymnasium's RecordVideo writes a video in real time, with 25 rendered images per second."""
     imageio = pytest.importorskip("imageio.v2")
     pytest.importorskip("moviepy")
     command = ("import sys, gymnasium as gym, numpy as np, ballbot_env\n"
-               "picture, drawn = ballbot_env.Painter.picture, []\n"
-               "ballbot_env.Painter.picture = lambda *args: drawn.append(1) or picture(*args)\n"
+               "from ballbot_utils.scene import SceneRenderer\n"
+               "render, calls = SceneRenderer.render, []\n"
+               "SceneRenderer.render = lambda *args: calls.append(1) or render(*args)\n"
                "env = gym.make('Ballbot-v0', terrain='flat', render_mode='rgb_array')\n"
                "env = gym.wrappers.RecordVideo(env, sys.argv[1])\n"
                "env.reset(seed=0)\n"
                "for _ in range(100):\n"
                "    env.step(np.zeros(3))\n"
                "env.close()\n"
-               "print('drawn:', len(drawn))")  # fmt: skip
+               "print('rendered:', len(calls))")  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], cwd=REPOSITORY, text=True,
                           capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "drawn: 6" in done.stdout
+    assert "rendered: 6" in done.stdout
     meta = imageio.get_reader(tmp_path / "rl-video-episode-0.mp4").get_meta_data()
     assert meta["size"] == (640, 480) and meta["duration"] == pytest.approx(0.2, abs=0.03)
 
