@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import ballbot_env
 import ppo_ballbot as ppo
 from ballbot_utils import pretrain_encoder as pretrain
 from ballbot_utils.checkpoints import load_encoder
+from ballbot_utils.geometry import rotation_matrix
+from ballbot_utils.model import BALL_RADIUS, BASE_OVER_BALL
+from ballbot_utils.terrain import Terrain
 
 SMALL = pretrain.Args(num_threads=1, num_frames=1024, num_val_frames=512, num_terrains=1, epochs=4)
 
@@ -54,9 +56,9 @@ def test_bad_input_fails_first(tmp_path, monkeypatch, change, message):
 
 
 def test_poses_rest_on_the_terrain():
-    heights = ballbot_env.perlin_terrain(4_000_000) * np.float32(0.1)
+    heights = Terrain("perlin", 4_000_000, 0.1).heights
     position, quaternion, targets = pretrain.random_poses(np.random.default_rng(0), heights, 2000)
-    rotation = ballbot_env.rotation_matrix(quaternion)
+    rotation = rotation_matrix(quaternion)
     cosine = np.cos(np.linalg.norm(targets[:, :2], axis=1))
     np.testing.assert_allclose(rotation[:, 2, 2], cosine, atol=1e-9)
     assert np.degrees(np.arccos(cosine.min())) < 20
@@ -65,8 +67,8 @@ def test_poses_rest_on_the_terrain():
     np.testing.assert_allclose(rotation[upright, 2, 1], targets[upright, 0], atol=2e-4)
     np.testing.assert_allclose(rotation[upright, 2, 0], -targets[upright, 1], atol=2e-4)
     # The ball's centre, below the base along the robot's axis, is a radius above the ground or a little more.
-    x, y, z = (position - ballbot_env.BASE_OVER_BALL * rotation[:, :, 2]).T
-    clearance = z - pretrain.height_at(heights, x, y) - ballbot_env.BALL_RADIUS
+    x, y, z = (position - BASE_OVER_BALL * rotation[:, :, 2]).T
+    clearance = z - pretrain.height_at(heights, x, y) - BALL_RADIUS
     assert clearance.min() > -0.005 and clearance.max() < 0.04 and abs(np.median(clearance)) < 0.001
 
 

@@ -51,7 +51,8 @@ def test_a_script_imports_no_program(name):
 
 
 @pytest.mark.parametrize("statement", [
-    "from ballbot_utils import console, watch", "import ballbot_utils.watch as w",
+    "from ballbot_utils import console, watch",
+    "import ballbot_utils.watch as w",
     "from ballbot_utils.watch import main", "from . import watch", "from .watch import main",
 ])  # fmt: skip
 def test_every_kind_of_import_is_found(statement):

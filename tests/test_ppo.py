@@ -683,7 +683,7 @@ def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys
                    eval_interval=800, body_frame=True)  # fmt: skip
     run = ppo.train(args)
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    assert checkpoint["global_step"] == 1600 and checkpoint["iteration"] == 2
+    assert checkpoint["global_step"] == 1600
     log = EventAccumulator(str(run)).Reload()
     assert log.Scalars("eval/episodic_return")[0].step == 800
     lengths = log.Scalars("charts/episodic_length")

@@ -220,7 +220,7 @@ def test_a_finished_run_is_not_evaluated_again(script, eval_interval, tmp_path, 
     args = {name: value for name, value in vars(SHORT).items() if name != "exp_name" and name in vars(script.Args())}
     args = script.Args(**args | dict(eval_interval=eval_interval, eval_episodes=1, run_name="run"))
     with monkeypatch.context() as patch:  # the final evaluation is interrupted
-        patch.setattr(script, "evaluate_at_the_end", interrupt)
+        patch.setattr(runs.Run, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             script.train(args)
     script.train(script.Args(resume="runs/run"))
@@ -368,7 +368,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(uninterrupted, tmp_path):
     content = read_checkpoint(uninterrupted / "last.pt")
     save_checkpoint(run / "last.pt", content | {"args": content["args"] | {"lr_schedule": "linear"}})
     assert_refused("of another program or version: its flags differ in lr_schedule$", *resume, cwd=tmp_path)
-    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    content["optimizer"]["state"][0]["exp_avg"], content["final"] = torch.zeros(7), None
     save_checkpoint(run / "last.pt", content)
     assert_refused("last.pt does not fit its flags", *resume, cwd=tmp_path)
 
