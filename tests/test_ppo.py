@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ballbot_env
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
+from ballbot_utils import runs
 from ballbot_utils.distributed import pin_to_core_share
 from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.observations import PROPRIOCEPTION
@@ -663,7 +664,7 @@ def test_a_privileged_critic_sees_slopes_and_the_policy_none(tmp_path, monkeypat
     features, slopes = agent.features(proprio, torch.empty(50, 0)), ppo.ground_slopes(envs, agent)
     assert agent.actor.weight_0.shape[0] == 15 and features.shape == (50, 15) and slopes.std() > 0.01
     assert (agent.value(features, slopes) != agent.value(features, 0 * slopes)).all()
-    batch, *_ = ppo.rollout(envs, agent, args, proprio, torch.empty(50, 0))
+    batch, *_ = ppo.rollout(envs, agent, args, (proprio, torch.empty(50, 0)))
     values = agent.value(agent.features(batch["proprio"], batch["depth"]).flatten(0, 1), batch["slopes"].flatten(0, 1))
     assert batch["slopes"][0].equal(slopes) and torch.allclose(values.view(-1, 50), batch["values"], atol=1e-5)
     policy = ppo.load_policy(ppo.train(args))  # plays where nothing tells the slopes
@@ -694,8 +695,8 @@ def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_the_time_to_the_targets_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ppo, "TARGET_RETURN", 1)
-    monkeypatch.setattr(ppo, "TARGET_LENGTH", 10)
+    monkeypatch.setattr(runs, "TARGET_RETURN", 1)
+    monkeypatch.setattr(runs, "TARGET_LENGTH", 10)
     run = ppo.train(replace(SMALL, cameras=False))
     output = capsys.readouterr().out
     assert re.search(r"^targets met after 256 steps, \d+ min \d\d s$", output, re.M)

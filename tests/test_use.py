@@ -95,7 +95,7 @@ def test_export_refuses(exported, tmp_path, monkeypatch):
             export.main(export.Args(*args))
         return str(raised.value)
 
-    assert "give one ending in .onnx" in error(run, tmp_path / "policy.pt")
+    assert "give a name ending in .onnx" in error(run, tmp_path / "policy.pt")
     assert "exists: give --overwrite" in error(run, exported[0] / "policy.onnx")
     assert "has no best.pt" in error(tmp_path, tmp_path / "policy.onnx")
     monkeypatch.setattr(export, "save", lambda agent, space, metadata, path: path.write_text("half"))
