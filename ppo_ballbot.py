@@ -10,8 +10,11 @@ It runs on --num-processes ranks of one machine, or on ranks that torchrun start
 environments and of every minibatch. All ranks have the same networks: gradients are averaged.
 """
 
+import signal
 import time
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
 STARTED = time.perf_counter()  # run times count from here, imports included
 
 import os
