@@ -361,8 +361,8 @@ def rollout(envs, agent, args, observation, show=lambda steps: None):
     next_values = torch.cat([values[1:], agent.value(agent.features(proprio, depth), ground_slopes(envs, agent))[None]])
     for step, i, value in ends:
         next_values[step, i] = value[0]
-    batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values}
     rewards, dones = (torch.from_numpy(x).to(device) for x in (rewards, dones))
+    batch |= {"logprobs": log_prob(noise, 0, agent.log_std), "values": values}
     rendering += envs.render_seconds
     seconds = {"simulate": simulating - rendering, "render": rendering}
     seconds["infer"] = time.perf_counter() - started - simulating

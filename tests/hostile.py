@@ -219,7 +219,7 @@ def environment(base, number=40):
         for _ in range(100):
             with contextlib.suppress(ValueError):
                 envs.set_state(spoil(state, spoiling)[0])
-            envs.push(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)) * (rng.random() < 0.05))
+            envs.apply_force(rng.normal(0, 10.0 ** rng.integers(0, 8), (3, 3)) * (rng.random() < 0.05))
             actions = rng.normal(0, 10.0 ** rng.integers(-2, 4), (3, 3)).astype(np.float32)
             actions[rng.random((3, 3)) < 0.01] = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-40])
             obs, reward, *_ = envs.step(actions)

@@ -61,7 +61,7 @@ CHANGES = {
             "        return torch.cat(hidden), memory\n\n"
             r"\g<0>"
         ),
-        r"    episodes, ends, seconds = .*\n": (
+        r"    episodes, ends, started.*\n": (
             r"\g<0>    memory, forget = agent.memory or 2 * (torch.zeros(1, shape[1], 64),), torch.zeros(shape[1])" "\n"
             "    batch |= {key: part.repeat(shape[0], 1, 1) for key, part in zip('hc', memory)}\n"
             "    batch['forgets'], hidden = torch.empty(shape), torch.empty(*shape, 64)\n"

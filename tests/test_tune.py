@@ -346,7 +346,7 @@ def test_a_study_resumes_and_its_name_decides_what_it_tries(strategy, workers, t
         run(*words, "--study", "one", "--trials", trials, "--workers", workers)
     assert [t.params for t in load("one").trials] == params["one"] and len(started()) == 5
     assert "resumes after 3 of 5 trials" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match="was begun with other flags \\(space\\)"):
+    with pytest.raises(SystemExit, match="has other flags \\(space\\)"):
         run(*words[:2], "--study", "one", "--space", "clip-coef=0.1:0.2", "--trials", "6")
     Path("runs/one/study.db").unlink()
     with pytest.raises(SystemExit, match="has trials of another study"):
