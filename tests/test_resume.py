@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("KILLS", 3))  # the project's claim is made with 20
 ITERATIONS = max(20, 6 * KILLS)
 FLAGS = (
     "--run-name run --frame-skip 1 --num-processes 2 --num-envs 4 --num-steps 64 --minibatch-size 64 "
-    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-value --norm-adv "
+    "--eval-interval 2560 --eval-episodes 2 --final-eval-episodes 2 --norm-obs --norm-adv "
     "--learning-rate 3e-4 --anneal-lr --save-interval 0 "
     f"--total-timesteps {256 * ITERATIONS}"
 ).split()
@@ -204,7 +204,7 @@ def test_a_run_resumes_with_more_steps(tmp_path, monkeypatch, capsys):
     short = ppo.train(ppo.Args(resume="runs/short", total_timesteps=512))
     assert "256 steps become 512: schedules are stretched over all of them" in capsys.readouterr().out
     assert json.loads((short / "config.json").read_text())["total_timesteps"] == 512
-    assert plot.read(short)[0]["total_timesteps"] == "512"
+    assert plot.read_run(short)[0]["total_timesteps"] == 512
     long = ppo.train(replace(args, total_timesteps=512, run_name="long"))
     assert_equal(*(read_checkpoint(run / "last.pt")["model"] for run in (short, long)))
     for argv, total in (("--total-timesteps 8000000", 8_000_000), ("--total-timesteps 9000000", 9_000_000), ("", 512)):

@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_with_the_same_weights(folder):
     run_dir = folder / "runs" / "parts"
     while not (run_dir / "last.pt").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # SIGINT may be ignored, as in a background job
     _, errors = process.communicate()
     assert process.returncode == os.EX_TEMPFAIL and "python reinforce.py --resume runs/parts" in errors
     assert torch.load(run_dir / "last.pt", weights_only=True)["global_step"] < 60_000
