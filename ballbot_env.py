@@ -33,7 +33,7 @@ except (AttributeError, OSError, RuntimeError) as error:  # from OpenGL, which o
     ) from None
 
 from ballbot_utils.arguments import check_arguments, check_options
-from ballbot_utils.checks import check_argument, find_mismatch
+from ballbot_utils.checks import check_value, find_mismatch
 from ballbot_utils.commands import Commands
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
 from ballbot_utils.infos import mask_infos, unbatch_infos
@@ -569,7 +569,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one each, or one int")
         options = dict(options or {})
         mask = np.asarray(options.pop("reset_mask", self._all_envs))
-        check_argument(mask.dtype == bool and mask.shape == (self.num_envs,) and mask.any(), "reset_mask", mask,
+        check_value(mask.dtype == bool and mask.shape == (self.num_envs,) and mask.any(), "reset_mask", mask,
                        f"a bool array ({self.num_envs},), somewhere True")  # fmt: skip
         if self._needs_reset and not mask.all():
             raise gym.error.ResetNeeded("call reset() without a reset_mask first")

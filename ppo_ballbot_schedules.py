@@ -231,8 +231,7 @@ class Agent(nn.Module):
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
         self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
-        self.body_frame, self.depth_scale = args.body_frame, args.depth_scale
-        self.norm_obs = args.norm_obs
+        self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         self.encoder = DepthEncoder().to(memory_format=torch.channels_last) if args.cameras else None  # faster
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
@@ -253,7 +252,7 @@ class Agent(nn.Module):
         return features.view(len(frames), -1) * self.depth_scale
 
     def features(self, proprio, depth):
-        """What actor and critic see: (n, 56), proprioception normalised with --norm-obs."""
+        """What actor and critic see: (n, 56), proprioception normalized with --norm-obs."""
         if self.norm_obs:
             proprio = (proprio - self.obs_mean) * torch.rsqrt(self.obs_var + 1e-8) * self.obs_scale
         return torch.cat([proprio, depth], -1)
@@ -278,8 +277,8 @@ class Agent(nn.Module):
 
 def log_prob(actions, mean, log_std):
     """Log density (n,) of actions (n, 3) under independent Gaussians."""
-    normalised = (actions - mean) * torch.exp(-log_std)
-    return -(0.5 * normalised.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
+    normalized = (actions - mean) * torch.exp(-log_std)
+    return -(0.5 * normalized.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
 
 
 def task(args, evaluation):
@@ -507,10 +506,8 @@ class Policy:
             self.frames, self.depth = None, agent.log_std.new_empty(len(obs["vel"]), agent.num_depth)
         if agent.encoder is not None:
             frames = [obs[name] for name in CAMERAS]
-            new = (
-                sum((frame != old).any((1, 2, 3)) for frame, old in zip(frames, self.frames or [np.nan] * len(frames)))
-                > 0
-            )
+            previous = self.frames or [np.nan] * len(frames)
+            new = sum((frame != old).any((1, 2, 3)) for frame, old in zip(frames, previous)) > 0
             if new.any():
                 images = torch.cat([torch.as_tensor(frame[new]) for frame in frames], 1).to(self.depth.device)
                 self.depth[torch.as_tensor(new)] = apply_in_blocks(agent.encode, images, 2)

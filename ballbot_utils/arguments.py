@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from ballbot_utils.checks import check_argument, is_number, is_whole
+from ballbot_utils.checks import check_value, is_number, is_whole
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, TERRAINS
 
 
@@ -60,7 +60,7 @@ ARGUMENTS = {
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError of one line for the first invalid one of the arguments named in ARGUMENTS."""
     for name, (is_valid, expected) in ARGUMENTS.items():
-        check_argument(is_valid(arguments[name]), name, arguments[name], expected)
+        check_value(is_valid(arguments[name]), name, arguments[name], expected)
 
 
 def check_options(options: Mapping[str, Any], num_envs: int, max_tilt: float) -> dict[str, np.ndarray]:
@@ -87,6 +87,6 @@ def check_options(options: Mapping[str, Any], num_envs: int, max_tilt: float) ->
             array = np.array(np.nan)
         valid = array.shape in (shape, (num_envs, *shape)) and np.isfinite(array).all() and is_valid(array)
         shapes = f"{shape}" + f" or {(num_envs, *shape)}" * (num_envs > 1)
-        check_argument(valid, name, value, f"{expected}, of shape {shapes}")
+        check_value(valid, name, value, f"{expected}, of shape {shapes}")
         checked[name] = np.broadcast_to(array, (num_envs, *shape))
     return checked

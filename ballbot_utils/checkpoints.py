@@ -129,8 +129,8 @@ def load_policy(path: Path, script: Path | None = None, module: ModuleType | Non
             exit_with_error(f"{path.parent} has no best.pt (no evaluation yet?): {hint}")
     try:
         content = read_checkpoint(path)
-        agent, args = build_agent(content, find_module(content, path, script, module))
-        return sys.modules[type(args).__module__].Policy(agent, args), content
+        module = find_module(content, path, script, module)
+        return module.Policy(*build_agent(content, module)), content
     except (ValueError, OSError) as error:
         problem = getattr(error, "strerror", None) or error
     except (KeyError, TypeError, AttributeError, IndexError):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def check_argument(valid: Any, name: str, value: Any, expected: str) -> None:
+def check_value(valid: Any, name: str, value: Any, expected: str) -> None:
     """Raise a ValueError of one line, "`name` is `value`: give `expected`", unless `valid`."""
     if not valid:
         raise ValueError(f"{name} is {' '.join(repr(value).split())}: give {expected}")  # arrays have several lines

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ballbot_utils.checks import check_argument
+from ballbot_utils.checks import check_value
 
 MAX_COMMAND = 0.6  # m/s, fastest command that is sampled
 STANDING_FRACTION = 0.2  # of the commands, to stand still
@@ -33,7 +33,7 @@ class Commands:
 
     def set(self, velocities: np.ndarray) -> None:
         """Replace the commands by `velocities` (n, 2), m/s, until the episodes end. ValueError above COMMAND_LIMIT."""
-        check_argument((np.abs(velocities) <= COMMAND_LIMIT).all(), "the velocity", velocities,
+        check_value((np.abs(velocities) <= COMMAND_LIMIT).all(), "the velocity", velocities,
                        f"x and y from {-COMMAND_LIMIT:g} to {COMMAND_LIMIT:g} m/s")  # fmt: skip
         self.velocities[:], self.due[:] = velocities, np.iinfo(int).max
 

@@ -49,9 +49,13 @@ class ProgressLine:
         self.is_terminal = bool(sys.stderr and sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
         self.interval, self.last = 0.2 if self.is_terminal else interval, -1e9
 
+    def is_due(self) -> bool:
+        """Whether `show` would print now."""
+        return time.perf_counter() - self.last >= self.interval and is_rank_zero() and bool(sys.stderr)
+
     def show(self, done: float, total: float, seconds: float, text: str) -> None:
         """Show the share that is done, the time left if `done` took `seconds`, and `text`."""
-        if time.perf_counter() - self.last < self.interval or not is_rank_zero() or not sys.stderr:
+        if not self.is_due():
             return
         self.last, share = time.perf_counter(), done / total
         left = timedelta(seconds=int(seconds * (1 / share - 1))) if share > 0 else "?"

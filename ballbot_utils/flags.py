@@ -188,7 +188,7 @@ def validate_args(args: Any, world_size: int | None = None) -> None:
         (args.learning_rate != -1 and args.learning_rate <= 0, f"--learning-rate is {args.learning_rate}: give -1 for "
          "the schedule, or a positive constant"),
         (getattr(args, "anneal_lr", False) and args.learning_rate < 0, "--anneal-lr needs a positive --learning-rate"),
-        (args.terrain == "perlin" and args.terrain_seed == args.eval_terrain_seed,
+        (args.terrain != "flat" and args.terrain_seed == args.eval_terrain_seed,
          "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
         (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
          f"{batch_size}: {max(d for d in divisors if d <= size)} does"),

@@ -13,7 +13,7 @@ import mujoco.batch
 import numpy as np
 import torch
 
-from ballbot_utils.checks import check_argument, is_number
+from ballbot_utils.checks import check_value, is_number
 from ballbot_utils.model import CAMERAS, MAX_TORQUE, TIMESTEP
 from ballbot_utils.terrain import TERRAINS
 
@@ -90,7 +90,7 @@ def check_randomization(
 
     `terrain` is the kind of ground, `max_tilt` the tilt in degrees at which an episode ends.
     """
-    check_argument(randomization is None or isinstance(randomization, Mapping), "randomization", randomization,
+    check_value(randomization is None or isinstance(randomization, Mapping), "randomization", randomization,
                    'a dict of names and strengths, such as {"push": 1.0}')  # fmt: skip
     given = dict(randomization or {})
     for name, strength in given.items():
@@ -99,7 +99,7 @@ def check_randomization(
         low, high, expected, *_ = RANDOMIZATION[name]
         valid = is_number(strength) and low <= strength <= high
         valid = valid and (name != "latency" or strength == int(strength)) and (name != "tilt" or strength < max_tilt)
-        check_argument(valid, f"randomization {name}", strength, expected)
+        check_value(valid, f"randomization {name}", strength, expected)
     on = {name: given[name] for name in RANDOMIZATION if given.get(name)}
     if "push_interval" in on and "push" not in given:
         raise ValueError("randomization has a push_interval and no push: give both, or push alone")

@@ -138,13 +138,15 @@ class Run:
 
     def show(self, steps: int, more: str = "") -> None:
         """Show the progress, so many steps into an iteration."""
-        self.startup, steps = self.startup or self.clock(), self.global_step + steps
+        self.startup = self.startup or self.clock()
+        if not (more or self.progress.is_terminal) or not self.progress.is_due():  # it is called for each action
+            return
+        steps += self.global_step
         seconds, result = max(self.clock() - self.startup, 1e-9), "no episode ended yet"
         if self.finished:
             result = "return {:.1f}, length {:.0f}".format(*np.mean(self.finished, 0))
         text = f"{steps:,} steps, {steps / seconds:,.0f} SPS, {result}{more}"
-        if more or self.progress.is_terminal:
-            self.progress.show(steps, self.args.total_timesteps, seconds, text)
+        self.progress.show(steps, self.args.total_timesteps, seconds, text)
 
     def log_iteration(self, steps: int, seconds: dict[str, float], episodes: list, scalars: dict[str, float]) -> None:
         """Log an iteration of so many steps: its `seconds` by part, and `scalars` by their tag.
@@ -317,8 +319,9 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         check_video()
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
-        different = [name for name in NETWORK_FLAGS if getattr(args, name, None) != getattr(policy.args, name, None)
-                     and name not in ineffective_flags(args)]  # fmt: skip
+        ineffective = ineffective_flags(args)
+        names = [name for name in NETWORK_FLAGS if name not in ineffective]
+        different = [name for name in names if getattr(args, name, None) != getattr(policy.args, name, None)]
         flags = ", ".join(different)
         check_argument(not different, f"--init-from {args.init_from}: use the same {flags} as in its training")
         if content.get("script", "") not in ("", describe_script(cls)["script"]) and not in_rank:

@@ -22,10 +22,12 @@ import numpy as np
 import torch
 import tyro
 
+from ballbot_utils.console import check_argument, exit_with_error
+
 try:
     from ballbot_env import BallbotVectorEnv, spawn_seeds
 except ImportError as error:  # MUJOCO_GL names a missing library
-    sys.exit(f"error: {error}")
+    exit_with_error(error)
 
 import mujoco
 
@@ -44,7 +46,6 @@ from ballbot_utils.common import (
     step_policy,
     write,
 )
-from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.flags import Seed
 from ballbot_utils.model import TIMESTEP
 from ballbot_utils.scene import SceneRenderer, draw_arrows
