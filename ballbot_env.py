@@ -845,42 +845,24 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return self._get_obs(), rewards, terminated.any(1), truncated.any(1), infos
 
     def _get_ends(self, failed):
-        """Where episodes terminate and where they are truncated, by physics step: bool (num_envs, frame_skip) each.
+        """Where episodes terminate and where they are truncated, by physics step: see `get_ends`.
 
-        Third: the physics steps that count, up to the one at which the episode ends. `failed`: indices of environments
-        whose physics failed.
+        `failed`: indices of environments whose physics failed.
         """
-        x, y = self.robots.substep_quaternion[:, :, 1], self.robots.substep_quaternion[:, :, 2]
-        terminated = x * x + y * y > self._max_sin2_half_tilt
-        terminated[failed, 0] = True
+        has_failed = np.zeros(self.num_envs, bool)
+        has_failed[failed] = True
         steps = self._steps[:, None] + np.arange(1, self.frame_skip + 1)
-        truncated = steps >= self.max_episode_steps * self.frame_skip
-        truncated |= (np.abs(self.robots.substep_position[:, :, :2]) > TERRAIN_EXTENT - TERRAIN_MARGIN).any(2)
-        active = np.ones_like(terminated)
-        active[:, 1:] = ~np.logical_or.accumulate(terminated | truncated, 1)[:, :-1]
-        terminated &= active
-        truncated &= active & ~terminated
-        return terminated, truncated, active
+        max_steps = self.max_episode_steps * self.frame_skip
+        return get_ends(self.robots, has_failed, steps, max_steps, self._max_sin2_half_tilt)
 
     def _get_rew(self, terminated, active):
-        """Rewards (num_envs,) of an action, and their terms by name, summed over the physics steps that are `active`.
-
-        `terminated` and `active` are those of `_get_ends`. A term is a name that starts with "reward_" and a sum
-        (num_envs,); all of them are in `info`.
-        """
+        """Rewards (num_envs,) of an action, and their terms: see `get_reward_terms`."""
         vel = self._observations["vel"]
         velocity = np.minimum(np.maximum(self.robots.substep_velocity(), vel.low), vel.high)
-        if self.commands is None:
-            speed = velocity @ self.goal
-        else:
-            command = self.commands[:, None]
-            speed = 8 * (np.square(command).sum(2) - np.square(velocity - command).sum(2))
-        ctrl_cost = np.square(self.last_actions, dtype=float).sum(1)
-        terms = {
-            "reward_forward": self.forward_reward_weight * (speed * active).sum(1),
-            "reward_ctrl": -self.ctrl_cost_weight * ctrl_cost * active.sum(1),
-            "reward_healthy": self.healthy_reward * (active & ~terminated).sum(1),
-        }
+        weights = self.forward_reward_weight, self.ctrl_cost_weight, self.healthy_reward
+        terms = get_reward_terms(
+            velocity, self.goal, self.commands, self.last_actions.astype(float), terminated, active, *weights
+        )
         return sum(terms.values()), terms
 
     def _get_obs(self):
@@ -929,6 +911,44 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.render_seconds += time.perf_counter() - started
 
 
+def get_ends(robots, failed, steps, max_steps, max_sin2_half_tilt):
+    """Where episodes terminate and where they are truncated, by physics step: bool (n, frame_skip) each.
+
+    Third: the physics steps that count, up to the one at which the episode ends. All are NumPy arrays, or all tensors:
+    `robots` have the poses after the steps of an action, `failed` (n,) is where the physics failed, `steps`
+    (n, frame_skip) counts the episodes' steps.
+    """
+    x, y = robots.substep_quaternion[:, :, 1], robots.substep_quaternion[:, :, 2]
+    terminated = x * x + y * y > max_sin2_half_tilt
+    terminated[:, 0] |= failed
+    truncated = steps >= max_steps
+    truncated = truncated | (abs(robots.substep_position[:, :, :2]) > TERRAIN_EXTENT - TERRAIN_MARGIN).any(2)
+    ended = terminated | truncated
+    active = ended.cumsum(1) <= ended  # up to the first end
+    return terminated & active, truncated & active & ~terminated, active
+
+
+def get_reward_terms(
+    velocity, goal, commands, actions, terminated, active, forward_reward_weight, ctrl_cost_weight, healthy_reward
+):
+    """The terms of the rewards of an action, by name, summed over the physics steps that are `active`: (n,) each.
+
+    A term is a name that starts with "reward_" and a sum; all of them are in `info`. All are NumPy arrays, or all
+    tensors: `velocity` (n, frame_skip, 2), m/s, as observed, `goal` (2,) or else `commands` (n, 2), m/s, the clipped
+    `actions` (n, 3), and `terminated` and `active` of `get_ends`.
+    """
+    if commands is None:
+        speed = velocity @ goal
+    else:
+        command, error = commands[:, None], velocity - commands[:, None]
+        speed = 8 * ((command * command).sum(2) - (error * error).sum(2))
+    return {
+        "reward_forward": forward_reward_weight * (speed * active).sum(1),
+        "reward_ctrl": -ctrl_cost_weight * (actions * actions).sum(1) * active.sum(1),
+        "reward_healthy": healthy_reward * (active & ~terminated).sum(1),
+    }
+
+
 def reward_terms(infos: dict) -> dict:
     """The reward's terms in `infos`."""
     return {name: value for name, value in infos.items() if name.startswith("reward_")}
@@ -942,6 +962,7 @@ def spawn_seeds(seed: int, n: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(n, np.uint64).tolist()
 
 
+gym.register("BallbotWarp-v0", vector_entry_point="ballbot_env_warp:BallbotWarpEnv", max_episode_steps=MAX_EPISODE_STEPS)
 gym.register(
     "Ballbot-v0",
     entry_point="ballbot_env:BallbotEnv",

@@ -60,7 +60,8 @@ ARGUMENTS = {
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError of one line for the first invalid one of the arguments named in ARGUMENTS."""
     for name, (is_valid, expected) in ARGUMENTS.items():
-        check_value(is_valid(arguments[name]), name, arguments[name], expected)
+        if name in arguments:
+            check_value(is_valid(arguments[name]), name, arguments[name], expected)
 
 
 def check_options(options: Mapping[str, Any], num_envs: int, max_tilt: float) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from ballbot_utils.model import BASE_OVER_BALL, CAMERAS
 from ballbot_utils.terrain import TERRAIN_EXTENT
 
 MAX_DEPTH = 1.0  # m
+STEEPEST_BLOCK = 16  # cells
 
 
 @contextlib.contextmanager
@@ -75,8 +76,8 @@ class DepthRenderer:
         # Columns of `axes`: right, up and forward of each camera, in the base's frame
         axes = np.stack([rotation.T @ data.cam_xmat[c].reshape(3, 3) for c in cameras])
         axes[:, :, 2] *= -1  # MuJoCo's cameras look along -z
-        self._axes = axes  # (cameras, 3, 3)
-        self._offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (cameras, 3)
+        self.axes = axes  # (cameras, 3, 3)
+        self.offsets = np.stack([rotation.T @ (data.cam_xpos[c] - position) for c in cameras])  # (cameras, 3)
         # fovy 90: tan 45° = 1
         pixels, coarse = ((torch.arange(n, dtype=torch.float32) + 0.5) * (2 / n) - 1 for n in (size, -(-size // 4)))
         self_depth = torch.from_numpy(self._ray_self_depth(model, data, cameras, pixels.numpy()))
@@ -184,8 +185,8 @@ class DepthRenderer:
         n, size, cameras = len(position), self.size, len(CAMERAS)
         rotation = rotation_matrix(quaternion)[:, None]  # (n, 1, 3, 3)
         # Sums of products by hand, as a matrix product's rounding may depend on the batch size
-        axes = sum(rotation[..., :, k, None] * self._axes[None, :, None, k, :] for k in range(3))  # (n, cameras, 3, 3)
-        origin = position[:, None] + sum(rotation[..., k] * self._offsets[:, None, k] for k in range(3))
+        axes = sum(rotation[..., :, k, None] * self.axes[None, :, None, k, :] for k in range(3))  # (n, cameras, 3, 3)
+        origin = position[:, None] + sum(rotation[..., k] * self.offsets[:, None, k] for k in range(3))
         # x and y in units of TERRAIN_EXTENT
         axes[:, :, :2] *= 1 / TERRAIN_EXTENT
         origin[:, :, :2] *= 1 / TERRAIN_EXTENT
@@ -235,15 +236,20 @@ class DepthRenderer:
         return self._interpolation @ image @ self._interpolation.T
 
 
-def steepest_nearby(heights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from places (n, 2), m, to the terrain's largest slope (n,) within at least 1.1 m along x and y."""
-    cell, block = 2 * TERRAIN_EXTENT / (len(heights) - 1), 16
+def steepest_blocks(heights: np.ndarray) -> np.ndarray:
+    """The terrain's largest slope within at least 1.1 m of each block of STEEPEST_BLOCK by STEEPEST_BLOCK cells."""
+    cell = 2 * TERRAIN_EXTENT / (len(heights) - 1)
     slopes = np.hypot(np.diff(heights, axis=0)[:, 1:], np.diff(heights, axis=1)[1:]) / cell
     slopes = torch.from_numpy(slopes)[None, None]
-    blocks = F.max_pool2d(F.max_pool2d(slopes, block), 5, 1, 2)[0, 0].numpy()
+    return F.max_pool2d(F.max_pool2d(slopes, STEEPEST_BLOCK), 5, 1, 2)[0, 0].numpy()
+
+
+def steepest_nearby(heights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from places (n, 2), m, to the terrain's largest slope (n,) within at least 1.1 m along x and y."""
+    blocks, side = steepest_blocks(heights), 2 * TERRAIN_EXTENT / (len(heights) - 1) * STEEPEST_BLOCK
 
     def steepest(places):
-        column, row = ((places + TERRAIN_EXTENT) / (cell * block)).astype(int).clip(0, len(blocks) - 1).T
+        column, row = ((places + TERRAIN_EXTENT) / side).astype(int).clip(0, len(blocks) - 1).T
         return blocks[row, column]
 
     return steepest

@@ -40,12 +40,13 @@ def rotation_vector(quaternion: Array) -> Array:
     return quaternion[:, 1:] * (2 * half_angle / sine.clip(1e-9))[:, None]
 
 
-def heading_then_tilt(heading: np.ndarray, tilt: np.ndarray) -> np.ndarray:
+def heading_then_tilt(heading: Array, tilt: Array) -> Array:
     """Quaternions (n, 4) of a turn by `heading` (n,) about z, then by the rotation vector `tilt` (n, 2), rad."""
-    angle = np.linalg.norm(tilt, axis=1)
-    w, (x, y) = np.cos(angle / 2), tilt.T * np.sinc(angle / (2 * np.pi)) / 2
-    cos, sin = np.cos(heading / 2), np.sin(heading / 2)
-    return np.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
+    xp = namespace(heading)
+    angle = xp.linalg.norm(tilt, axis=1)
+    w, (x, y) = xp.cos(angle / 2), tilt.T * xp.sinc(angle / (2 * np.pi)) / 2
+    cos, sin = xp.cos(heading / 2), xp.sin(heading / 2)
+    return xp.stack([w * cos, x * cos + y * sin, y * cos - x * sin, w * sin], 1)
 
 
 def in_body_frame(orientation: Array, vel: Array) -> tuple[Array, Array, Array]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ballbot_utils.commands import COMMAND_LIMIT
 from ballbot_utils.depth import MAX_DEPTH
@@ -41,9 +42,10 @@ def make_observations(camera_size: int = 64, frame_interval: int = 6) -> dict[st
     }  # fmt: skip
 
 
-def read_orientation(envs: Any) -> np.ndarray:
-    """Rotation vectors (num_envs, 3), rad, of the bases."""
-    return rotation_vector(envs.robots.quaternion).astype(np.float32)
+def read_orientation(envs: Any) -> np.ndarray | torch.Tensor:
+    """Rotation vectors (num_envs, 3), rad, of the bases, float32."""
+    orientation = rotation_vector(envs.robots.quaternion)
+    return orientation if torch.is_tensor(orientation) else orientation.astype(np.float32)
 
 
 PROPRIOCEPTION = tuple(name for name, row in make_observations().items() if not row.needs)

@@ -1,6 +1,7 @@
 """The physics of many robots, stepped together by `mujoco.batch`, with names for the parts of MuJoCo's state."""
 
 import math
+from typing import NamedTuple
 
 import mujoco
 import mujoco.batch
@@ -13,6 +14,29 @@ from ballbot_utils.model import BALL_START, BASE_START, MAX_TORQUE
 _log = mujoco.MjLogConfig.get()
 _log.logto_file = False
 _log.set()
+
+
+class StateColumns(NamedTuple):
+    """Which columns of MuJoCo's qpos and qvel are what."""
+
+    pose: slice  # of qpos: the base's position and quaternion
+    ball: slice  # of qpos: the ball's centre
+    velocity: slice  # of qvel: the base's velocity
+    angular_velocity: slice  # of qvel, in the base's frame
+    ball_velocity: slice  # of qvel
+    wheels: slice  # of qvel: the speeds about the axles
+
+
+def state_columns(model: mujoco.MjModel) -> StateColumns:
+    """The columns in states of the robot's model."""
+    base, ball = model.joint("base"), model.joint("ball")
+    place, ball_place, start, ball_start = base.qposadr[0], ball.qposadr[0], base.dofadr[0], ball.dofadr[0]
+    wheels = [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
+    return StateColumns(
+        slice(place, place + 7), slice(ball_place, ball_place + 3), slice(start, start + 3),
+        slice(start + 3, start + 6), slice(ball_start, ball_start + 3),
+        slice(wheels[0], wheels[2] + 1, wheels[1] - wheels[0]),
+    )  # fmt: skip
 
 
 class Robots:
@@ -28,17 +52,14 @@ class Robots:
     def __init__(self, model: mujoco.MjModel, num_robots: int, num_threads: int, frame_skip: int) -> None:
         self.batch = mujoco.batch.Batch(model, num_robots, num_threads)
         self._frame_skip = frame_skip
-        base, ball = model.joint("base"), model.joint("ball")
-        wheels = [model.joint(f"wheel_{i}").dofadr[0] for i in range(3)]
-        pose, place = slice(base.qposadr[0], base.qposadr[0] + 7), slice(ball.qposadr[0], ball.qposadr[0] + 3)
+        columns = state_columns(model)
         qpos, qvel = self.batch.bind("qpos"), self.batch.bind("qvel")
-        self.position, self.quaternion = qpos[:, pose][:, :3], qpos[:, pose][:, 3:]
-        self.ball_position = qpos[:, place]
-        start, ball_start, stride = base.dofadr[0], ball.dofadr[0], wheels[1] - wheels[0]
-        self.velocities, self.angular_velocities = qvel[:, start : start + 3], qvel[:, start + 3 : start + 6]
-        self.wheel_speeds = qvel[:, wheels[0] : wheels[2] + 1 : stride]
-        self._planar_velocities = [qvel[:, start : start + 2], qvel[:, ball_start : ball_start + 2]]
-        self._planar_columns = np.array([start, start + 1])
+        self.position, self.quaternion = qpos[:, columns.pose][:, :3], qpos[:, columns.pose][:, 3:]
+        self.ball_position = qpos[:, columns.ball]
+        self.velocities, self.angular_velocities = qvel[:, columns.velocity], qvel[:, columns.angular_velocity]
+        self.wheel_speeds = qvel[:, columns.wheels]
+        self._planar_velocities = [self.velocities[:, :2], qvel[:, columns.ball_velocity][:, :2]]
+        self._planar_columns = np.array([columns.velocity.start, columns.velocity.start + 1])
         self.forces = self.batch.bind("xfrc_applied")[:, model.body("base").id, :3]
         self._motors = self.batch.bind("ctrl")[:, :3]
         self._warnings = self.batch.warning[:, :, 1]
@@ -47,8 +68,8 @@ class Robots:
         self._substep_states = {
             name: np.empty((num_robots, frame_skip, size)) for name, size in (("qpos", model.nq), ("qvel", model.nv))
         }
-        self.substep_position = self._substep_states["qpos"][:, :, pose][:, :, :3]
-        self.substep_quaternion = self._substep_states["qpos"][:, :, pose][:, :, 3:]
+        self.substep_position = self._substep_states["qpos"][:, :, columns.pose][:, :, :3]
+        self.substep_quaternion = self._substep_states["qpos"][:, :, columns.pose][:, :, 3:]
 
     def start(self, i: int, x: float, y: float, ground: float) -> None:
         """Let robot i stand upright and still at (x, y), m, just above ground of height `ground`, m."""
