@@ -48,9 +48,8 @@ from ballbot_utils.distributed import (
 )
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
-from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.model import CAMERAS
-from ballbot_utils.observations import PROPRIOCEPTION, make_observations
+from ballbot_utils.observations import PROPRIOCEPTION, make_observations, to_body_frame
 from ballbot_utils.state import copy_array
 from ballbot_utils.terrain import TERRAINS
 
@@ -208,8 +207,9 @@ class Agent(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.commanded, self.num_slopes = args.goal == "command", 6 * args.privileged_critic
-        self.keys = PROPRIOCEPTION + ("command",) * self.commanded + ("relative_image_timestamp",) * args.cameras
+        self.num_slopes = 6 * args.privileged_critic
+        commands, frame_ages = ("command",) * (args.goal == "command"), ("relative_image_timestamp",) * args.cameras
+        self.keys = PROPRIOCEPTION + commands + frame_ages
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
         self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
@@ -285,14 +285,9 @@ def make_envs(args, num_envs, evaluation=False):
 
 def proprioception(obs, agent):
     """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
-    if agent.body_frame:
-        if agent.commanded:
-            *_, command = in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
-            obs = obs | {"command": command[:, :2].astype(np.float32)}
-        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
-        orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
-        obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    return torch.from_numpy(np.concatenate([obs[key] for key in agent.keys], 1)).to(agent.log_std.device)
+    obs = obs | to_body_frame(obs) if agent.body_frame else obs
+    parts = [obs[key] for key in agent.keys]
+    return torch.from_numpy(np.concatenate(parts, 1, dtype=np.float32)).to(agent.log_std.device)
 
 
 @torch.no_grad()
