@@ -215,6 +215,7 @@ def configurations():
             yield schedules, f"--preset tuned --lr-schedule {kind} --learning-rate {rate}" * (kind != "guide")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", configurations())
 def test_every_remedy_is_accepted_and_changes_something(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
