@@ -371,12 +371,14 @@ def test_damaged_or_foreign_checkpoints_are_refused(short, tmp_path, monkeypatch
     assert_refused("best.pt is only a policy: --resume its run's folder", run / "best.pt")
     renamed = {key.replace("weight_0", "0.weight"): value for key, value in content["model"].items()}
     optimizer = content["optimizer"] | {"state": content["optimizer"]["state"] | {0: {"exp_avg": torch.zeros(7)}}}
+    no_dict = content["optimizer"] | {"state": content["optimizer"]["state"] | {0: torch.zeros(2)}}
     for changed, message in (
         ({"weights": torch.zeros(3)}, "is no checkpoint to resume from$"),
         (content | {"model": renamed}, "does not fit its flags: .*actor.0.weight"),
         (content | {"args": content["args"] | {"lr_schedule": "linear"}}, "its flags differ in lr_schedule$"),
         (content | {"elapsed": "long"}, "is no checkpoint to resume from$"),
         (content | {"optimizer": optimizer}, "does not fit its flags: "),
+        (content | {"optimizer": no_dict}, "does not fit its flags: its optimizer's state is incomplete$"),
     ):
         save_checkpoint(run / "last.pt", changed)
         assert_refused(message)
