@@ -51,33 +51,25 @@ from ballbot_utils.distributed import (
 )
 from ballbot_utils.episodes import apply_in_blocks, as_float32, run_episodes
 from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, Seed, Share
-from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.model import CAMERAS
-from ballbot_utils.observations import PROPRIOCEPTION, make_observations
+from ballbot_utils.observations import PROPRIOCEPTION, make_observations, to_body_frame
 from ballbot_utils.state import copy_array
 from ballbot_utils.terrain import TERRAINS
 
 # The guide's three configurations differ only by what it states. "paper" has Stable-Baselines3's values for the rest.
 PRESETS = {
-    "aggressive": dict(
-        learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64, num_envs=16,
-    ),
-    "conservative": dict(
-        learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024, update_epochs=10,
-        hidden_size=256, num_envs=8,
-    ),
+    "aggressive": dict(learning_rate=1e-3, clip_coef=0.2, ent_coef=0.01, num_steps=256, update_epochs=3, hidden_size=64,
+                       num_envs=16),
+    "conservative": dict(learning_rate=-1.0, clip_coef=0.015, ent_coef=0.001, vf_coef=2.0, num_steps=1024,
+                         update_epochs=10, hidden_size=256, num_envs=8),
     "balanced": dict(clip_coef=0.015, ent_coef=0.001),
-    "paper": dict(
-        clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False, privileged_critic=False,
-        wheel_damping=0.8,
-    ),
-    "tuned": dict(
-        num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.03, vf_coef=1.0,
-        ent_coef=0.0, num_envs=64, num_steps=16, update_epochs=4, gamma=0.994, gae_lambda=0.96, norm_adv=True,
-        target_kl=0.04, weight_decay=0.0, pi_layers=3, vf_layers=3, init_log_std=-0.5, depth_scale=0.1,
-        terrain_amplitude=0.15, randomization=dict(push=0.5), max_episode_steps=1000, total_timesteps=3_000_000,
-        eval_interval=250_000,
-    ),
+    "paper": dict(clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False,
+                  privileged_critic=False, wheel_damping=0.8),
+    "tuned": dict(num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.03, vf_coef=1.0,
+                  ent_coef=0.0, num_envs=64, num_steps=16, update_epochs=4, gamma=0.994, gae_lambda=0.96, norm_adv=True,
+                  target_kl=0.04, weight_decay=0.0, pi_layers=3, vf_layers=3, init_log_std=-0.5, depth_scale=0.1,
+                  terrain_amplitude=0.15, randomization=dict(push=0.5), max_episode_steps=1000,
+                  total_timesteps=3_000_000, eval_interval=250_000),
 }  # fmt: skip
 PRESETS["robust"] = PRESETS["tuned"] | dict(max_episode_steps=4000, terrain_amplitude=0.2)
 PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
@@ -226,8 +218,9 @@ class Agent(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.commanded, self.num_slopes = args.goal == "command", 6 * args.privileged_critic
-        self.keys = PROPRIOCEPTION + ("command",) * self.commanded + ("relative_image_timestamp",) * args.cameras
+        self.num_slopes = 6 * args.privileged_critic
+        commands, frame_ages = ("command",) * (args.goal == "command"), ("relative_image_timestamp",) * args.cameras
+        self.keys = PROPRIOCEPTION + commands + frame_ages
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
         self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
@@ -283,12 +276,11 @@ def log_prob(actions, mean, log_std):
 
 def task(args, evaluation):
     """The arguments of the training environment, or of the evaluation's."""
-    max_steps = 4000 if evaluation else args.max_episode_steps
     return dict(
         terrain=args.terrain, terrain_seed=args.eval_terrain_seed if evaluation else args.terrain_seed,
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, cameras=args.cameras,
         wheel_damping=args.wheel_damping, frame_skip=args.frame_skip,
-        max_episode_steps=-(-max_steps // args.frame_skip),
+        max_episode_steps=-(-(4000 if evaluation else args.max_episode_steps) // args.frame_skip),
         randomization=None if evaluation else args.randomization, goal="command" if args.goal == "command" else (0, 1),
     )  # fmt: skip
 
@@ -303,14 +295,9 @@ def make_envs(args, num_envs, evaluation=False):
 
 def proprioception(obs, agent):
     """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
-    if agent.body_frame:
-        if agent.commanded:
-            *_, command = in_body_frame(obs["orientation"], np.pad(obs["command"], ((0, 0), (0, 1))))
-            obs = obs | {"command": command[:, :2].astype(np.float32)}
-        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
-        orientation = np.concatenate([lean, np.sin(heading), np.cos(heading)], 1)
-        obs = obs | {"orientation": orientation.astype(np.float32), "vel": vel.astype(np.float32)}
-    return torch.from_numpy(np.concatenate([obs[key] for key in agent.keys], 1)).to(agent.log_std.device)
+    obs = obs | to_body_frame(obs) if agent.body_frame else obs
+    parts = [obs[key] for key in agent.keys]
+    return torch.from_numpy(np.concatenate(parts, 1, dtype=np.float32)).to(agent.log_std.device)
 
 
 @torch.no_grad()
@@ -673,8 +660,7 @@ def record_video(args, run, agent):
     """Record an episode on the evaluation terrain, as runs/<run name>/videos/<steps>-episode-0.mp4."""
     if args.capture_video and rank() == 0:
         env = gym.make("Ballbot-v0", render_mode="rgb_array", **task(args, evaluation=True))
-        folder, name = str(run.dir / "videos"), str(run.global_step)
-        env = gym.wrappers.RecordVideo(env, folder, name_prefix=name, disable_logger=True)
+        env = gym.wrappers.RecordVideo(env, run.dir / "videos", name_prefix=str(run.global_step), disable_logger=True)
         policy, (obs, _), done = Policy(agent, args), env.reset(seed=1_000_000), False
         while not done:
             obs, _, terminated, truncated, _ = env.step(policy(obs))

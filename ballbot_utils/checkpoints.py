@@ -108,9 +108,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     saved, own = ([group | {"lr": 0.0} for group in each["param_groups"]] for each in (state, optimizer.state_dict()))
     if saved != own or not all(isinstance(group["lr"], float) for group in state["param_groups"]):
         raise ValueError("its optimizer has other settings")
-    optimizer.load_state_dict(state)
-    if len({tuple(moments) for moments in optimizer.state.values()}) > 1:
+    if len({tuple(moments) for moments in state["state"].values()}) > 1:
         raise ValueError("its optimizer's state is incomplete")
+    optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():  # a copy has the right shape, type and strides
             moments[name] = torch.zeros_like(parameter.sum() if name == "step" else parameter).copy_(value)

@@ -7,7 +7,8 @@ paste. Then it applies the guide's rule for when to stop, over all seeds: runs t
 group. Reads the same logs as `python -m ballbot_utils.plot`, also of runs that are still being trained.
 
 Evaluations alone count for a run whose training episodes are shorter than the task's, or that started from a policy
-(--init-from): its training return does not measure progress. A run that meets the targets has no findings.
+(--init-from): its training return does not measure progress. A run that meets the targets has no findings. A run of
+another algorithm than PPO is rejected.
 
 Each finding is a function of a curve's steps and values, with its threshold above it. Where the guide gives no number,
 the threshold comes from runs of this project, with a margin to healthy ones.
@@ -36,6 +37,8 @@ EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS = "eval/episodic_return", "eval/episodic_le
 KL, VALUE_LOSS, EXPLAINED = "losses/approx_kl", "losses/value_loss", "losses/explained_variance"
 STD = "charts/action_std"
 TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS, KL, VALUE_LOSS, EXPLAINED, STD)
+# Logged in each iteration of PPO, and flags that its remedies change: a run of another algorithm is not diagnosed
+PPO_TAGS, PPO_FLAGS = (KL, VALUE_LOSS, EXPLAINED, STD), ("clip_coef", "learning_rate", "num_envs", "frame_skip")
 WINDOW = 10  # iterations whose median smooths a curve
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -484,9 +487,12 @@ def main(args: Args) -> None:
                        "yet, or its log is damaged")  # fmt: skip
         check_argument(flags, f"{run} has no valid config.json: was it written by ppo_ballbot.py?")
         try:
-            parse_flags(flags)
+            missing = [f"--{name}".replace("_", "-") for name in PPO_FLAGS if name not in vars(parse_flags(flags))]
         except ValueError as error:
             exit_with_error(f"{run} has an invalid config.json: {error}")
+        missing += [tag for tag in PPO_TAGS if not len(curve[tag][0])]
+        check_argument(not missing, f"{run} cannot be diagnosed: it has no {', '.join(missing)}, which every run of "
+                       "PPO has")  # fmt: skip
         params.append(flags)
         curves.append(curve)
         findings.append(diagnose(flags, curve))

@@ -29,8 +29,8 @@ from ballbot_utils.common import (
     write,
 )
 from ballbot_utils.console import check_argument
-from ballbot_utils.model import TIMESTEP
-from ballbot_utils.observations import PROPRIOCEPTION
+from ballbot_utils.model import CAMERAS, TIMESTEP
+from ballbot_utils.observations import to_body_frame
 
 TOLERANCE = 1e-5  # largest difference of an action in [-1, 1]
 
@@ -55,37 +55,15 @@ class Exported(torch.nn.Module):
         self.agent = agent
 
     def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        agent, proprio = self.agent, dict(obs)
+        agent = self.agent
         if hasattr(agent, "mean_action"):
             return agent.mean_action(obs)
-        if agent.body_frame:
-            proprio |= body_frame(obs)
-        values = [proprio[key] for key in PROPRIOCEPTION + ("command",) * agent.commanded]
+        seen = obs | to_body_frame(obs) if agent.body_frame else obs
         depth = obs["vel"][:, :0]
         if agent.encoder is not None:
-            values.append(obs["relative_image_timestamp"])
-            depth = torch.cat([agent.encoder(obs[f"depth_{k}"]) for k in (0, 1)], 1) * agent.depth_scale
-        return agent.actor(agent.features(torch.cat(values, 1), depth)).clamp(-1, 1)
-
-
-def body_frame(obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `ppo_ballbot.proprioception` makes of an observation: lean with heading, velocity and command, in torch."""
-    orientation = obs["orientation"]
-    angle = orientation.square().sum(1, keepdim=True).sqrt()
-    axis = orientation * torch.sin(angle / 2) / angle.clamp(min=1e-6)
-    w, (x, y, z) = torch.cos(angle / 2).squeeze(1), axis.unbind(1)
-    rotation = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]  # columns: the robot's axes in the world
-    forward = torch.sqrt(rotation[0][0] ** 2 + rotation[1][0] ** 2).clamp(min=1e-6)
-    heading = [rotation[1][0] / forward, rotation[0][0] / forward]  # sine and cosine
-    result = {"orientation": torch.stack([*rotation[2][:2], *heading], 1)}
-    for key in [key for key in ("vel", "command") if key in obs]:
-        axes, seen = range(obs[key].shape[1]), obs[key].unbind(1)  # a command has no z
-        result[key] = torch.stack([sum(rotation[row][column] * seen[row] for row in axes) for column in axes], 1)
-    return result
+            depth = torch.cat([agent.encoder(obs[name]) for name in CAMERAS], 1) * agent.depth_scale
+        features = agent.features(torch.cat([seen[key] for key in agent.keys], 1), depth)
+        return agent.actor(features).clamp(-1, 1)
 
 
 def save(agent: torch.nn.Module, space: gym.spaces.Dict, metadata: dict[str, str], path: Path) -> None:

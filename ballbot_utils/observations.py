@@ -9,7 +9,7 @@ import torch
 
 from ballbot_utils.commands import COMMAND_LIMIT
 from ballbot_utils.depth import MAX_DEPTH
-from ballbot_utils.geometry import rotation_vector
+from ballbot_utils.geometry import Array, in_body_frame, namespace, rotation_vector
 from ballbot_utils.model import CAMERAS, TIMESTEP
 
 
@@ -59,3 +59,18 @@ NOISY_COLUMNS = {name: slice(end - width, end) for (name, width), end in zip(_no
 def add_sensor_noise(obs: Mapping[str, np.ndarray], noise: np.ndarray) -> dict[str, np.ndarray]:
     """The observations of `obs`, (n, ...) each, that have noise, with `noise` (n, NOISE_WIDTH) added."""
     return {name: obs[name] + noise[:, columns] for name, columns in NOISY_COLUMNS.items()}
+
+
+def to_body_frame(obs: Mapping[str, Array]) -> dict[str, Array]:
+    """The observations of a batch that change with the frame, as the robot sees them: arrays or tensors, as in `obs`.
+
+    `orientation` (n, 4) is lean, and sine and cosine of the heading. `vel` (n, 3) and `command` (n, 2), if there is
+    one, are in the robot's frame, m/s.
+    """
+    xp, orientation = namespace(obs["vel"]), obs["orientation"]
+    lean, heading, vel = in_body_frame(orientation, obs["vel"])
+    seen = {"orientation": xp.concatenate([lean, xp.sin(heading), xp.cos(heading)], 1), "vel": vel}
+    if "command" in obs:
+        command = xp.concatenate([obs["command"], xp.zeros_like(obs["command"][:, :1])], 1)
+        seen["command"] = in_body_frame(orientation, command)[2][:, :2]
+    return seen

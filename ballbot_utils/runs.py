@@ -319,11 +319,9 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         check_video()
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
-        ineffective = ineffective_flags(args)
-        names = [name for name in NETWORK_FLAGS if name not in ineffective]
-        different = [name for name in names if getattr(args, name, None) != getattr(policy.args, name, None)]
-        flags = ", ".join(different)
-        check_argument(not different, f"--init-from {args.init_from}: use the same {flags} as in its training")
+        names = [name for name in NETWORK_FLAGS if name not in ineffective_flags(args)]
+        different = ", ".join(n for n in names if getattr(args, n, None) != getattr(policy.args, n, None))
+        check_argument(not different, f"--init-from {args.init_from}: use the same {different} as in its training")
         if content.get("script", "") not in ("", describe_script(cls)["script"]) and not in_rank:
             print_rank0(f"warning: {content['script']} trained {args.init_from}: its networks must be the same as here")
         weights = policy.agent.state_dict()
@@ -339,10 +337,9 @@ def check_video() -> None:
     try:
         import moviepy  # noqa: F401
 
-        env = gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        env.close()
+        with contextlib.closing(gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")) as env:
+            env.reset()
+            env.render()
     except (ImportError, RuntimeError) as error:
         exit_with_error(f"--capture-video: {error}")
 

@@ -1,15 +1,15 @@
-# ruff: noqa: E402
 """Hostile input and failing disks: `python tests/hostile.py` makes some 1,500 attempts and counts how they end.
 
-Each attempt runs in its own process, in an empty folder beside a file that it must not touch. It must do its work, or
-end with one line that says what is wrong. It fails by a traceback, a signal, a minute without a word, a second line, a
-lost or additional file, or by accepting what it should reject. Words after the command select attempts by their names.
+Each must do its work, or end with one line that says what is wrong. It fails by a traceback, a signal, a minute without
+a word, a second line, a lost or additional file, or by accepting what it should reject. Words select attempts by name.
 """
 
 import contextlib
 import copy
 import fcntl
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -18,90 +18,67 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+import conftest  # noqa: F401  it adds the scripts to the path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 import ppo_ballbot as ppo
 import ppo_ballbot_schedules as schedules
-from ballbot_utils import benchmark, diagnose, evaluate, plot, pretrain_encoder, runs, watch
+from ballbot_utils import evaluate, runs
 from ballbot_utils.checkpoints import read_checkpoint, save_checkpoint
 
 SMALL = """--frame-skip 1 --save-interval 0 --terrain flat --no-cameras --num-envs 2 --num-steps 32 --minibatch-size 32
---hidden-size 8 --total-timesteps 128 --eval-interval 96 --eval-episodes 1 --final-eval-episodes 1 --update-epochs 1
---num-threads 1""".split()
-NEW, RESUME, LAST = [*SMALL, "--run-name=run", "--total-timesteps=1024"], ["--resume=runs/run"], "runs/run/last.pt"
+--hidden-size 8 --total-timesteps 128 --eval-interval 96 --eval-episodes 1 --final-eval-episodes 1""".split()
+NEW, RESUME = [*SMALL, "--run-name=run", "--total-timesteps=1024"], ["--resume=runs/run", "--total-timesteps=384"]
+LAST, ROOT = "runs/run/last.pt", Path(__file__).resolve().parents[1]
+ENDS, SCRIPT = ("refused", "done", "ended", "failed"), ROOT / "ppo_ballbot.py"
 
 
-def train(*flags, module=ppo):
-    """Train, without the time that evaluations take."""
-    values = {key + end: 1.0 for key in ("episodic_return", "episodic_length", "falls") for end in ("", "_std")}
-    module.evaluate = lambda agent, args, episodes: {"episodes": episodes} | values
+def run(module, *flags):
     sys.argv = [f"{module.__name__}.py", *flags]
-    module.main()
+    (module.cli if hasattr(module, "cli") else module.main)()
 
 
-def program(module, *flags):
-    sys.argv = [module.__name__, *flags]
-    (module.pretrain if module is pretrain_encoder else module.main)(tyro.cli(module.Args))
+def run_attempt(name, act, expect="", prepare=lambda: None, check=lambda: True):
+    """How an attempt ends: it is "refused", "done", "ended" after a minute, or "failed", which is printed."""
 
-
-def run_child(act):
-    """Act in a forked process that ends as the interpreter would."""
-    os.setsid(), signal.alarm(60)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"../words/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr, code = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False), 0
-    try:
+    def act_in_child():
+        os.setsid(), signal.alarm(60)
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"../words/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
         act()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        print(end.code if isinstance(end.code, str) else "", file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    os._exit(code)
 
-
-def run_attempt(name, act, expect="", prepare=lambda: None, after=lambda: None):
-    """How an attempt ends: "refused", "done", "ended" (after a minute), or "failed: ..." with its last words."""
     with tempfile.TemporaryDirectory(prefix="hostile") as box:
-        os.mkdir(f"{box}/here"), os.mkdir(f"{box}/words"), Path(box, "best.pt").touch()
-        os.chdir(f"{box}/here")
+        os.makedirs(f"{box}/words"), os.makedirs(f"{box}/here"), os.chdir(f"{box}/here"), Path("../best.pt").touch()
         prepare()
         snapshot = lambda: {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}  # noqa: E731
-        before, pid = snapshot(), os.fork()
-        if pid == 0:
-            run_child(act)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        before, child, valid = snapshot(), multiprocessing.get_context("fork").Process(target=act_in_child), False
+        child.start(), child.join()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(SystemExit):
+            valid = check()
+        code, end = child.exitcode, "refused" if child.exitcode else "done"
         lines = Path("../words/err").read_text(errors="replace").strip().splitlines()
-        error, end = "\n".join(line for line in lines if line[:1] != "["), "refused" if code else "done"  # no progress
+        error = "\n".join(line for line in lines if line[:1] != "[")  # without progress
         if code == -signal.SIGALRM and Path("../words/out").stat().st_size:
             return "ended"
-        for failure, holds in {
+        failed = [failure for failure, holds in {
             f"signal {-code}": code < 0 and "kill" not in name,
             "traceback": "Traceback" in error or "Exception ignored" in error,
             "not one line": code in (1, os.EX_TEMPFAIL) and error[:1] != "\u256d" and (not error or "\n" in error),
             f"{end}, not {expect}": expect not in ("", end),
             "files left or changed": expect == "refused" and snapshot() != before,
             "wrote elsewhere": {*os.listdir("..")} != {"best.pt", "here", "words"} or os.stat("../best.pt").st_size,
-        }.items():
-            if holds:
-                return f"failed: {failure}\n{error[-600:]}"
-        after()
-        return end
+            "the run cannot be resumed": not valid,
+        }.items() if holds]  # fmt: skip
+        print(f"{name}: {failed}\n{error[-600:]}\n" if failed else "", end="", flush=True)
+        return "failed" if failed else end
 
 
 VALUES = [None, True, -1, 0, 2.5, np.nan, np.inf, 1e300, 1e-300, 10**20, "", "x", "..", "/etc", "a/../../b", "a" * 300,
@@ -112,21 +89,28 @@ HOPELESS = """--num-envs 100000000; --num-envs 1000003 --minibatch-size 999983; 
 --preset bold; --resume runs/none; --resume /dev/zero; --resume fifo; --resume .; --config .; --run-name ..;
 --encoder-path /dev/zero --terrain perlin --cameras; --run-name /tmp/x; --run-name x.pt; --exp-name /../../x"""
 TEXTS = ("", "[]", "null", "{", "[" * 10**5, '{"seed": ' + "9" * 5000 + "}", "\xff\0", '{"none": 1}', '{"gamma": NaN}')
+FLAGS = """pretrain_encoder --picture p.xyz --output e.pt; pretrain_encoder --picture no/p.png --output e.pt;
+pretrain_encoder --output e.pt --num-frames 1; evaluate none; evaluate run run/none.pt; evaluate file; evaluate .;
+evaluate /dev/zero; evaluate run --episodes 0; evaluate run --horizon nan; evaluate run --push inf;
+pretrain_encoder --output run/best.pt; evaluate run --obs-noise nan; evaluate run --terrain moon"""
+OUTPUT_FLAGS = ("evaluate run --episodes 1 --no-gap --json", "diagnose run --json", "watch run --video",
+                "plot run --output", "benchmark --output")  # fmt: skip
+LINES = ("NEW >&-", "NEW > /dev/full", "NEW | head -1", "--help | head -1", "--help > /dev/full",
+         "NEW", "NEW <&- >&- 2>&-", "NEW --num-processes 2 | head -1", "NEW --num-processes 2", "--help")  # fmt: skip
 
 
 def command_lines_and_config_files(base):
     rng, write = random.Random(1), lambda text: partial(Path("c.json").write_text, text)
-    names = [(script, name) for script in (ppo, schedules) for name in vars(script.Args())]
-    for module, name in names:
+    for module, name in ((script, name) for script in (ppo, schedules) for name in vars(script.Args())):
         for value in rng.sample(VALUES, 5):
-            flag, text = f"--{name.replace('_', '-')}={value}", json.dumps({name: value})
-            yield flag[:60], partial(train, *SMALL, flag, module=module)
-            yield "config " + text[:60], partial(train, "--config=c.json", *SMALL, module=module), "", write(text)
+            yield f"--{name}={value}"[:60], partial(run, module, *SMALL, f"--{name}={value}")
+            text = json.dumps({name: value})
+            yield "config " + text[:60], partial(run, module, "--config=c.json", *SMALL), "", write(text)
     for text in TEXTS:
-        yield f"config {text[:60]!r}", partial(train, "--config=c.json"), "refused", write(text)
+        yield f"config {text[:60]!r}", partial(run, ppo, "--config=c.json"), "refused", write(text)
     for flags in HOPELESS.split(";"):
-        words = flags.split() if "--resume" in flags else [*SMALL, *flags.split()]
-        yield flags, partial(train, *words), "refused", partial(os.mkfifo, "fifo")
+        more = [] if "--resume" in flags else SMALL
+        yield flags, partial(run, ppo, *more, *flags.split()), "refused", partial(os.mkfifo, "fifo")
 
 
 def spoil(content, rng):
@@ -149,8 +133,8 @@ def spoil(content, rng):
 def checkpoints_and_encoders(base, number=450):
     """Manipulated checkpoints, and damaged ones: flipped bits, cuts, additions."""
     rng, evaluation = random.Random(0), [evaluate, LAST, "--episodes=1", "--horizon=20", "--no-gap"]
-    encode = lambda: train(*SMALL, "--cameras", "--terrain=perlin", f"--encoder-path={Path(LAST).resolve()}")  # noqa: E731
-    acts = [(base / "first.pt", partial(train, *RESUME)), (base / "best.pt", partial(program, *evaluation)),
+    encode = lambda: run(ppo, *SMALL, "--cameras", "--terrain=perlin", f"--encoder-path={Path(LAST).resolve()}")  # noqa: E731
+    acts = [(base / "last.pt", partial(run, ppo, *RESUME)), (base / "best.pt", partial(run, *evaluation)),
             (ROOT / ppo.Args().encoder_path, encode)]  # fmt: skip
 
     def write(data):
@@ -167,32 +151,23 @@ def checkpoints_and_encoders(base, number=450):
         yield f"{file.name}, {name}", act, "", partial(write, data)
 
 
-def disturbed(module, name, number, act, late, *flags):
-    """Train, and act at a call of a function: before it, or after."""
-    calls, function = iter(range(10**9)), getattr(module, name)
-
-    def call(*args, **kwargs):
-        now = next(calls) == number
-        result = (now and not late and act()) or function(*args, **kwargs)
-        return (now and late and act()) or result
-
-    setattr(module, name, call)
-    train(*flags)
-
-
 def full_disks_kills_and_disturbances(base, number=20):
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE)
-    # A run with steps left; it must be possible to resume it afterwards
-    copy_run = lambda: (shutil.copytree(base, "runs/run"), shutil.copy(base / "first.pt", LAST))  # noqa: E731
-    kill, loads = partial(signal.raise_signal, signal.SIGKILL), lambda: runs.read_run(Path(LAST), ppo)
-    locked = lambda: fcntl.flock(os.open("runs/run", os.O_RDONLY), fcntl.LOCK_EX) or train(*RESUME)  # noqa: E731
+    def disturbed(module, name, number, act, *flags):
+        """Train, and act before a call of a function."""
+        calls, function = iter(range(10**9)), getattr(module, name)
+        setattr(module, name, lambda *args: (next(calls) == number and act()) or function(*args))
+        run(ppo, *flags)
+
+    copy_run, loads = partial(shutil.copytree, base, "runs/run"), partial(runs.read_run, Path(LAST), ppo)
+    limit, kill = partial(resource.setrlimit, resource.RLIMIT_FSIZE), partial(signal.raise_signal, signal.SIGKILL)
+    locked = lambda: fcntl.flock(os.open("runs/run", os.O_RDONLY), fcntl.LOCK_EX) or run(ppo, *RESUME)  # noqa: E731
     yield "folder in use", locked, "refused", copy_run, loads
     for i in range(number):
-        size, name = int(1.1 * (base / "last.pt").stat().st_size * i / number), ("replace", "fsync")[i % 2]
-        yield f"files of {size} bytes", lambda size=size: limit((size, -1)) or train(*RESUME), "", copy_run, loads
-        yield f"a new run's files of {size} bytes", lambda size=size: limit((size, -1)) or train(*NEW)
-        act = partial(disturbed, os, name, i // 4, kill, i // 2 % 2, *RESUME)
-        yield f"kill -9 at {name}, call {i // 4}", act, "", copy_run, loads
+        size, name = int(1.1 * (base / "last.pt").stat().st_size * (i + 1) / number), ("replace", "fsync")[i % 2]
+        yield f"files of {size} bytes", lambda size=size: limit((size, -1)) or run(ppo, *RESUME), "", copy_run, loads
+        yield f"a new run's files of {size} bytes", lambda size=size: limit((size, -1)) or run(ppo, *NEW)
+        act = partial(disturbed, os, name, i // 2, kill, *RESUME)
+        yield f"kill -9 before {name}, call {i // 2}", act, "", copy_run, loads
     disturbances = {
         "folder removed": lambda: shutil.rmtree("runs/run"),
         "folder moved": lambda: os.rename("runs/run", "moved"),
@@ -202,20 +177,19 @@ def full_disks_kills_and_disturbances(base, number=20):
     }
     for name, act in disturbances.items():
         for iteration in (0, 2):
-            disturb = partial(disturbed, ppo, "learning_rate_at", iteration, act, True)
+            disturb = partial(disturbed, ppo, "learning_rate_at", iteration, act)
             yield f"{name} at iteration {iteration}", partial(disturb, *RESUME), "", copy_run
             yield f"{name} at iteration {iteration} of a new run", partial(disturb, *NEW)
-    yield "runs is a file", partial(train, *NEW), "refused", lambda: Path("runs").touch()
-    yield "runs leads nowhere", partial(train, *NEW), "refused", partial(os.symlink, "nowhere/at/all", "runs")
-    yield "the run exists", partial(train, *NEW), "refused", partial(os.makedirs, "runs/run")
+    yield "runs is a file", partial(run, ppo, *NEW), "refused", lambda: Path("runs").touch()
+    yield "runs leads nowhere", partial(run, ppo, *NEW), "refused", partial(os.symlink, "nowhere/at/all", "runs")
+    yield "the run exists", partial(run, ppo, *NEW), "refused", partial(os.makedirs, "runs/run")
 
 
 def environment(base, number=40):
     def step_wildly(seed):
-        rng, terrain = np.random.default_rng(seed), ("flat", "perlin")[seed % 2]
-        envs = gym.make_vec("Ballbot-v0", num_envs=3, terrain=terrain, cameras=seed % 3 == 0, num_threads=1)
-        envs.reset(seed=seed)
-        state, spoiling = envs.get_state(), random.Random(seed)
+        task = dict(terrain=("flat", "perlin")[seed % 2], cameras=seed % 3 == 0, num_threads=1)
+        envs, rng, spoiling = gym.make_vec("Ballbot-v0", 3, **task), np.random.default_rng(seed), random.Random(seed)
+        _, state = envs.reset(seed=seed), envs.get_state()
         for _ in range(100):
             with contextlib.suppress(ValueError):
                 envs.set_state(spoil(state, spoiling)[0])
@@ -226,86 +200,49 @@ def environment(base, number=40):
             assert all(space.contains(obs[key]) for key, space in envs.observation_space.items())
             assert np.isfinite(reward).all() and all(np.isfinite(value).all() for value in obs.values())
 
-    for seed in range(number):
-        yield f"seed {seed}", partial(step_wildly, seed), "done"
-
-
-FLAGS = """pretrain_encoder --picture p.xyz --output e.pt; pretrain_encoder --picture no/p.png --output e.pt;
-pretrain_encoder --output e.pt --num-frames 1; evaluate none; evaluate run run/none.pt; evaluate file; evaluate .;
-evaluate /dev/zero; evaluate run --episodes 0; evaluate run --horizon nan; evaluate run --push inf;
-pretrain_encoder --output run/best.pt; evaluate run --obs-noise nan; evaluate run --terrain moon"""
-OUTPUT_FLAGS = ("evaluate run --episodes 1 --no-gap --json", "diagnose run --json", "watch run --video",
-                "plot run --output", "benchmark --output")  # fmt: skip
+    yield from ((f"seed {seed}", partial(step_wildly, seed), "done") for seed in range(number))
 
 
 def programs(base):
-    modules = {m.__name__.split(".")[-1]: m for m in (benchmark, diagnose, evaluate, plot, pretrain_encoder, watch)}
+    prepare = lambda: (shutil.copytree(base, "run"), Path("file").touch())  # noqa: E731
     outputs = ("no/f.json", "run", "file/f.json", "f.txt", "run/best.pt", "/proc/f.json", "/dev/full", "a" * 300)
     made = [f"{flags} {output} {more}" for flags in OUTPUT_FLAGS for output in outputs for more in ("", "--overwrite")]
     for line in [*FLAGS.split(";"), *made]:
         name, *flags = line.split()
-        prepare = lambda: (shutil.copytree(base, "run"), Path("file").touch())  # noqa: E731
-        yield line[:90], partial(program, modules[name], *flags), "refused", prepare
-
-
-LINES = ("NEW >&-", "NEW > /dev/full", "NEW | head -1", "--help | head -1", "--help > /dev/full",
-         "NEW", "NEW <&- >&- 2>&-", "NEW --num-processes 2 | head -1", "NEW --num-processes 2", "--help")  # fmt: skip
+        yield line[:90], partial(run, importlib.import_module(f"ballbot_utils.{name}"), *flags), "refused", prepare
 
 
 def shell(base, number=12):
-    def run_line(line, interrupt_after=0):
-        """A command as a user gives it to an ASCII terminal, interrupted twice if it takes so many seconds."""
-        command = f"exec {sys.executable} {ROOT / 'ppo_ballbot.py'} {line.replace('NEW', ' '.join(NEW))}"
-        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-        process = subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True)
+    def run_line(line, *pauses):
+        """A command as a user gives it to an ASCII terminal, with Ctrl-C after each pause, s."""
+        command = f"PYTHONIOENCODING=ascii exec {sys.executable} {SCRIPT} {line}".replace("NEW", " ".join(NEW))
+        process = subprocess.Popen(["bash", "-c", command], start_new_session=True)
         print("started", flush=True)
-        for pause in (interrupt_after, 0.02) if interrupt_after else ():
-            time.sleep(pause)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
+        for pause in pauses:
+            subprocess.run(f"sleep {pause}; kill -INT -{process.pid} 2>&-", shell=True)
         code = process.wait()
         sys.exit(0 if code == -signal.SIGINT else min(code, 1))  # a second Ctrl-C may end it without a word
 
-    yield from ((line, partial(run_line, line)) for line in LINES)
-    for i in range(number):
-        line = f"NEW --total-timesteps 1000000 --num-processes {1 + i % 2}"
-        yield f"Ctrl-C twice, {i}", partial(run_line, line, 0.1 + i / number * 12)
-
-
-def make_base():
-    """A finished run to attack; first.pt is its checkpoint at the evaluation on the way."""
-    evaluate, first = ppo.evaluate, Path("first.pt")
-    ppo.evaluate = lambda *args: (first.exists() or shutil.copy("runs/base/last.pt", first)) and evaluate(*args)
-    sys.argv = ["ppo_ballbot.py", *SMALL, "--run-name", "base"]
-    ppo.main()
-    first.rename("runs/base/first.pt")
+    long = "NEW --total-timesteps 1000000 --num-processes"
+    lines = [[line] for line in LINES] + [[f"{long} {1 + i % 2}", 0.1 + i, 0.02] for i in range(number)]
+    yield from ((str(line), partial(run_line, *line)) for line in lines)
 
 
 def main(small, only):
     """Make all attempts, or a dozen of most kinds, and print how they end."""
-    folder, failed = Path(tempfile.mkdtemp(prefix="hostile")), 0
-    make = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import hostile; hostile.make_base()"
-    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, cwd=folder)  # it starts threads
-    torch.set_num_threads(1)
-    print("| kind | attempts | refused | done | ended | failed |\n" + "| --- " * 6 + "|")
     kinds = (command_lines_and_config_files, checkpoints_and_encoders, full_disks_kills_and_disturbances, environment,
              programs, shell)  # fmt: skip
-    for kind in kinds[: 5 if small else 6]:
-        todo = [attempt for attempt in kind(folder / "runs/base") if only in f"{kind.__name__}: {attempt[0]}"]
-        todo, counts = random.Random(5).sample(todo, 12) if small else todo, Counter()
-        for attempt in todo:
-            try:
-                end = run_attempt(*attempt)
-            except Exception:
-                end = f"failed: afterwards\n{traceback.format_exc()}"
-            if end.startswith("failed"):
-                print(f"{kind.__name__}: {attempt[0]}: {end}\n", flush=True)
-            counts[end.split(":")[0]] += 1
-            os.chdir("/")
-        failed += counts["failed"]
-        row = [kind.__name__, len(todo), *(counts[end] for end in ("refused", "done", "ended", "failed"))]
-        print("|", " | ".join(map(str, row)), "|", flush=True)
-    shutil.rmtree(folder)
+    torch.set_num_threads(1)
+    failed = 0
+    print("| kind | attempts |", " | ".join(ENDS), "|\n" + "| --- " * 6 + "|")
+    with tempfile.TemporaryDirectory(prefix="hostile") as folder:
+        make = [sys.executable, SCRIPT, *SMALL, "--run-name=base"]  # a finished run to attack
+        subprocess.run(make, check=True, capture_output=True, cwd=folder)
+        for kind in kinds[: 5 if small else 6]:
+            todo = [attempt for attempt in kind(Path(folder, "runs/base")) if only in f"{kind.__name__}: {attempt[0]}"]
+            ends = [run_attempt(*attempt) for attempt in (random.Random(5).sample(todo, 12) if small else todo)]
+            print("|", " | ".join(map(str, [kind.__name__, len(ends), *map(ends.count, ENDS)])), "|", flush=True)
+            failed += ends.count("failed")
     sys.exit(failed > 0)
 
 

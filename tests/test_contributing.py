@@ -80,6 +80,7 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_change(change, copy):
     places, program = CHANGES[change]
@@ -93,6 +94,7 @@ def test_change(change, copy):
     assert after.returncode == 0, after.stderr
 
 
+@pytest.mark.slow
 def test_changes_train_together(copy):
     """All changes but the camera's, which needs another encoder."""
     for change in CHANGES.keys() - {"a camera"}:

@@ -215,6 +215,7 @@ def configurations():
             yield schedules, f"--preset tuned --lr-schedule {kind} --learning-rate {rate}" * (kind != "guide")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", configurations())
 def test_every_remedy_is_accepted_and_changes_something(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -361,7 +362,8 @@ def test_seeds_are_judged_together(runs, tmp_path, capsys):
         (tmp_path / f"seed{seed}" / "config.json").write_text(json.dumps({"seed": seed, "total_timesteps": 3_000_000}))
         for step in range(0, 3_000_001, 20_000):  # rises for 1e6 steps, and no more
             returns = min(6 + step / 10_000, 104 + seed)
-            for tag, value in ((diagnose.RETURN, returns), (diagnose.LENGTH, 3900), (diagnose.KL, 0.01)):
+            values = dict.fromkeys(diagnose.PPO_TAGS, 0.01) | {diagnose.RETURN: returns, diagnose.LENGTH: 3900}
+            for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
         writer.close()
         logs.append(tmp_path / f"seed{seed}")
@@ -377,7 +379,7 @@ def test_short_training_episodes_are_not_compared(tmp_path, capsys):
         writer = SummaryWriter(tmp_path / str(limit))
         (tmp_path / str(limit) / "config.json").write_text(json.dumps({"max_episode_steps": limit}))
         for step in (100_000, 200_000):
-            values = {diagnose.RETURN: 5, diagnose.LENGTH: 227, diagnose.KL: 0.01}
+            values = dict.fromkeys(diagnose.PPO_TAGS, 0.01) | {diagnose.RETURN: 5, diagnose.LENGTH: 227}
             values |= {diagnose.EVAL_RETURN: 2, diagnose.EVAL_LENGTH: 228}
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)

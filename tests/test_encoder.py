@@ -16,6 +16,7 @@ from ballbot_utils.terrain import Terrain
 SMALL = pretrain.Args(num_threads=1, num_frames=1024, num_val_frames=512, num_terrains=1, epochs=4)
 
 
+@pytest.mark.slow
 def test_small_run(tmp_path):
     result = pretrain.pretrain(replace(SMALL, output=tmp_path / "encoder.pt"))
     assert result["val_loss"] < 0.3 * result["mean_frame_loss"]
@@ -72,6 +73,7 @@ def test_poses_rest_on_the_terrain():
     assert clearance.min() > -0.005 and clearance.max() < 0.04 and abs(np.median(clearance)) < 0.001
 
 
+@pytest.mark.slow
 def test_shipped_encoder_sees_the_ground():
     agent = ppo.Agent(ppo.Args())
     torch.manual_seed(0)

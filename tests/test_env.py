@@ -144,6 +144,7 @@ def test_spaces_of_both_environments_agree():
     assert vector.observation_space.contains(copy_obs(obs))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of GLFW, without a display
 def test_rgb_array_render():
     env = gym.make("Ballbot-v0", terrain="flat", cameras=False, render_mode="rgb_array")
@@ -202,6 +203,7 @@ def test_docstring_matches_the_code():
 # One environment and many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terrain, scale", [("perlin", 0.3), ("perlin", 0.0), ("flat", 0.3)])
 def test_each_of_many_is_the_single_one_with_its_seed(terrain, scale):
     n, seed, steps = 3, 7, 500
@@ -245,6 +247,7 @@ def test_many_do_not_depend_on_how_many():
             assert_same({k: v[i : i + few.num_envs] for k, v in obs.items()}, obs_i, f"{i}")
 
 
+@pytest.mark.slow
 def test_many_look_like_gymnasiums_sync_vector_env():
     n, kwargs = 3, dict(SHORT, max_episode_steps=60, terrain="perlin", camera_size=16, num_threads=1)
     ours = gym.make_vec("Ballbot-v0", num_envs=n, **kwargs)
@@ -307,6 +310,7 @@ def run_script(script):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 @pytest.mark.parametrize("num_envs, num_threads", [(1, 1), (16, 1), (70, 2)])
 def test_rendering_uses_its_own_threads_and_leaves_those_of_torch(num_envs, num_threads):
@@ -331,6 +335,7 @@ print(len(os.listdir("/proc/self/task")) - before, *threads())
     assert int(started) <= (num_threads if num_threads > 1 else 0) and left == before.split() == ["3", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_forked_environments_render_too():
     """In the parent OpenMP's threads have started, by the environment or by its caller: children have none of them."""
@@ -565,6 +570,7 @@ def test_depth_is_what_rays_measure(terrain, size):
         assert median > 0.001 and good < 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amplitude", [0.1, 0.2, 0.3, 0.5])
 def test_depth_is_of_the_first_crossing_on_high_hills(amplitude):
     terrain = Terrain("perlin", 2, amplitude)
@@ -747,6 +753,7 @@ def test_reward(kwargs):
     assert falls > 0 and fast > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame_skip", [2, 4, 7])
 def test_frame_skip_is_the_action_repeated(frame_skip):
     """Bit for bit, frames and the reward's terms included, to the physics step at which the episode ends."""
@@ -1071,6 +1078,7 @@ def test_failing_physics_ends_one_episode_and_no_other(failure, monkeypatch):
         assert_same(expected[4]["position"][others], infos["position"][others])
 
 
+@pytest.mark.slow
 def test_physics_does_not_fail_by_itself():
     envs = make(32, "perlin", max_tilt=80.0)
     envs.reset(seed=0)

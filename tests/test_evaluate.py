@@ -50,6 +50,7 @@ def equal(a, b):
     return all(np.array_equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_results_equal_a_plain_loop():
     agent, _ = make_agent()
     found = evaluate.evaluate_policy(common.policy_factory(ppo.Policy(agent, None)), ARGS, PERLIN)
@@ -131,6 +132,7 @@ def test_more_episodes_than_environments(monkeypatch):
         np.testing.assert_allclose(in_rounds[key], at_once[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cameras, goal", [(False, "forward"), (True, "command")])
 def test_an_episode_does_not_depend_on_the_others_and_watch_shows_it(cameras, goal):
     agent, train_args = make_agent(cameras=cameras, goal=goal, frame_skip=4, body_frame=True, init_log_std=-2.0)

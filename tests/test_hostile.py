@@ -18,7 +18,6 @@ def output():
     return subprocess.run([sys.executable, SCRIPT, "--small"], capture_output=True, text=True).stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_attempt_fails(kind, output):
     (row,) = (line for line in output.splitlines() if line.startswith(f"| {kind} |"))

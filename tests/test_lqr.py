@@ -11,12 +11,11 @@ import pytest
 
 from ballbot_utils import evaluate, lqr
 
-pytestmark = pytest.mark.slow
-
 UNSEEN = dict(terrain="perlin", terrain_seed=1_000_000, cameras=False, wheel_damping=0.4, frame_skip=lqr.FRAME_SKIP,
               max_episode_steps=2000)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_reaches_both_targets_on_unseen_terrain():
     args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=32, num_threads=1)
     policy = lqr.regulator_factory(*lqr.design_regulator(wheel_damping=0.4), (0.0, 0.6))
@@ -25,6 +24,7 @@ def test_it_reaches_both_targets_on_unseen_terrain():
     assert (episodes["length"] == 4000).all()
 
 
+@pytest.mark.slow
 def test_it_follows_a_goal_at_any_heading():
     """At a heading of 0.5 rad (less, by the ball's friction) it drives as far along +y."""
     args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=2, num_threads=1, horizon=2000)
@@ -48,6 +48,7 @@ def test_it_follows_a_goal_at_any_heading():
     assert distances[0] == pytest.approx(distances[1], rel=0.1) and distances[0] > 1.2
 
 
+@pytest.mark.slow
 def test_it_follows_commands():
     args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=16, num_threads=1)
     policy = lqr.regulator_factory(*lqr.design_regulator(wheel_damping=0.4), None)
@@ -65,6 +66,7 @@ def test_an_episode_does_not_depend_on_the_others():
     assert len({*five["return"]}) == 5 and all((three[key] == values[:3]).all() for key, values in five.items())
 
 
+@pytest.mark.slow
 def test_unstable_robots_are_rejected():
     with pytest.raises(SystemExit, match="error: the regulator does not keep this robot upright"):
         lqr.steady_actions(np.zeros((3, 10)), wheel_damping=0.4)
@@ -78,6 +80,7 @@ def run(*flags, cwd):
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_program_prints_the_table(tmp_path):
     result = run("--episodes", "2", "--horizon", "300", "--push", "0.2", "--json", "out.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -85,6 +88,7 @@ def test_program_prints_the_table(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())[0]["summary"]["episodes"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [(["--speed", "nan"], "--speed is nan"), (["--goal", "command", "--speed", "0.4"], "--speed has no effect"),

@@ -294,6 +294,7 @@ def drive(speed, change=None, seconds=8):
     return np.array(rows).transpose(2, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speed", [0.2, 0.4, 0.6])
 def test_wheels_do_not_slip_in_a_steady_drive(speed):
     hub, needed, slip = drive(speed)
@@ -304,6 +305,7 @@ def test_wheels_do_not_slip_in_a_steady_drive(speed):
     assert np.abs(needed[steady].mean(0)).max() > 25 * speed  # it drives
 
 
+@pytest.mark.slow
 def test_rollers_that_may_spin_about_the_line_from_the_ball_drag_the_wheels_along():
     """Positive control: the defect that kept the robot from driving."""
     hub, needed, slip = drive(0.4, not_upright, seconds=3)

@@ -185,6 +185,7 @@ def test_figure(tmp_path):
             assert ax.get_ylim()[0] == 0 and (ax.get_ylim()[1] >= target) == near
 
 
+@pytest.mark.slow
 def test_labels(tmp_path, capsys):
     many = {f"flag_{i}": 1 for i in range(plot.MAX_FLAGS + 1)}
     runs = (

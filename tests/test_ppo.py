@@ -130,6 +130,7 @@ def test_a_truncated_episodes_value_is_of_its_final_slopes():
     assert next_values[2].numpy() == pytest.approx(10 * others.slopes()[:, 0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_adjacent_seeds_share_no_environment(monkeypatch):
     """Neither in training nor in evaluations, and ranks together have the environments of one process."""
     seeds = []
@@ -321,6 +322,7 @@ def run(tmp_path_factory):
         return ppo.train(SMALL).resolve()
 
 
+@pytest.mark.slow
 def test_run_leaves_log_and_checkpoints(run):
     log = EventAccumulator(str(run)).Reload()
     tags = set(log.Tags()["scalars"])
@@ -441,6 +443,7 @@ def test_ranks_learn_together_what_one_would_alone(size, tmp_path):
             assert torch.allclose(model[key], value, atol=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze_encoder", [True, False])
 def test_all_but_the_actions_stays_on_the_device(monkeypatch, freeze_encoder):
     """PyTorch's meta device stands in for a GPU: operations that mix devices raise, and what leaves it is counted."""

@@ -171,6 +171,7 @@ def test_torchrun_restarts_lost_ranks_and_the_run_resumes_bit_for_bit(uninterrup
     assert_same_end(tmp_path / "runs" / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_number_of_processes_only(short, tmp_path):
     environment = dict(os.environ, RANK="0", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     output = subprocess.run(command("--resume", str(short)), env=environment, capture_output=True, text=True)
@@ -194,6 +195,7 @@ def test_an_interrupted_run_says_how_to_resume(number, handler, tmp_path):
     assert without_progress(error) == f"stopped; to resume: {RESUME}\n"
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_more_steps(tmp_path, monkeypatch, capsys):
     """At a constant rate, as one that was to have as many from the start: bit for bit."""
     monkeypatch.chdir(tmp_path)
@@ -222,6 +224,7 @@ def logged_steps(run):
     return sorted(event.step for log in logs if tag in log.Tags()["scalars"] for event in log.Scalars(tag))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, eval_interval", [(ppo, 256), (schedules, 10**9)])
 def test_a_finished_run_is_not_evaluated_again(script, eval_interval, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -288,6 +291,7 @@ def test_a_restart_by_torchrun_resumes_its_own_run_only(tmp_path, monkeypatch):
     assert begin(run_name="new")[1].checkpoint is None  # killed before its folder was created
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = replace(
@@ -308,6 +312,7 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     assert not Path("runs/third").exists()
 
 
+@pytest.mark.slow
 def test_a_randomized_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     randomization = dict(push=1.0, push_interval=0.1, obs_noise=0.01, mass=0.1, latency=2)
@@ -323,6 +328,7 @@ def test_a_randomized_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert_same_end(again, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goal", ["forward", "command"])
 def test_environment_state_is_all_of_it(goal):
     args = replace(ppo.Args(), num_threads=1, goal=goal)
@@ -365,12 +371,14 @@ def test_damaged_or_foreign_checkpoints_are_refused(short, tmp_path, monkeypatch
     assert_refused("best.pt is only a policy: --resume its run's folder", run / "best.pt")
     renamed = {key.replace("weight_0", "0.weight"): value for key, value in content["model"].items()}
     optimizer = content["optimizer"] | {"state": content["optimizer"]["state"] | {0: {"exp_avg": torch.zeros(7)}}}
+    no_dict = content["optimizer"] | {"state": content["optimizer"]["state"] | {0: torch.zeros(2)}}
     for changed, message in (
         ({"weights": torch.zeros(3)}, "is no checkpoint to resume from$"),
         (content | {"model": renamed}, "does not fit its flags: .*actor.0.weight"),
         (content | {"args": content["args"] | {"lr_schedule": "linear"}}, "its flags differ in lr_schedule$"),
         (content | {"elapsed": "long"}, "is no checkpoint to resume from$"),
         (content | {"optimizer": optimizer}, "does not fit its flags: "),
+        (content | {"optimizer": no_dict}, "does not fit its flags: its optimizer's state is incomplete$"),
     ):
         save_checkpoint(run / "last.pt", changed)
         assert_refused(message)
@@ -499,6 +507,7 @@ def test_config_reproduces_the_run(uninterrupted, tmp_path):
     assert_equal(again, first)
 
 
+@pytest.mark.slow
 def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saves, save = [], runs.save_checkpoint

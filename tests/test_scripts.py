@@ -131,6 +131,7 @@ def test_a_checkpoint_imports_nothing_outside_the_working_directory(copy, name, 
     assert not Path("ran").exists() and not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_runs_resume_by_their_own_script(copy, capsys):
     message = error_of(ppo.train, ppo.Args(resume="runs/mine"))
     assert message.endswith("last.pt was trained by 'my_ppo.py', not by ppo_ballbot.py: use that to --resume it")

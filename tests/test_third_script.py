@@ -81,6 +81,14 @@ def test_evaluate(folder):
     assert mean["gap"] and mean["summary"]["return"]["mean"] != stochastic["summary"]["return"]["mean"]
 
 
+def test_diagnose_rejects_it(folder):
+    process = start(folder, "-m", "ballbot_utils.diagnose", "runs/whole")
+    output, errors = process.communicate()
+    assert process.returncode == 1 and not output
+    assert errors == ("error: runs/whole cannot be diagnosed: it has no --clip-coef, losses/approx_kl, "
+                      "losses/explained_variance, charts/action_std, which every run of PPO has\n")  # fmt: skip
+
+
 def test_watch(folder, opengl):
     output = run(folder, "-m", "ballbot_utils.watch", "runs/whole", "--video", "robot.gif", "--horizon", "40")
     assert "robot.gif: return" in output and (folder / "robot.gif").stat().st_size > 10_000

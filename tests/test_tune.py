@@ -263,6 +263,7 @@ def test_score_by_hand():
     assert trial.score("steps-to-target", evaluations[:5], 1000, hold=2) == 1000
 
 
+@pytest.mark.slow
 def test_median_over_seeds_and_best_json():
     run(*GRID, "clip-coef=0.01,0.1002,0.1001", "--seeds", "9", "1", "2", flags=["--learning-rate", "0.001"])
     trials = by_clip("tune-grid")
@@ -312,6 +313,7 @@ def test_failures_have_a_reason_and_the_study_continues(capfd):
     assert "3 of 3 trials, 0 pruned, 2 failed" in out and "seed 1: error: the losses are not finite" in out
 
 
+@pytest.mark.slow
 def test_a_bad_trial_is_pruned_and_its_run_ended():
     words = ["--strategy", "grid", "--space", "clip-coef=0.01,0.02,0.3,0.31,0.32,0.33", "--startup-trials", "2"]
     run(*words, flags=["--seconds", "0.4"])
@@ -353,6 +355,7 @@ def test_a_study_resumes_and_its_name_decides_what_it_tries(strategy, workers, t
         run(*words, "--study", "one", "--trials", "6")
 
 
+@pytest.mark.slow
 def test_tpe_begins_with_the_flags_given_that_lie_in_the_space():
     sizes = ["num-envs=8,10", "num-steps=2048,4000", "minibatch-size=100,256"]  # 2048 takes 256 alone
     flags = ["--clip-coef", "0.02", "--num-steps", "4000", "--minibatch-size", "100"]
@@ -375,6 +378,7 @@ def test_tpe_begins_with_the_flags_given_that_lie_in_the_space():
     assert settings["clip_coef"] > 0.1 and (settings["ent_coef"], settings["num_envs"]) == (0.002, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "grid"])
 def test_no_combination_is_tried_twice(strategy, capfd):
     words = ["--strategy", strategy, "--pruner", "none", "--space", "clip-coef=0.01,0.1", "num-envs=8,10"]
@@ -388,6 +392,7 @@ def test_no_combination_is_tried_twice(strategy, capfd):
 # Interruptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [(-9, "killed by SIGKILL"), (130, "killed by SIGINT"),
@@ -424,6 +429,7 @@ def test_a_script_that_logs_no_evaluation_ends_the_command():
         run(*GRID, "clip-coef=0.01,0.1")
 
 
+@pytest.mark.slow
 def test_a_budget_ends_in_time_and_loses_nothing():
     words = [*GRID, "clip-coef=0.01,0.1", "--trials", "1", "--budget-minutes", "0.1"]
     before = time.monotonic()
@@ -492,6 +498,7 @@ def test_a_trial_that_others_took_over_is_not_counted_twice(monkeypatch):
 # Step by step
 
 
+@pytest.mark.slow
 def test_one_at_a_time_keeps_the_best_and_resumes(capfd):
     words = ["--strategy", "one-at-a-time", "--seeds", "1", "2", "--pruner", "none", "--space"]
     words += ["clip-coef=0.01,0.015,0.1,0.5", "ent-coef=0.1", "learning-rate=0.01,0.02"]
@@ -618,6 +625,7 @@ def test_real_trials(capfd):
     assert f"final policy: return {t.value:.1f}" in out.stdout
 
 
+@pytest.mark.slow
 def test_help_of_the_program():
     words = [sys.executable, "-m", "ballbot_utils.tune", "--help"]
     out = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stdout

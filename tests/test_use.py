@@ -15,6 +15,7 @@ import mujoco
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 import tyro
 from stable_baselines3 import PPO
 from test_policy import make_run
@@ -53,6 +54,16 @@ def exported(tmp_path_factory):
         patch.setattr(export, "print", said.append, raising=False)
         export.main(export.Args(folder / "run", folder / "policy.onnx"))
     return folder, said
+
+
+@pytest.mark.parametrize("flags", [dict(depth_scale=5.0), dict(goal="command", cameras=False)])
+def test_what_is_exported_acts_like_the_policy(tmp_path, flags):
+    agent = make_run(tmp_path / "run", body_frame=True, norm_obs=True, **flags)
+    task = {name: flags[name] for name in flags.keys() - {"depth_scale"}}
+    obs, _ = gym.make_vec("Ballbot-v0", num_envs=5, num_threads=1, **task).reset(seed=1)
+    with torch.no_grad():
+        actions = export.Exported(agent)({key: torch.tensor(value) for key, value in obs.items()})
+    np.testing.assert_allclose(actions, ppo.load_policy(tmp_path / "run")(obs), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -135,6 +146,7 @@ def test_rl_zoo(tmp_path):
     assert model.gamma == 0.996 and type(model.policy.features_extractor.extractors["depth_0"]).__name__ == "NatureCNN"
 
 
+@pytest.mark.slow
 def test_cleanrl_wrappers():
     """The wrappers of CleanRL's ppo_continuous_action.py, with what README changes in that script."""
 
