@@ -87,7 +87,7 @@ class Args:
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms on the GPU (the CPU's always are)
     cuda: bool = False  # render and run networks on GPUs, one per process; physics stays on the CPU
     num_processes: Few = 1  # ranks on this machine; useful for minibatches of 512 or more. torchrun sets its own
-    num_threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of physics and renderer per process; 0: a core share
+    num_threads: Annotated[int, Field(ge=0, le=1000)] = 0  # threads of physics and renderer per process; 0: its cores
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
     # The task

@@ -60,7 +60,7 @@ class EvalArgs(EvalSettings):
 
     episodes: Count = 100
     """episodes per policy"""
-    num_threads: Annotated[int, Field(ge=0)] = 0
+    num_threads: Annotated[int, Field(ge=0, le=1000)] = 0
     """CPU threads of the physics, 0: one per core"""
     json: str = ""
     """file for all results, with those of each episode and its seed; - is standard output, and the table then goes to

@@ -45,7 +45,7 @@ class Args:
     """replace an output that exists"""
     seed: Seed = 1
     """seed of poses, networks and minibatches"""
-    num_threads: Annotated[int, Field(ge=0)] = 0
+    num_threads: Annotated[int, Field(ge=0, le=1000)] = 0
     """CPU threads, 0: one per core"""
     num_frames: Annotated[int, Field(ge=256)] = 65_536
     """training frames, half from each camera; 16 KB of memory each"""
