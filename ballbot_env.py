@@ -962,7 +962,9 @@ def spawn_seeds(seed: int, n: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(n, np.uint64).tolist()
 
 
-gym.register("BallbotWarp-v0", vector_entry_point="ballbot_env_warp:BallbotWarpEnv", max_episode_steps=MAX_EPISODE_STEPS)
+gym.register(
+    "BallbotWarp-v0", vector_entry_point="ballbot_env_warp:BallbotWarpEnv", max_episode_steps=MAX_EPISODE_STEPS
+)
 gym.register(
     "Ballbot-v0",
     entry_point="ballbot_env:BallbotEnv",

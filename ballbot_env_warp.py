@@ -54,8 +54,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
       environments: the same distributions, other numbers. The same seed gives the same bits on the same device, as far
       as Warp's atomic additions do: on the CPU always, on a GPU not always.
     - Physics is float32, and Warp keeps at most four contacts between ball and height field.
-    - `num_threads`, `render_mode`, `copy` and `autoreset_mode` do not exist. `contacts` and `constraints` are the room for
-      them per robot. If it is exceeded, a later step raises a RuntimeError.
+    - `num_threads`, `render_mode`, `copy` and `autoreset_mode` do not exist. `contacts` and `constraints` are the room
+      for them per robot. If it is exceeded, a later step raises a RuntimeError.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -108,7 +108,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         scales = height_scales(strength) if strength else (1.0,)
         self.model = make_model(self.terrain, wheel_damping, scales)
         with self._scope():
-            self.robots = WarpRobots(self.model, num_envs, frame_skip, self.randomization, contacts, constraints, device)
+            self.robots = WarpRobots(
+                self.model, num_envs, frame_skip, self.randomization, contacts, constraints, device
+            )
             self._ground = Ground(self.terrain, device)
             self._random = Random(num_envs, device)
             self.frames = self._renderer = None
@@ -133,8 +135,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         whole = dict(dtype=torch.int64)
         # All that the future depends on, besides the physics
         self._state = {
-            "clock": zeros(**whole), "observed_at": zeros(**whole), "frame_time": zeros(**whole), "steps": zeros(**whole),
-            "returns": zeros(), "physics_errors": zeros(**whole), "last_actions": self.last_actions,
+            "clock": zeros(**whole), "observed_at": zeros(**whole), "frame_time": zeros(**whole),
+            "steps": zeros(**whole), "returns": zeros(), "physics_errors": zeros(**whole),
+            "last_actions": self.last_actions,
             "commands_due": zeros(**whole), "key": self._random.key, "counter": self._random.counter,
             "queue": zeros(int(self.randomization.get("latency", 0)), 3), "next_push": zeros(**whole),
             "push_left": zeros(**whole), "noise": zeros(NOISE_WIDTH),
@@ -164,7 +167,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         if self._needs_reset and not mask.all():
             raise gym.error.ResetNeeded("call reset() without a reset_mask first")
         options = check_options(options, self.num_envs, self._max_tilt)
-        options = {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in options.items()}
+        options = {
+            name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in options.items()
+        }
         if seed is None and self._needs_reset:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         if seed is not None:
@@ -188,8 +193,10 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         if self._needs_reset:
             raise gym.error.ResetNeeded("call reset() before step()")
         if self._overflow.any():  # what has arrived from an earlier step
-            raise RuntimeError(f"more contacts or constraints than there is room for (Warp's overflow flags "
-                               f"{int(self._overflow.max())}): make the environments with more contacts= and constraints=")  # fmt: skip
+            raise RuntimeError(
+                f"more contacts or constraints than there is room for (Warp's flags: {int(self._overflow.max())}): "
+                "make the environments with more contacts= and constraints="
+            )
         self._actions.copy_(torch.as_tensor(actions))
         if self.device.type == "cpu":
             with torch.no_grad(), self._scope():
@@ -199,13 +206,20 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         else:
             if self._graphs is None:
                 self._capture()
-            before, physics, after, result = self._graphs
+            before, _, after, result = self._graphs
             before.replay()
-            with self._scope():
-                wp.capture_launch(physics)
+            self.step_physics()
             after.replay()
         self._overflow.copy_(self.robots.overflow, non_blocking=True)
         return result
+
+    def step_physics(self, graph: bool = True) -> None:
+        """The physics steps of an action alone, for benchmarks; with `graph` as a CUDA graph if there is one."""
+        with self._scope():
+            if graph and self._graphs:
+                wp.capture_launch(self._graphs[1])
+            else:
+                self.robots.step()
 
     def _capture(self):
         """Capture a step in three CUDA graphs. The state stays as it was."""
@@ -230,13 +244,13 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         self.set_state(saved)
 
     def apply_force(self, forces: torch.Tensor) -> None:
-        """Apply `forces` (num_envs, 3), N in the world's frame, to the bases' centres of mass: see `BallbotVectorEnv`."""
+        """Apply `forces` (num_envs, 3), N in the world's frame, to the bases: see `BallbotVectorEnv`."""
         if tuple(forces.shape) != (self.num_envs, 3):
             raise ValueError(f"forces have shape {tuple(forces.shape)}, expected ({self.num_envs}, 3)")
         self.robots.forces.copy_(forces)
 
     def set_command(self, velocities: torch.Tensor) -> None:
-        """Command `velocities` (num_envs, 2), m/s in the world's frame, until the episodes end: see `BallbotVectorEnv`."""
+        """Command `velocities` (num_envs, 2), m/s in the world's frame, as `BallbotVectorEnv.set_command` does."""
         if self.commands is None:
             raise ValueError('set_command() needs the goal "command"')
         self.commands.copy_(velocities)
@@ -294,7 +308,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         if "latency" in strengths:
             queue = torch.cat([state["queue"], commands.transpose(0, 1)], 1)
             longest = state["queue"].shape[1]
-            steps = torch.arange(self.frame_skip, device=self.device) + longest - self._sampled["latency"][:, None].long()
+            steps = (
+                torch.arange(self.frame_skip, device=self.device) + longest - self._sampled["latency"][:, None].long()
+            )
             commands = queue.gather(1, steps[:, :, None].expand(-1, -1, 3)).transpose(0, 1)
             state["queue"].copy_(queue[:, self.frame_skip :])
         torch.mul(commands, -MAX_TORQUE, out=self.robots.motors)
@@ -327,7 +343,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             self._sample_commands(state["steps"] >= state["commands_due"])
         final_info = self._get_info() | terms
         if "obs_noise" in self.randomization:
-            torch.mul(self._random.standard_normal(NOISE_WIDTH), self.randomization["obs_noise"], out=state["noise"])
+            state["noise"].copy_(self._sample_noise())
         final_obs = {name: value.clone() for name, value in self._get_obs().items()}
         self.final_slopes = self.slopes()
         done = terminated.any(1) | truncated.any(1)
@@ -364,6 +380,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         if self.commands is not None:
             self._sample_commands(mask)
             put(state["commands_due"], random.integers(1, COMMAND_STEPS + 1))
+        if "obs_noise" in self.randomization:
+            put(state["noise"], self._sample_noise())
         ground = self._ground.max_height(xy, BALL_RADIUS) * self._height_scale()
         zeros = torch.zeros_like(xy)
         moves = {"heading": zeros[:, 0], "tilt": zeros, "velocity": zeros} | {
@@ -390,6 +408,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         seconds = self.randomization["push_interval"] * self._random.uniform(0.5, 1.5)
         return (seconds / TIMESTEP / self.frame_skip).round().clamp(min=-(-PUSH_STEPS // self.frame_skip)).long()
 
+    def _sample_noise(self):
+        return self.randomization["obs_noise"] * self._random.standard_normal(NOISE_WIDTH)
+
     def _sample_commands(self, mask):
         kind, speed, turn = (self._random.uniform(0, 1) for _ in range(3))
         speed = torch.where(kind < STANDING_FRACTION, 0, MAX_COMMAND * speed)
@@ -400,8 +421,10 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         values = {name: row.read(self) for name, row in self._observations.items()}
         if "obs_noise" in self.randomization:
             values |= add_sensor_noise(values, self._state["noise"])
-        return {name: value if value.ndim > 2 else value.clamp(self._observations[name].low, self._observations[name].high)
-                for name, value in values.items()}  # fmt: skip
+        for name, row in self._observations.items():
+            if len(row.shape) == 1:  # frames are clipped where they are taken
+                values[name] = values[name].clamp(row.low, row.high)
+        return values
 
     def _get_info(self):
         infos = {"position": self.robots.position.clone(), "physics_errors": self._state["physics_errors"].clone()}
@@ -520,13 +543,18 @@ class WarpRobots:
             self.hfield_ids = wp.to_torch(self._model.geom_dataid)[:, ground]
 
         columns = state_columns(model)
-        self.state = {name: wp.to_torch(getattr(data, name)) for name in ("qpos", "qvel", "qacc_warmstart", "xfrc_applied")}
+        self.state = {
+            name: wp.to_torch(getattr(data, name)) for name in ("qpos", "qvel", "qacc_warmstart", "xfrc_applied")
+        }
         self._qpos, self._qvel = self.state["qpos"], self.state["qvel"]
         self._start = self._qpos.new_tensor(model.qpos0).expand(num_robots, -1)
         self._columns = columns
         self.position, self.quaternion = self._qpos[:, columns.pose][:, :3], self._qpos[:, columns.pose][:, 3:]
         self.ball_position = self._qpos[:, columns.ball]
-        self.velocities, self.angular_velocities = self._qvel[:, columns.velocity], self._qvel[:, columns.angular_velocity]
+        self.velocities, self.angular_velocities = (
+            self._qvel[:, columns.velocity],
+            self._qvel[:, columns.angular_velocity],
+        )
         self.wheel_speeds = self._qvel[:, columns.wheels]
         self.forces = self.state["xfrc_applied"][:, model.body("base").id, :3]
         # Before and after each physics step of an action: (frame_skip, n, ...)
@@ -539,7 +567,9 @@ class WarpRobots:
         self.substep_position, self.substep_quaternion = poses[..., :3], poses[..., 3:]
         self.substep_velocity = self._all_qvel[:, :, columns.velocity].transpose(0, 1)[..., :2]
         overflow = mjw.OverflowType
-        self._overflows = int(overflow.NEFC | overflow.NARROWPHASE | overflow.BROADPHASE | overflow.CCD | overflow.HFIELD)
+        self._overflows = int(
+            overflow.NEFC | overflow.NARROWPHASE | overflow.BROADPHASE | overflow.CCD | overflow.HFIELD
+        )
         self._overflow_flags = wp.to_torch(data.overflow)
 
     @property
@@ -575,7 +605,7 @@ class WarpRobots:
         return poses.gather(0, index[None, :, None].expand(1, -1, 7))[0]
 
     def start(self, put, xy, ground, heading, tilt, velocity) -> None:
-        """Let robots stand still at `xy` (n, 2), m, just above `ground` (n,), m, turned and moving as `Robots.move` says.
+        """Let robots stand at `xy` (n, 2), m, just above `ground` (n,), m, turned and moving as `Robots.move` says.
 
         `put(array, value)` changes the robots that start.
         """
@@ -651,24 +681,26 @@ class WarpDepthRenderer:
             render_pixel,
             dim=self.frames.shape,
             inputs=[
-                wp.from_torch(mask), wp.from_torch(poses.contiguous()), wp.from_torch(scale), self._is_plane, self._heights,
-                self._steepest, self._offsets, self._axes, self._self_depth, float(std), wp.from_torch(seeds),
+                wp.from_torch(mask), wp.from_torch(poses.contiguous()), wp.from_torch(scale), self._is_plane,
+                self._heights, self._steepest, self._offsets, self._axes, self._self_depth, float(std),
+                wp.from_torch(seeds),
             ],
             outputs=[self._out],
         )  # fmt: skip
 
 
 @wp.func
-def interpolate_height(heights: wp.array2d(dtype=float), x: float, y: float):
-    """The bilinear height at (x, y), m."""
+def clearance(heights: wp.array2d(dtype=float), scale: float, origin: wp.vec3, direction: wp.vec3, depth: float):
+    """The height, m, over the bilinear height field of the point at `depth` along a ray."""
+    point = origin + depth * direction
     last = float(heights.shape[0] - 1)
-    column = wp.clamp((x + wp.static(TERRAIN_EXTENT)) * wp.static(1.0 / CELL), 0.0, last)
-    row = wp.clamp((y + wp.static(TERRAIN_EXTENT)) * wp.static(1.0 / CELL), 0.0, last)
+    column = wp.clamp((point[0] + wp.static(TERRAIN_EXTENT)) * wp.static(1.0 / CELL), 0.0, last)
+    row = wp.clamp((point[1] + wp.static(TERRAIN_EXTENT)) * wp.static(1.0 / CELL), 0.0, last)
     i, j = wp.min(int(row), heights.shape[0] - 2), wp.min(int(column), heights.shape[0] - 2)
     a, b = row - float(i), column - float(j)
     low = heights[i, j] + b * (heights[i, j + 1] - heights[i, j])
     high = heights[i + 1, j] + b * (heights[i + 1, j + 1] - heights[i + 1, j])
-    return low + a * (high - low)
+    return point[2] - scale * (low + a * (high - low))
 
 
 @wp.kernel
@@ -694,7 +726,7 @@ def render_pixel(
     turn = wp.quat(poses[robot, 4], poses[robot, 5], poses[robot, 6], poses[robot, 3])
     o = wp.vec3(poses[robot, 0], poses[robot, 1], poses[robot, 2]) + wp.quat_rotate(turn, offsets[camera])
     d = wp.quat_rotate(turn, axes[camera] * wp.vec3(across, -down, 1.0))
-    depth = float(0.0)
+    depth = wp.float32(0.0)
     if is_plane:
         depth = -o[2] / wp.min(d[2], -1.0e-3)
     else:
@@ -702,17 +734,15 @@ def render_pixel(
         row = wp.clamp(int((o[1] + wp.static(TERRAIN_EXTENT)) * block), 0, steepest.shape[0] - 1)
         column = wp.clamp(int((o[0] + wp.static(TERRAIN_EXTENT)) * block), 0, steepest.shape[1] - 1)
         slope = steepest[row, column] * scale[robot]
-        bound = 1.0 / wp.max(wp.sqrt(d[0] * d[0] + d[1] * d[1]) * slope - d[2], 0.05)
-        step = int(0)
-        clearance = float(1.0)
-        while step < 40 and clearance > 5.0e-4 and depth < 1.2:
-            clearance = o[2] + d[2] * depth - scale[robot] * interpolate_height(heights, o[0] + d[0] * depth, o[1] + d[1] * depth)
-            depth += wp.max(clearance, 5.0e-4) * bound
+        loss = wp.max(wp.sqrt(d[0] * d[0] + d[1] * d[1]) * slope - d[2], 0.05)  # of clearance per depth, at most
+        step, over = wp.int32(0), wp.float32(1.0)
+        while step < 40 and over > 5.0e-4 and depth < 1.2:
+            over = clearance(heights, scale[robot], o, d, depth)
+            depth += wp.max(over, 5.0e-4) / loss
             step += 1
-        clearance = o[2] + d[2] * depth - scale[robot] * interpolate_height(heights, o[0] + d[0] * depth, o[1] + d[1] * depth)
-        probe = depth + 0.01
-        ahead = o[2] + d[2] * probe - scale[robot] * interpolate_height(heights, o[0] + d[0] * probe, o[1] + d[1] * probe)
-        depth += clearance / wp.max((clearance - ahead) * 100.0, 0.05)
+        over = clearance(heights, scale[robot], o, d, depth)
+        probe = clearance(heights, scale[robot], o, d, depth + 0.01)
+        depth += over / wp.max((over - probe) * 100.0, 0.05)
     depth = wp.min(wp.max(depth, 0.0), self_depth[camera, i, j])
     if noise > 0.0:
         pixel = wp.rand_init(seeds[robot], (camera * frames.shape[2] + i) * frames.shape[3] + j)

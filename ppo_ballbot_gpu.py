@@ -26,11 +26,28 @@ import ballbot_env
 import ppo_ballbot
 from ballbot_utils import checkpoints, flags, runs
 from ballbot_utils.console import exit_with_error, print_rank0
-from ballbot_utils.distributed import all_reduce_mean, gather_objects, init_distributed, must_spawn, spawn_ranks
-from ballbot_utils.distributed import rank, world_size
-from ballbot_utils.flags import Count, Positive
-from ballbot_utils.geometry import in_body_frame
-from ppo_ballbot import Agent, DepthEncoder, Policy, explained_variance, gae, learning_rate_at, log_prob, task
+from ballbot_utils.distributed import (
+    all_reduce_mean,
+    gather_objects,
+    init_distributed,
+    must_spawn,
+    rank,
+    spawn_ranks,
+    world_size,
+)
+from ballbot_utils.flags import Count
+from ballbot_utils.observations import to_body_frame
+from ppo_ballbot import (
+    Agent,
+    DepthEncoder,
+    Policy,
+    capture_state,
+    explained_variance,
+    gae,
+    learning_rate_at,
+    log_prob,
+    task,
+)
 
 __all__ = ["Agent", "Args", "DepthEncoder", "Policy"]  # the programs use them
 
@@ -61,12 +78,7 @@ def device_of(args):
 
 def proprioception(obs, agent):
     """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
-    if agent.body_frame:
-        if agent.commanded:
-            *_, command = in_body_frame(obs["orientation"], nn.functional.pad(obs["command"], (0, 1)))
-            obs = obs | {"command": command[:, :2]}
-        lean, heading, vel = in_body_frame(obs["orientation"], obs["vel"])
-        obs = obs | {"orientation": torch.cat([lean, heading.sin(), heading.cos()], 1), "vel": vel}
+    obs = obs | to_body_frame(obs) if agent.body_frame else obs
     return torch.cat([obs[key] for key in agent.keys], 1)
 
 
@@ -124,6 +136,17 @@ class Learner:
             self.parameters, lr, eps=1e-5, weight_decay=args.weight_decay, fused=True, capturable=args.cuda
         )
 
+    def state_dict(self):
+        """The optimizer's state, with the learning rate as a number."""
+        state = self.optimizer.state_dict()
+        return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
+
+    def load_state_dict(self, state):
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        checkpoints.load_optimizer(self.optimizer, state)
+        for group, rate in zip(self.optimizer.param_groups, rates):  # a graph reads the tensor
+            group["lr"] = rate.fill_(group["lr"])
+
     def loss(self, mb):
         """The loss of a minibatch, a dict of tensors (samples, ...), and statistics; see `ppo_ballbot.update`."""
         agent, args, advantages = self.agent, self.args, mb["advantages"]
@@ -161,7 +184,9 @@ class Learner:
     def capture(self, batch):
         """Capture a gradient step as a CUDA graph; weights and optimizer stay as they were."""
         saved = [p.detach().clone() for p in self.parameters]
-        state = {key: [x.clone() if torch.is_tensor(x) else x for x in s.values()] for key, s in self.optimizer.state.items()}
+        state = {
+            key: [x.clone() if torch.is_tensor(x) else x for x in s.values()] for key, s in self.optimizer.state.items()
+        }
         self.batch = {key: torch.empty_like(value) for key, value in batch.items()}
         for key, value in batch.items():
             self.batch[key].copy_(value)
@@ -222,6 +247,8 @@ def evaluate(envs, agent, args, episodes):
         now = torch.stack([infos["episode"]["r"], infos["episode"]["l"].float(), terminations.float()])
         results = now.clone() if results is None else torch.where(active, now, results)
         active &= ~infos["_episode"]
+        if not (args.cuda or active.any()):  # to ask a GPU would take longer than to go on
+            break
     columns = torch.cat([results.cpu() for results in gather_objects(results.cpu())], 1)
     result = {"episodes": columns.shape[1]}
     for name, values in zip(("episodic_return", "episodic_length", "falls"), columns.double()):
@@ -259,7 +286,7 @@ def train_rank(args, run):
         agent.encoder.requires_grad_(False)
     learner, envs = Learner(agent, args), make_envs(args, args.num_envs // world_size())
     eval_envs = make_envs(args, -(-args.eval_episodes // world_size()), evaluation=True)
-    observation = start(args, run, agent, learner.optimizer, envs)
+    observation = start(args, run, agent, learner, envs)
     iteration_steps = args.num_envs * args.num_steps * args.frame_skip
     iteration, num_iterations = run.global_step // iteration_steps, args.total_timesteps // iteration_steps
     print_rank0(f"{run.dir}: {num_iterations} iterations of {iteration_steps} steps; tensorboard --logdir runs")
@@ -279,7 +306,8 @@ def train_rank(args, run):
         agent.update_obs_moments(batch["proprio"].flatten(0, 1))
         seconds["learn"] = time.perf_counter() - started - seconds["rollout"]
 
-        run.log_iteration(iteration_steps, seconds, last_episodes(*episodes), {f"losses/{key}": x for key, x in losses.items()} | {
+        losses = {f"losses/{key}": value for key, value in losses.items()}
+        run.log_iteration(iteration_steps, seconds, last_episodes(*episodes), losses | {
             "losses/explained_variance": explained_variance(returns, advantages),
             "charts/learning_rate": learning_rate,
             "charts/action_std": agent.log_std.exp().mean().item(),
@@ -288,7 +316,7 @@ def train_rank(args, run):
         if run.global_step // args.eval_interval > (run.global_step - iteration_steps) // args.eval_interval:
             run.log_evaluation(agent, evaluate(eval_envs, agent, args, args.eval_episodes))
         if run.save_is_due() or iteration == num_iterations:
-            run.save_last(agent, capture_state(agent, learner.optimizer, envs, observation))
+            run.save_last(agent, capture_state(agent, learner, envs, observation))
 
     final_envs = make_envs(args, -(-args.final_eval_episodes // world_size()), evaluation=True)
     run.finish(agent, lambda: evaluate(final_envs, agent, args, args.final_eval_episodes))
@@ -300,8 +328,8 @@ def last_episodes(returns, lengths, dones, most=100):
     return list(zip(returns[steps, ids].tolist(), lengths[steps, ids].long().tolist(), steps.tolist()))
 
 
-def start(args, run, agent, optimizer, envs):
-    """Load initial weights or the checkpoint. Returns the observation."""
+def start(args, run, agent, learner, envs):
+    """Load initial weights or the checkpoint, which `ppo_ballbot.capture_state` makes. Returns the observation."""
     if run.checkpoint is None:
         agent.load_state_dict(run.weights, strict=False)
         torch.manual_seed(args.seed + 1_000_000 * rank())  # each rank has its own noise and minibatches
@@ -311,7 +339,7 @@ def start(args, run, agent, optimizer, envs):
             return proprioception(obs, agent), encode(agent, obs)
     try:
         agent.load_state_dict(run.checkpoint["model"])
-        checkpoints.load_optimizer(optimizer, run.checkpoint["optimizer"])
+        learner.load_state_dict(run.checkpoint["optimizer"])
         state = run.checkpoint["ranks"][rank()]
         envs.set_state(state["envs"])
         torch.set_rng_state(state["rng"])
@@ -320,11 +348,6 @@ def start(args, run, agent, optimizer, envs):
         return tuple(state[name].to(agent.log_std.device) for name in ("proprio", "depth"))
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         exit_with_error(f"{args.resume} does not fit its flags: {str(error).splitlines()[0]}")
-
-
-def capture_state(agent, optimizer, envs, observation):
-    """What `start` needs, with the state of every rank."""
-    return ppo_ballbot.capture_state(agent, optimizer, envs, observation)
 
 
 def main():

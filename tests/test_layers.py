@@ -10,7 +10,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (*ROOT.glob("*.py"), *(ROOT / "ballbot_utils").rglob("*.py"))
 }
-SCRIPTS = {"ppo_ballbot", "ppo_ballbot_schedules"}
+SCRIPTS = {"ppo_ballbot", "ppo_ballbot_gpu", "ppo_ballbot_schedules"}
 
 
 def is_program(path):
