@@ -49,7 +49,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
 
     - An episode that ends is followed by the next one's first observation (SAME_STEP). `info["final_obs"]` has the last
       observations of all robots, as a dict of tensors, whether they ended or not. `info["episode"]` has return `r` and
-      length `l` of all robots' present or just ended episodes; `_episode` marks those that ended.
+      length `l` of all robots' present or just ended episodes; `_episode` marks the ended ones.
     - Robot i is seeded with seed + i, and no robot's samples depend on the others. They are not those of the CPU's
       environments: the same distributions, other numbers. The same seed gives the same bits on the same device, as far
       as Warp's atomic additions do: on the CPU always, on a GPU not always.
@@ -222,7 +222,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
                 self.robots.step()
 
     def _capture(self):
-        """Capture a step in three CUDA graphs. The state stays as it was."""
+        """Capture a step in three CUDA graphs. The state does not change."""
         saved = self.get_state()
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -280,7 +280,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         with self._scope():
             self._change_models()
 
-    # A step. What follows neither waits for the device nor depends on values in its shapes: it is captured in graphs.
+    # A step. CUDA graphs record these methods: they do not wait for the device, and no shape depends on a value.
 
     def _height_scale(self):
         return self._sampled.get("terrain_amplitude", self._height_scales.new_ones(self.num_envs))

@@ -182,7 +182,7 @@ class Learner:
         return torch.stack([x.detach() for x in stats])
 
     def capture(self, batch):
-        """Capture a gradient step as a CUDA graph; weights and optimizer stay as they were."""
+        """Capture a gradient step as a CUDA graph; weights and optimizer do not change."""
         saved = [p.detach().clone() for p in self.parameters]
         state = {
             key: [x.clone() if torch.is_tensor(x) else x for x in s.values()] for key, s in self.optimizer.state.items()
@@ -247,7 +247,7 @@ def evaluate(envs, agent, args, episodes):
         now = torch.stack([infos["episode"]["r"], infos["episode"]["l"].float(), terminations.float()])
         results = now.clone() if results is None else torch.where(active, now, results)
         active &= ~infos["_episode"]
-        if not (args.cuda or active.any()):  # to ask a GPU would take longer than to go on
+        if not (args.cuda or active.any()):  # on a GPU the question takes longer than the steps
             break
     columns = torch.cat([results.cpu() for results in gather_objects(results.cpu())], 1)
     result = {"episodes": columns.shape[1]}
