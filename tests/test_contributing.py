@@ -16,8 +16,8 @@ TRAIN = ("ppo_ballbot.py --num-envs 2 --num-steps 32 --minibatch-size 32 --total
 # By change: (file, text, its replacement) for each place, and a program that fails without the change
 CHANGES = {
     "a reward term": (
-        [("ballbot_env.py", '            "reward_healthy":', '            "reward_test": 7.0 * active.sum(1),\n'
-          '            "reward_healthy":')],
+        [("ballbot_env.py", '        "reward_healthy":', '        "reward_test": 7.0 * active.sum(1),\n'
+          '        "reward_healthy":')],
         ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, cameras=False)\n' + STEP
         + 'assert (infos["reward_test"] == 7).all() and (reward > 6).all()',
     ),
