@@ -169,7 +169,7 @@ def measure_required(num_envs: int, seconds: float) -> dict[str, float]:
         for grid in grids:
             renderer.lookup(grid)
 
-    agent = ppo_ballbot.Agent(args)
+    agent = ppo_ballbot.Agent(replace(args, small_encoder=False))
     first, second = (layer for layer in agent.encoder.layers if isinstance(layer, torch.nn.Conv2d))
     frames = torch.rand(2 * min(num_envs, 16), 1, 64, 64)
 

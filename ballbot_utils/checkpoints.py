@@ -33,6 +33,7 @@ from ballbot_utils.model import ASSETS
 # Flags that a policy needs to run in the environment it was trained for. A checkpoint without other flags is accepted
 REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain", "terrain_seed", "eval_terrain_seed",
                   "wheel_damping", "frame_skip")  # fmt: skip
+FORMER_VALUES = {"small_encoder": False}  # of flags that older checkpoints do not name
 REMOVED_BUFFERS = {"value_moments", "value_count", "value_mean", "value_std"}  # of critics in earlier versions
 INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
 
@@ -89,6 +90,7 @@ def build_agent(content: dict, module: ModuleType) -> tuple[nn.Module, Any]:
     missing = [name for name in REQUIRED_FLAGS if name in known and name not in settings]
     if missing:
         raise ValueError(f"has no {', '.join(missing)} in its args: it was trained by an incompatible version")
+    settings = FORMER_VALUES | settings
     args = validate_types({name: value for name, value in settings.items() if name in known}, module.Args)
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
@@ -139,8 +141,12 @@ def load_policy(path: Path, script: Path | None = None, module: ModuleType | Non
 
 
 def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the pretrained depth encoder by their names in `agent`, or exit with one line."""
-    path = ASSETS.parent / encoder_path
+    """The weights of the pretrained depth encoder by their names in `agent`, or exit with one line.
+
+    Without a path they come from the file in assets/ for the encoder of `agent`.
+    """
+    default = ASSETS / f"depth_encoder{'_small' * (type(agent.encoder).__name__ == 'SmallDepthEncoder')}.pt"
+    path = ASSETS.parent / encoder_path if encoder_path else default
     try:
         weights = read_checkpoint(path)["encoder"]
         agent.encoder.load_state_dict(weights)  # checks names and shapes

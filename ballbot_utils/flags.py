@@ -147,7 +147,7 @@ def ineffective_flags(args: Any) -> dict[str, str]:
     table = [
         (args.terrain == "flat", "terrain_seed terrain_amplitude eval_terrain_seed", "on --terrain flat"),
         (args.terrain == "flat" and not args.init_from, "privileged_critic", "on --terrain flat, which has no slopes"),
-        (not args.cameras, "depth_scale freeze_encoder encoder_path", "with --no-cameras"),
+        (not args.cameras, "depth_scale freeze_encoder small_encoder encoder_path", "with --no-cameras"),
         (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
         (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
         (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),

@@ -1,5 +1,7 @@
 """Pretrain the depth encoder as half of an autoencoder: `python -m ballbot_utils.pretrain_encoder --overwrite`.
 
+With --small a small encoder learns the features of the one in assets/.
+
 Frames are rendered at random poses on Perlin terrains that neither training nor evaluation uses by default. The encoder
 of ppo_ballbot.py learns features from which a decoder reconstructs the frame; the decoder is not saved. Linear probes
 on held-out terrains measure the quality of the features. Needs no display and no GPU.
@@ -25,7 +27,7 @@ from ballbot_utils.depth import DepthRenderer
 from ballbot_utils.flags import Count, NonNegative, Positive, Seed
 from ballbot_utils.model import ASSETS, BALL_RADIUS, BASE_OVER_BALL, make_model
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
-from ppo_ballbot import DepthEncoder
+from ppo_ballbot import DepthEncoder, SmallDepthEncoder
 
 SIZE = 64  # pixels a side, fixed by the encoder's last layer
 TERRAIN_AMPLITUDE = 0.1  # m, the environment's default
@@ -37,8 +39,10 @@ FEATURE_STD = 0.6  # standard deviation of the features before tanh: about 0.5 a
 
 @dataclass
 class Args:
-    output: Path = ASSETS / "depth_encoder.pt"
-    """file to write"""
+    output: Path | None = None
+    """file to write; default: assets/depth_encoder.pt, or assets/depth_encoder_small.pt"""
+    small: bool = False
+    """train a small encoder to have the features of assets/depth_encoder.pt"""
     picture: Path | None = None
     """PNG of held-out frames and their reconstructions (needs matplotlib)"""
     overwrite: bool = False
@@ -185,6 +189,31 @@ def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor)
     return encoder.to(memory_format=torch.contiguous_format), decoder
 
 
+def distill(args: Args, frames: torch.Tensor, teacher: DepthEncoder) -> SmallDepthEncoder:
+    """Train a small encoder on frames (n, 2, 64, 64) to have the features of the teacher."""
+    encoder = SmallDepthEncoder()
+    flat, features = frames.flatten(0, 1)[:, None], encode(teacher, frames).view(-1, DepthEncoder.num_features)
+    pool, first = encoder.layers[0], encoder.layers[2]
+    pooled = torch.cat([pool(part).flatten(1) for part in flat.split(1024)])
+    mean, std = pooled.mean(0), pooled.std(0) + NOISE_FLOOR
+    pooled = (pooled - mean) / std
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=args.learning_rate, fused=True)
+    steps_per_epoch = len(flat) // args.batch_size
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
+    for epoch in range(args.epochs):
+        for indices in torch.randperm(len(flat))[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1):
+            loss = (encoder.layers[2:](pooled[indices]) - features[indices]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        progress(f"training: epoch {epoch + 1} of {args.epochs}, loss {loss:.6f}", (epoch + 1) / args.epochs)
+    with torch.no_grad():  # the first layer takes over the standardization
+        first.weight /= std
+        first.bias -= first.weight @ mean
+    return encoder
+
+
 @torch.no_grad()
 def encode(encoder: DepthEncoder, frames: torch.Tensor) -> torch.Tensor:
     """Features (n, 40) of frames (n, 2, 64, 64), in the order of ppo_ballbot.py."""
@@ -256,6 +285,8 @@ def save_picture(path: Path, frames: torch.Tensor, reconstruction: torch.Tensor,
 def check_args(args: Args) -> None:
     """Exit with one line on the first invalid flag, before any work starts."""
     check_flags(args)
+    args.output = args.output or ASSETS / f"depth_encoder{'_small' * args.small}.pt"
+    check_argument(not args.small or args.picture is None, "--picture has no effect with --small: leave it out")
     smallest = max(2 * args.num_terrains, args.batch_size)
     check_argument(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
                    f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
@@ -269,8 +300,34 @@ def check_args(args: Args) -> None:
         require_packages("--picture", "matplotlib")
 
 
+def pretrain_small(args: Args) -> dict[str, Any]:
+    """Train, measure and save a small encoder. Returns the content of the file."""
+    check_args(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    teacher, rng, start = DepthEncoder(), np.random.default_rng(args.seed), time.perf_counter()
+    teacher.load_state_dict(read_checkpoint(ASSETS / "depth_encoder.pt")["encoder"])
+    frames, _ = make_frames(rng, [TRAIN_TERRAIN_SEED + i for i in range(args.num_terrains)], args.num_frames // 2)
+    val_frames, _ = make_frames(rng, [VAL_TERRAIN_SEED, VAL_TERRAIN_SEED + 1], args.num_val_frames // 2)
+    encoder = distill(args, frames, teacher)
+    seconds = time.perf_counter() - start
+    features, expected = (encode(net, val_frames).view(-1, DepthEncoder.num_features) for net in (encoder, teacher))
+    error = (features - expected).square().mean(0)
+    r2 = 1 - error / expected.var(0, correction=0)
+    result = {"r2": r2.tolist(), "rmse": error.mean().sqrt().item(), "seconds": seconds}
+    print(f"R² of the 20 features on held-out terrain: {r2.min():.4f} to {r2.max():.4f}, median {r2.median():.4f}; "
+          f"mean error {result['rmse']:.4f} of features with a standard deviation of {expected.std():.2f}")  # fmt: skip
+    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
+    content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
+    write(args.output, lambda part: torch.save(content, part))
+    print(f"{args.output}: trained in {seconds:.0f} s")
+    return content
+
+
 def pretrain(args: Args) -> dict[str, Any]:
     """Train, measure and save an encoder. Returns the content of the file."""
+    if args.small:
+        return pretrain_small(args)
     check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())

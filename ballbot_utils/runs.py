@@ -194,13 +194,14 @@ class Run:
             self.save("best.pt", self.best)
 
     def finish(self, agent: torch.nn.Module, evaluate: Callable[[], dict]) -> None:
-        """Evaluate the final policy, and again the best one on the way. The better of them is saved as best.pt.
+        """Evaluate the final policy; again the best one on the way, if that returned more. The better is best.pt.
 
-        `evaluate` evaluates `agent`, whose weights are those of the best policy afterwards.
+        `evaluate` evaluates `agent`, whose weights may be those of the best policy afterwards.
         """
         best, end = copy.deepcopy(self.describe_policy(agent)) | {"eval": evaluate()}, self.global_step
         self.write_evaluation("final", "final policy", end, best["eval"])
-        if self.best is not None and self.best["global_step"] < end:
+        returned = best["eval"]["episodic_return"]
+        if self.best is not None and self.best["global_step"] < end and self.best["eval"]["episodic_return"] > returned:
             agent.load_state_dict(self.best["model"])
             other, step = self.best | {"eval": evaluate()}, self.best["global_step"]
             self.write_evaluation("best", f"policy of {step:,} steps, the best one on the way", step, other["eval"])

@@ -24,7 +24,7 @@ def test_small_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     assert saved["seed"] == 1 and saved["args"]["epochs"] == 4 and saved["val_mse"] == result["val_mse"]
-    agent = ppo.Agent(ppo.Args())
+    agent = ppo.Agent(ppo.Args(small_encoder=False))
     weights = load_encoder(tmp_path / "encoder.pt", agent)
     assert set(weights) == {key for key in agent.state_dict() if key.startswith("encoder.")}
     assert all(value.is_contiguous() for value in weights.values())
@@ -41,6 +41,7 @@ def test_small_run(tmp_path):
         ({"output": "new.pt", "epochs": 0}, "--epochs is 0"),
         ({"output": "new.pt", "seed": -1}, "--seed is -1"),
         ({"output": "new.pt", "learning_rate": 0.0}, "--learning-rate is 0.0"),
+        ({"output": "new.pt", "small": True, "picture": "p.png"}, "--picture has no effect with --small"),
     ],
 )
 def test_bad_input_fails_first(tmp_path, monkeypatch, change, message):
@@ -73,13 +74,30 @@ def test_poses_rest_on_the_terrain():
     assert clearance.min() > -0.005 and clearance.max() < 0.04 and abs(np.median(clearance)) < 0.001
 
 
-@pytest.mark.slow
-def test_shipped_encoder_sees_the_ground():
+def load_shipped(small):
+    agent = ppo.Agent(ppo.Args(small_encoder=small))
+    agent.load_state_dict(load_encoder("", agent), strict=False)
+    return agent.encoder
+
+
+def test_the_small_encoder_has_the_features_of_the_large_one(tmp_path):
+    frames, _ = pretrain.make_frames(np.random.default_rng(4), [4_000_000], 256)
+    small, large = (pretrain.encode(load_shipped(small), frames) for small in (True, False))
+    assert ((small - large).square().mean(0) < 0.001 * large.var(0)).all()
+    result = pretrain.pretrain(replace(SMALL, small=True, output=tmp_path / "small.pt", epochs=8))
+    assert 0.9 < min(result["r2"]) < 1
     agent = ppo.Agent(ppo.Args())
+    assert set(load_encoder(tmp_path / "small.pt", agent)) == {
+        key for key in agent.state_dict() if key.startswith("encoder.")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+def test_shipped_encoder_sees_the_ground(small):
     torch.manual_seed(0)
     random_encoder = ppo.DepthEncoder()
-    encoder = agent.encoder
-    agent.load_state_dict(load_encoder(ppo.Args().encoder_path, agent), strict=False)
+    encoder = load_shipped(small)
     rng = np.random.default_rng(4)
     (frames, targets), (val_frames, val_targets) = (
         pretrain.make_frames(rng, [seed], 768) for seed in (4_000_000, 4_000_001)

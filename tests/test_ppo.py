@@ -350,7 +350,7 @@ def test_checkpoint_is_the_policy(run):
 
 @pytest.mark.slow
 def test_frozen_encoder_stays_and_free_encoder_learns(run, tmp_path, monkeypatch):
-    shipped = torch.load(REPOSITORY / "assets" / "depth_encoder.pt", weights_only=True)["encoder"]
+    shipped = torch.load(REPOSITORY / "assets" / "depth_encoder_small.pt", weights_only=True)["encoder"]
     frozen = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(frozen[f"encoder.{key}"], value) for key, value in shipped.items())
     monkeypatch.chdir(tmp_path)

@@ -193,7 +193,7 @@ def test_wheel(tmp_path):
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
         "from ballbot_utils.checkpoints import load_encoder\n"
-        "load_encoder(ppo_ballbot.Args.encoder_path, ppo_ballbot.Agent(ppo_ballbot.Args()))\n"
+        "load_encoder('', ppo_ballbot.Agent(ppo_ballbot.Args()))\n"
         "print(ballbot_env.__file__, ASSETS, sep='\\n')"
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)
