@@ -40,8 +40,8 @@ class Args:
     """actions that are timed"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """of the stage seeds"""
-    flags: str = "--preset tuned --no-cameras"
-    """flags of the trainings in the stage seeds"""
+    flags: str = "preset=tuned no-cameras"
+    """flags of the trainings in the stage seeds, without their dashes"""
     seconds: float = 120.0
     """limit of a training"""
 
@@ -221,9 +221,12 @@ def run(args, name, command):
 
 def seeds(args):
     """Trainings from launch to the end."""
-    cuda = "--cuda" if args.device != "cpu" else "--no-cuda"
+    cuda, flags = (
+        "--cuda" if args.device != "cpu" else "--no-cuda",
+        " ".join(f"--{flag}" for flag in args.flags.split()),
+    )
     for seed in args.seeds:
-        yield from run(args, f"gpu_{seed}_{int(time.time())}", f"ppo_ballbot_gpu.py {args.flags} {cuda} --seed {seed}")
+        yield from run(args, f"gpu_{seed}_{int(time.time())}", f"ppo_ballbot_gpu.py {flags} {cuda} --seed {seed}")
 
 
 def cpu_physics(args):
