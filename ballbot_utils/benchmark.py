@@ -6,7 +6,8 @@ Stable-Baselines3's PPO with the same network and hyperparameters on the single 
 as many processes as threads where these can share the environments. Each measurement runs in a process of its own, and
 all are repeated in turn, so that other load on the machine affects all of them. Medians are shown, with the lowest and
 highest value in brackets. A second table shows the cost of the operations that every program on MuJoCo and PyTorch
-needs, and the speed that they allow. Writes the tables, the raw results as JSON and a plot.
+needs, and the speed that they allow. A third shows a complete training by the clock. Writes the tables, the raw results
+as JSON and a plot.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,7 @@ import torch
 from pydantic import Field
 
 import ppo_ballbot
+from ballbot_utils.checkpoints import read_checkpoint
 from ballbot_utils.common import check_flags, progress, require_packages, require_writable, run_program, write
 from ballbot_utils.console import check_argument
 from ballbot_utils.flags import Count, Positive
@@ -66,6 +70,8 @@ class Args:
     """time for each of physics and env"""
     train_steps: Count = 20_480
     """steps of each training, two iterations"""
+    clock: str = "--preset tuned"
+    """flags of a complete training that each round measures by the clock, from the launch to the end; empty: none"""
     sb3_envs: Annotated[int, Field(ge=0)] = 10
     """environments for Stable-Baselines3, 0 to leave it out"""
     sb3_steps: Count = 5_120
@@ -257,6 +263,16 @@ def measure_sb3(kind: str, num_envs: int, steps: int) -> dict[str, float]:
     return result
 
 
+def measure_clock(flags: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Steps per second from the launch to the end of a training with these flags, and the seconds of its parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ppo_ballbot.__file__, *shlex.split(flags), "--run-name", "clock"]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        check_argument(done.returncode == 0, f"--clock {flags}: {done.stderr.strip().splitlines()[-1:]}")
+        content = read_checkpoint(Path(folder) / "runs" / "clock" / "last.pt")
+    return {"clock": content["global_step"] / content["elapsed"]}, content["parts"]
+
+
 def measure(process: str, num_envs: int, threads: int, args: Args) -> tuple[dict[str, float], float | None]:
     """The measurements of a process, {stage: steps/s}, and its peak memory, MiB, with its children's.
 
@@ -289,12 +305,16 @@ def run_measurements(args: Args) -> list[dict[str, Any]]:
               for process in dict.fromkeys(STAGES.values())]  # fmt: skip
     setups += [("required", n, 1) for n in args.num_envs]
     setups += [(process, args.sb3_envs, 1) for process in SB3 if args.sb3_envs]
+    setups += [("clock", 0, 1)] * bool(args.clock)
     records, total = [], len(setups) * args.repeats
     context = multiprocessing.get_context("spawn")
     for done in range(total):
         process, num_envs, threads = setups[done % len(setups)]
-        with ProcessPoolExecutor(1, mp_context=context, initializer=silence_output) as pool:
-            result, memory = pool.submit(measure, process, num_envs, threads, args).result()
+        if process == "clock":
+            result, memory = measure_clock(args.clock)  # its parts take the place of the memory
+        else:
+            with ProcessPoolExecutor(1, mp_context=context, initializer=silence_output) as pool:
+                result, memory = pool.submit(measure, process, num_envs, threads, args).result()
         for stage, speed in result.items():
             records.append(dict(stage=stage, num_envs=num_envs, threads=threads, round=done // len(setups) + 1,
                                 steps_per_second=speed, memory=memory))  # fmt: skip
@@ -353,6 +373,12 @@ def format_tables(records: list[dict[str, Any]], args: Args) -> str:
     lines += ["", "The least cost of a step on one core, in µs: the largest operations of MuJoCo and PyTorch. At most: "
               f"the steps/s of {cores} cores at this cost.", "",
               *markdown_table(["envs", *REQUIRED, "sum", "at most", "at most, no cameras"], rows)]  # fmt: skip
+    if args.clock:
+        speeds, parts = (select_values(records, "clock", 0, 1, key) for key in ("steps_per_second", "memory"))
+        rows = [[name, format_spread([100 * part[name] / sum(part.values()) for part in parts])] for name in parts[0]]
+        lines += ["", f"By the clock, from the launch to the end of `ppo_ballbot.py {args.clock}`: "
+                  f"{format_spread(speeds)} steps/s.", ""]  # fmt: skip
+        lines += markdown_table(["part", "share of the time (%)"], rows)
     targets = []
     for (n, stage), target in TARGETS.items():
         if values := select_values(records, stage, n, cores):

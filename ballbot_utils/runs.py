@@ -63,6 +63,7 @@ class Record:
     elapsed: NonNegative = 0.0  # s from the launch; pauses between an interruption and its resume do not count
     startup: NonNegative = 0.0  # s, of `elapsed`
     training: NonNegative = 0.0  # s, of `elapsed`: without evaluations and checkpoints
+    parts: dict[str, float] = field(default_factory=dict)  # s, where `elapsed` went
     finished: list[tuple[float, int]] = field(default_factory=list)  # (return, length) of the last episodes
     best: dict | None = None  # the best policy on the way, and its evaluation
     targets_met: str | None = None  # when, in words
@@ -83,6 +84,7 @@ class Run:
         vars(self).update(vars(read_record(checkpoint or {})))
         self.finished = deque(self.finished, maxlen=100)
         self.last_evaluation, self.last_save = 0, time.perf_counter()  # its step, and a time
+        self.last_part = self.started  # when the last one of `parts` ended
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -136,9 +138,17 @@ class Run:
         """Seconds from the launch, without pauses."""
         return self.elapsed + time.perf_counter() - self.started
 
+    def add_part(self, name: str) -> None:
+        """Count the time since the last part ended as spent on the part `name`."""
+        now = time.perf_counter()
+        self.parts[name] = self.parts.get(name, 0.0) + now - self.last_part
+        self.last_part = now
+
     def show(self, steps: int, more: str = "") -> None:
         """Show the progress, so many steps into an iteration."""
-        self.startup = self.startup or self.clock()
+        if not self.startup:
+            self.startup = self.clock()
+            self.add_part("start-up")
         if not (more or self.progress.is_terminal) or not self.progress.is_due():  # it is called for each action
             return
         steps += self.global_step
@@ -161,6 +171,9 @@ class Run:
             exit_with_error(f"losses are not finite after step {start}: lower --learning-rate or --max-grad-norm; "
                             f"{self.dir}/last.pt is an earlier policy ({losses})")  # fmt: skip
         self.training += spent
+        for name, part in seconds.items():
+            self.parts[name] = self.parts.get(name, 0.0) + part
+        self.last_part += spent
         self.finished.extend(episode[:2] for episode in episodes)
         if not is_rank_zero():
             return
@@ -177,6 +190,7 @@ class Run:
             self.writer.add_scalar(key, value, self.global_step)
         shares = "/".join(f"{100 * part / spent:.0f}" for part in seconds.values())
         self.show(0, f", {'/'.join(seconds)} {shares} %")
+        self.add_part("log")
 
     def describe_policy(self, agent: torch.nn.Module) -> dict[str, Any]:
         """What a checkpoint stores of a policy; the weights are those of `agent`, not a copy."""
@@ -192,6 +206,7 @@ class Run:
         if self.best is None or result["episodic_return"] > self.best["eval"]["episodic_return"]:
             self.best = copy.deepcopy(self.describe_policy(agent) | {"eval": result})
             self.save("best.pt", self.best)
+        self.add_part("evaluate")
 
     def finish(self, agent: torch.nn.Module, evaluate: Callable[[], dict]) -> None:
         """Evaluate the final policy; again the best one on the way, if that returned more. The better is best.pt.
@@ -207,8 +222,12 @@ class Run:
             self.write_evaluation("best", f"policy of {step:,} steps, the best one on the way", step, other["eval"])
             best = max(best, other, key=lambda policy: policy["eval"]["episodic_return"])
         self.save("best.pt", best)
+        self.add_part("final evaluation")
         if is_rank_zero():
-            self.save("last.pt", read_checkpoint(self.dir / "last.pt") | {"best": best, "final": best["eval"]})
+            ended = dict(best=best, final=best["eval"], elapsed=self.clock(), parts=self.parts)
+            self.save("last.pt", read_checkpoint(self.dir / "last.pt") | ended)
+        shares = ", ".join(f"{name} {part / self.clock():.0%}" for name, part in self.parts.items())
+        print_rank0(f"{self.clock():.0f} s from the launch, {end / self.clock():,.0f} steps/s: {shares}")
         targets = zip((f"return > {TARGET_RETURN}", f"length > {TARGET_LENGTH}"), meets_targets(best["eval"]))
         text = ", ".join(f"{target} {'reached' if met else 'missed'}" for target, met in targets)
         text += f" ({self.dir}/best.pt)" + (f"; first met after {self.targets_met}" if self.targets_met else "")
@@ -247,6 +266,7 @@ class Run:
         self.save("last.pt", self.describe_policy(agent) | state | record)
         if is_rank_zero():
             self.writer.flush()
+        self.add_part("save")
 
 
 def meets_targets(result: dict) -> tuple[bool, bool]:

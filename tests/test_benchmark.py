@@ -8,21 +8,28 @@ import pytest
 
 from ballbot_utils import benchmark
 
-SMALL = benchmark.Args(num_envs=(2,), threads=(1,), repeats=1, seconds=0.05, train_steps=512, sb3_envs=0)
+SMALL = benchmark.Args(num_envs=(2,), threads=(1,), repeats=1, seconds=0.05, train_steps=512, sb3_envs=0, clock="")
 
 
 @pytest.mark.slow
 def test_small_run(tmp_path, capsys):
-    args = replace(SMALL, output=tmp_path / "speed.png")
+    clock = ("--num-envs 2 --num-steps 8 --minibatch-size 16 --total-timesteps 128 --eval-interval 64 "
+             "--eval-episodes 1 --final-eval-episodes 1 --no-cameras")  # fmt: skip
+    args = replace(SMALL, output=tmp_path / "speed.png", clock=clock)
     benchmark.main(args)
     said = capsys.readouterr().out
     content = json.loads((tmp_path / "speed.json").read_text())
-    assert [r["stage"] for r in content["records"]] == [*benchmark.STAGES, *benchmark.REQUIRED]
+    assert [r["stage"] for r in content["records"]] == [*benchmark.STAGES, *benchmark.REQUIRED, "clock"]
     speeds = {r["stage"]: r["steps_per_second"] for r in content["records"]}
     # Each stage contains the previous one, and training contains all required operations
     assert 0 < speeds["training"] and speeds["rollout"] < speeds["env"] < speeds["physics"]
     assert all(speeds["training"] < 1.25 * speeds[part] for part in benchmark.REQUIRED)  # short, so noisy
-    assert all(100 < r["memory"] < 4000 for r in content["records"])
+    *others, by_clock = content["records"]
+    assert all(100 < r["memory"] < 4000 for r in others)
+    parts = by_clock["memory"]
+    assert {"start-up", "simulate", "infer", "learn", "evaluate", "save", "final evaluation"} <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(128 / by_clock["steps_per_second"], rel=0.02)
+    assert 0 < by_clock["steps_per_second"] < speeds["training"] and "By the clock" in said
     assert (tmp_path / "speed.md").read_text() in said
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"speed\.png exists: give --overwrite"):
