@@ -22,7 +22,7 @@ BLUE, RED, GREY = "#2a6fbb", "#c0392b", "#e8ecf1"
 
 
 def save(figure, name):
-    figure.savefig(IMAGES / name, dpi=110, facecolor="white", metadata={"Date": None} if name.endswith("svg") else {})
+    figure.savefig(IMAGES / name, dpi=100, facecolor="white", metadata={"Date": None} if name.endswith("svg") else {})
 
 
 def cameras():
