@@ -350,9 +350,14 @@ def start(args, run, agent, learner, envs):
         exit_with_error(f"{args.resume} does not fit its flags: {str(error).splitlines()[0]}")
 
 
+def parse_args():
+    """Args from the command line: flags win over --config, which wins over --preset."""
+    return flags.parse_args(Args, PRESETS)
+
+
 def main():
     """Train by the command line."""
-    runs.run_training(lambda: flags.parse_args(Args, PRESETS), train)
+    runs.run_training(parse_args, train)
 
 
 if __name__ == "__main__":

@@ -331,10 +331,12 @@ def test_capture_video(tmp_path, opengl):
 
 def commands():
     """(script or program, its flags) of each command in a block of code, or between backticks, of the documentation."""
-    program = re.compile(r"(?:(?:python|torchrun)\s.*?)?(?:(ppo_ballbot\w*)\.py|-m (ballbot_utils\.\w+))(?:\s+(.*)|$)")
+    program = re.compile(
+        r"(?:\w+=\S+ )?(?:(?:python|torchrun)\s.*?)?(?:(ppo_ballbot\w*)\.py|-m (ballbot_utils\.\w+))(?:\s+(.*)|$)"
+    )
     found = {}
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmark" / "README.md"):
-        text = re.sub(r"<[^>]*>", "NAME", page.read_text()).replace("SEED", "1")
+        text = re.sub(r"<[^>]*>", "NAME", page.read_text()).replace("SEED", "1").replace("my_ppo.py", "ppo_ballbot.py")
         blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
         code = re.sub(r"\\\n|\s#.*", " ", "\n".join(blocks)).splitlines()
         code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -378,6 +380,12 @@ def test_commands_of_the_documentation_are_found():
     programs = {program for program, _ in commands()}
     assert len(commands()) > 30 and {"ppo_ballbot", "ppo_ballbot_schedules", "ballbot_utils.tune"} <= programs
     assert ("ppo_ballbot", "--preset tuned --num-processes 4") in commands()
+
+
+def test_requirements_of_the_documentation_exist():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*.py"), *ROOT.glob("ballbot_utils/**/*.py")]
+    names = {name for page in pages for name in re.findall(r"requirements[\w-]*\.txt", page.read_text())}
+    assert len(names) >= 6 and [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_ci_runs_the_command_of_the_readme():
