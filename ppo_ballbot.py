@@ -75,16 +75,16 @@ PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, fric
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the default run name
+    exp_name: str = Path(__file__).stem  # name of the experiment; a part of the default run name
     run_name: str = ""  # folder under runs/ for logs and checkpoints; empty: a new name
-    # a configuration to start from: the guide's three, tuned (the fastest reliable one), robust (tuned, with
-    # randomization), or paper (the choices of arXiv 2505.18417)
+    # configuration to start from; the first three are the guide's, tuned is the fastest reliable one, robust is tuned
+    # with randomization, paper has the choices of arXiv 2505.18417
     preset: Literal["", *PRESETS] = ""
     config: str = ""  # start from a run's config.json; other flags take precedence
     resume: str = ""  # continue a run exactly: runs/<run name>, or its last.pt. Add only a larger --total-timesteps
-    init_from: str = ""  # start from the policy of runs/<run name>, or of a checkpoint, with the same network flags
+    init_from: str = ""  # start from the policy of runs/<run name> or of a checkpoint; with the same network flags
     seed: Seed = 1  # seed of networks, action noise, minibatches and start poses
-    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms on the GPU (the CPU's always are)
+    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms; the CPU's always are deterministic
     cuda: bool = False  # render and run networks on GPUs, one per process; physics stays on the CPU
     num_processes: Few = 1  # ranks on this machine; useful for minibatches of 512 or more. torchrun sets its own
     num_threads: Annotated[int, Field(ge=0, le=1000)] = 0  # threads of physics and renderer per process; 0: its cores
@@ -94,7 +94,8 @@ class Args:
     terrain: Literal[*TERRAINS] = "perlin"  # kind of ground
     terrain_seed: Seed = 0  # the training terrain
     terrain_amplitude: Positive = 0.1  # height of the training terrain's hills, m; evaluations use 0.1
-    randomization: MutableMapping[str, float] = field(default_factory=dict)  # in training, as push 1.0 mass 0.1
+    # domain randomization in training; names and strengths, such as push 1.0 mass 0.1
+    randomization: MutableMapping[str, float] = field(default_factory=dict)
     eval_terrain_seed: Seed = 1_000_000  # the terrain of evaluations, never used in training
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: NonNegative = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 limits returns to 98.5
@@ -107,9 +108,9 @@ class Args:
     num_envs: Count = 10  # parallel environments, over all processes
 
     # PPO
-    learning_rate: float = -1.0  # -1: the guide's schedule, 1e-4, 5e-5 and 1e-5 for a third of the steps each
+    learning_rate: float = -1.0  # -1: the guide's schedule; 1e-4, 5e-5 and 1e-5 for a third of the steps each
     anneal_lr: bool = False  # anneal a constant learning rate linearly to 0
-    num_steps: Count = 512  # actions per environment and iteration: the guide's n_steps of 2048, in physics steps
+    num_steps: Count = 512  # actions per environment and iteration; 512 are the guide's 2048 physics steps
     gamma: Share = 0.99  # discount factor per action; with --frame-skip 4 it looks 0.8 s ahead
     gae_lambda: Share = 0.95  # lambda of generalized advantage estimation
     update_epochs: Count = 5  # passes over the data of an iteration
@@ -118,35 +119,35 @@ class Args:
     clip_coef: Positive = 0.015  # clipping range of the probability ratio
     clip_vloss: bool = False  # clip the value loss with clip_coef as well
     ent_coef: NonNegative = 0.001  # weight of the entropy bonus
-    vf_coef: NonNegative = 2.0  # weight of the value loss, without CleanRL's factor 0.5 (as in Stable-Baselines3)
+    vf_coef: NonNegative = 2.0  # weight of the value loss; without CleanRL's factor 0.5 (as in Stable-Baselines3)
     max_grad_norm: Positive = 0.5  # maximum norm of the gradient
-    target_kl: Positive = 0.3  # stop an iteration's updates when an epoch's approximate KL divergence exceeds this
+    target_kl: Positive = 0.3  # KL divergence of an epoch that stops an iteration's updates
     weight_decay: NonNegative = 0.01  # decoupled weight decay (AdamW)
     norm_obs: bool = True  # normalize proprioception by running mean and variance; without it the robot drives slowly
 
     # Networks
-    body_frame: bool = False  # lean, velocity and goal in the robot's frame: the policy is independent of heading
+    body_frame: bool = False  # observe in the robot's frame; the policy is independent of heading
     hidden_size: Annotated[int, Field(ge=1, le=8192)] = 128  # units per hidden layer
     pi_layers: Annotated[int, Field(ge=1, le=64)] = 4  # hidden layers of the actor
     vf_layers: Annotated[int, Field(ge=1, le=64)] = 4  # hidden layers of the critic
-    privileged_critic: bool = True  # the critic, used only in training, sees the ground's slopes: exact values
+    privileged_critic: bool = True  # the critic sees the ground's slopes; only training uses the critic
     depth_scale: LogScale = 1.0  # factor on depth features; below 1 the policy uses proprioception first
     init_log_std: LogScale = 0.0  # initial logarithm of the actions' standard deviation
     freeze_encoder: bool = True  # keep the pretrained depth encoder; otherwise train one from scratch
-    small_encoder: bool = True  # a small network with the features of the paper's depth encoder, 16 times faster
-    encoder_path: str = ""  # the pretrained depth encoder, relative to this file; empty: the one in assets/
+    small_encoder: bool = True  # small network with the features of the paper's encoder, 16 times faster
+    encoder_path: str = ""  # pretrained depth encoder; relative to this file; empty: the one in assets/
 
     # Evaluation
     eval_interval: Count = 500_000  # steps between deterministic evaluations
     eval_episodes: Count = 16  # episodes per evaluation
     final_eval_episodes: Count = 100  # episodes of the final evaluation
-    save_interval: NonNegative = 10.0  # seconds between checkpoints to resume from; the last iteration saves one too
-    capture_video: bool = False  # record an episode at each evaluation, in runs/<run name>/videos; needs OpenGL
 
-    # Weights & Biases
-    track: bool = False  # log to it as well; needs pip install wandb
-    wandb_project_name: str = "ballbot"  # the project
-    wandb_entity: str = ""  # the team; empty: your default
+    # Checkpoints and logs
+    save_interval: NonNegative = 10.0  # seconds between checkpoints to resume from; the last iteration saves one too
+    capture_video: bool = False  # record an episode at each evaluation; in runs/<run name>/videos, needs OpenGL
+    track: bool = False  # log to Weights & Biases as well; needs pip install wandb
+    wandb_project_name: str = "ballbot"  # project of Weights & Biases
+    wandb_entity: str = ""  # team of Weights & Biases; empty: your default
 
 
 class DepthEncoder(nn.Module):

@@ -61,7 +61,7 @@ PRESETS = {name: preset | LARGE_BATCH for name, preset in ppo_ballbot.PRESETS.it
 
 @dataclass
 class Args(ppo_ballbot.Args):
-    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the default run name
+    exp_name: str = Path(__file__).stem  # name of the experiment; a part of the default run name
     cuda: bool = True  # simulate, render and learn on GPUs, one per process; else on the CPU, slowly
     num_envs: Count = 2048  # parallel environments, over all processes
     minibatch_size: Count = 2048  # samples per gradient step, over all processes; must divide num_envs * num_steps

@@ -3,15 +3,17 @@
 import argparse
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pydantic
 import torch
@@ -105,6 +107,9 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
         other_preset = start.preset and start.preset != settings.get("preset", start.preset)
         check_argument(not other_preset, f"--config {start.config} sets all flags: leave out --preset {start.preset}")
     default = replace(cls(), **presets.get(start.preset or settings.get("preset", ""), {}) | settings)
+    if {"-h", "--help"} & set(sys.argv):
+        print(format_help(default))
+        raise SystemExit(0)
     args = tyro.cli(cls, default=default)
     if args.resume:
         same = args == cls(resume=args.resume, total_timesteps=args.total_timesteps)
@@ -116,6 +121,45 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
         given = getattr(args, name) != getattr(default, name)
         check_argument(not given, f"--{name.replace('_', '-')} has no effect {reason}: leave it out")
     return args
+
+
+def read_flag_comments(cls: type) -> dict[str, dict[str, str]]:
+    """The flags of a dataclass and their comments, by section: a comment after an empty line is a section's title."""
+    sections: dict[str, dict[str, str]] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        section, comment, after_blank = "Run", "", False
+        for line in inspect.getsource(parent).splitlines():
+            match = re.match(r"    (?:(\w+): .*? = .*?)?(?:  )?(?:# (.*))?$", line)
+            name, text = match.groups() if match else (None, None)
+            if text and not name and after_blank:
+                section = text
+            elif name:
+                old = next((flags for flags in sections.values() if name in flags), None)
+                (sections.setdefault(section, {}) if old is None else old)[name] = f"{comment} {text or ''}".strip()
+                comment = ""
+            elif text:
+                comment = f"{comment} {text}".strip()
+            after_blank = not line.strip()
+    return sections
+
+
+def format_help(args: Any) -> str:
+    """The text of --help: the flags of a dataclass by section, the first clause of their comments, their values."""
+    lines, types = [f"usage: {Path(sys.argv[0]).name} [FLAGS]"], get_type_hints(type(args))
+    for section, flags in read_flag_comments(type(args)).items():
+        lines += ["", f"{section}:"]
+        for name, comment in flags.items():
+            value, flag, choices = getattr(args, name), name.replace("_", "-"), get_args(types[name])
+            if isinstance(value, bool):
+                usage, shown = f"--[no-]{flag}", "on" if value else "off"
+            elif isinstance(value, dict):
+                usage, shown = f"--{flag} NAME VALUE ...", " ".join(f"{key} {x:g}" for key, x in value.items())
+            else:
+                kind = f"{{{','.join(filter(None, choices))}}}" if choices else type(value).__name__.upper()
+                usage, shown = f"--{flag} {kind}", str(value)
+            clause = re.split(r"[;.] ", comment)[0] + f" ({shown})" * bool(shown)
+            lines.append(f"  {usage:28}{clause}" if len(usage) < 28 else f"  {usage}\n{'':30}{clause}")
+    return "\n".join(lines)
 
 
 def format_flags(settings: dict[str, Any]) -> str:

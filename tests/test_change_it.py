@@ -1,4 +1,4 @@
-"""The changes that README's "Change it" describes: each is made in a copy of the script, in its place, and trains."""
+"""The changes that docs/customizing.md describes: each is made in a copy of the script, in its place, and trains."""
 
 import re
 import subprocess

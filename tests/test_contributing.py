@@ -1,5 +1,6 @@
 """The changes that CONTRIBUTING.md describes are made in a copy of the repository, in the stated places, and work."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,26 @@ def test_change(change, copy):
         (copy / file).write_text(source.replace(text, replacement))
     after = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
     assert after.returncode == 0, after.stderr
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_book_work(copy):
+    """The reward term and the observation of docs/customizing.md."""
+    page = (REPOSITORY / "docs" / "customizing.md").read_text()
+    reward, observation = re.findall(r"```python\n( {8}.*?\n)```", page)
+    for file, place, line in (
+        ("ballbot_env.py", '        "reward_healthy":', reward),
+        ("ballbot_utils/observations.py", '        "actions": Observation(', observation),
+    ):
+        source = (copy / file).read_text()
+        assert source.count(place) == 1
+        (copy / file).write_text(source.replace(place, line + place))
+    program = ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, cameras=False, frame_skip=4)\n' + STEP + (
+        'assert (infos["reward_sideways"] <= 0).all() and infos["reward_sideways"].any()\n'
+        'assert (obs["base_height"] > 0.1).all() and envs.observation_space.contains(obs)'
+    )  # fmt: skip
+    output = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
 
 
 @pytest.mark.slow

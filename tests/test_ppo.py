@@ -575,10 +575,11 @@ def test_every_flag_is_documented_with_its_default(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.parse_args()
     help_text = capsys.readouterr().out
+    assert help_text.count(":\n  --") == 6 and max(map(len, help_text.splitlines())) <= 100
     rows = re.findall(r"^\| `--([a-z-]+)`.*?\|(.*?)\|", documentation(), re.MULTILINE)
     for name, default in vars(script.Args()).items():
         flag = name.replace("_", "-")
-        assert re.search(rf"--{flag}\b", help_text), flag
+        assert re.search(rf"  --(\[no-\])?{flag}\b", help_text), flag
         shown = [text.strip() for row, text in rows if row == flag]
         if isinstance(default, bool):
             assert ("on" if default else "off") in shown, flag

@@ -1,4 +1,4 @@
-"""What the README says on using policies and the environment elsewhere is run from its text; so is an installation."""
+"""What README and docs/ say on using policies and other libraries is run from their text; so is an installation."""
 
 import contextlib
 import importlib
@@ -28,19 +28,21 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def block(first_words, **changes):
-    """The README's first block of code after these words, its numbers changed to have less to do."""
-    code = re.search(r"```\w+\n(.*?)```", README[README.index(first_words) :], re.DOTALL)[1]
+def block(page, first_words, **changes):
+    """A page's first block of code after these words, its numbers changed to have less to do."""
+    text = (ROOT / page).read_text()
+    code = re.search(r"```\w+\n(.*?)```", text[text.index(first_words) :], re.DOTALL)[1]
     for old, new in changes.values():
         assert old in code
         code = code.replace(old, new)
     return code
 
 
-def test_load_policy(monkeypatch):
+@pytest.mark.parametrize("page, title", [("README.md", "## Use a policy"), ("docs/deployment.md", "## In Python")])
+def test_load_policy(page, title, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
-    exec(block("## Use a policy"), names)
+    exec(block(page, title), names)
     assert names["action"].shape == (3,) and names["env"].unwrapped.metadata["render_fps"] == 125
 
 
@@ -74,7 +76,7 @@ def test_onnx_file(exported, monkeypatch):
     ]  # fmt: skip
     monkeypatch.chdir(folder)
     names = {}
-    exec(block("The policy needs no PyTorch then", fewer=("range(1000)", "range(30)")), names)
+    exec(block("docs/deployment.md", "needs no PyTorch:", fewer=("range(1000)", "range(30)")), names)
     session = names["session"]
     assert session.get_modelmeta().custom_metadata_map["actions_per_second"] == "250"
     policy, obs = ppo.load_policy(folder / "run"), names["robot"].observation_space.sample()
@@ -119,7 +121,16 @@ def test_export_refuses(exported, tmp_path, monkeypatch):
 def test_stable_baselines3(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(block("**Stable-Baselines3.**", steps=("2048", "32"), batch=("256", "32"), total=("1_000_000", "32")), names)
+    exec(
+        block(
+            "docs/libraries.md",
+            "## Stable-Baselines3",
+            steps=("2048", "32"),
+            batch=("256", "32"),
+            total=("1_000_000", "32"),
+        ),
+        names,
+    )
     extractors = names["model"].policy.features_extractor.extractors
     for key in ("depth_0", "depth_1"):
         assert type(extractors[key]).__name__ == "NatureCNN"
@@ -138,8 +149,8 @@ def run(command, folder, **environment):
 
 @pytest.mark.slow
 def test_rl_zoo(tmp_path):
-    (tmp_path / "ballbot.yml").write_text(block("**RL Zoo**"))
-    command = re.search(r"`(python -m rl_zoo3.train .*?)`", README, re.DOTALL)[1]
+    (tmp_path / "ballbot.yml").write_text(block("docs/libraries.md", "## RL Zoo"))
+    command = re.search(r"`(python -m rl_zoo3.train .*?)`", (ROOT / "docs/libraries.md").read_text())[1]
     command += " --hyperparams n_envs:1 n_steps:16 batch_size:16 --n-timesteps 32 --eval-freq -1 --num-threads 1"
     assert re.search(r"total_timesteps *\| 32 ", run(command, tmp_path))
     model = PPO.load(next(tmp_path.glob("logs/ppo/*/Ballbot-v0.zip")))
@@ -148,7 +159,7 @@ def test_rl_zoo(tmp_path):
 
 @pytest.mark.slow
 def test_cleanrl_wrappers():
-    """The wrappers of CleanRL's ppo_continuous_action.py, with what README changes in that script."""
+    """The wrappers of CleanRL's ppo_continuous_action.py, with what docs/libraries.md changes in that script."""
 
     def make():
         env = gym.make("ballbot_env:Ballbot-v0", camera_size=16)
@@ -320,10 +331,12 @@ def test_capture_video(tmp_path, opengl):
 
 def commands():
     """(script or program, its flags) of each command in a block of code, or between backticks, of the documentation."""
-    program = re.compile(r"(?:(?:python|torchrun)\s.*?)?(?:(ppo_ballbot\w*)\.py|-m (ballbot_utils\.\w+))(?:\s+(.*)|$)")
+    program = re.compile(
+        r"(?:\w+=\S+ )?(?:(?:python|torchrun)\s.*?)?(?:(ppo_ballbot\w*)\.py|-m (ballbot_utils\.\w+))(?:\s+(.*)|$)"
+    )
     found = {}
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmark" / "README.md"):
-        text = re.sub(r"<[^>]*>", "NAME", page.read_text()).replace("SEED", "1")
+        text = re.sub(r"<[^>]*>", "NAME", page.read_text()).replace("SEED", "1").replace("my_ppo.py", "ppo_ballbot.py")
         blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
         code = re.sub(r"\\\n|\s#.*", " ", "\n".join(blocks)).splitlines()
         code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -367,6 +380,12 @@ def test_commands_of_the_documentation_are_found():
     programs = {program for program, _ in commands()}
     assert len(commands()) > 30 and {"ppo_ballbot", "ppo_ballbot_schedules", "ballbot_utils.tune"} <= programs
     assert ("ppo_ballbot", "--preset tuned --num-processes 4") in commands()
+
+
+def test_requirements_of_the_documentation_exist():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*.py"), *ROOT.glob("ballbot_utils/**/*.py")]
+    names = {name for page in pages for name in re.findall(r"requirements[\w-]*\.txt", page.read_text())}
+    assert len(names) >= 6 and [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_ci_runs_the_command_of_the_readme():
