@@ -499,6 +499,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
         self.terrain = Terrain(terrain, terrain_seed, terrain_amplitude)
         strength = self.randomization.get("terrain_amplitude")
+        self._starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
         self.model = make_model(self.terrain, wheel_damping, height_scales(strength) if strength else (1.0,))
         self.robots = Robots(self.model, num_envs, num_threads, frame_skip)
         self.batch, self.velocities, self.forces = self.robots.batch, self.robots.velocities, self.robots.forces
@@ -740,7 +741,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def _render_env(self, i):
         terrain = self.terrain
         if self._height_scale is not None:
-            terrain = replace(terrain, amplitude=terrain.amplitude * self._height_scale[i])
+            terrain = replace(terrain, scale=self._height_scale[i])
         place = self.robots.position[i, :2]
         return self._pictures.get(i, self._clock[i], self.batch.qpos[i], place, terrain, self.arrows(i))
 
@@ -775,6 +776,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for i in ids:
             rng = self._rngs[i]
             x, y = rng.uniform(-START_EXTENT, START_EXTENT, 2)
+            if self._starts is not None:
+                x, y = self._starts[int((x + START_EXTENT) / (2 * START_EXTENT) * len(self._starts))]
             if "position" in options:
                 x, y = options["position"][i]
             if self._randomization:
@@ -877,6 +880,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def _get_info(self):
         infos = {"position": self.robots.position.copy(), "physics_errors": self.physics_errors.copy()}
         infos |= {"_position": self._all_envs, "_physics_errors": self._all_envs}
+        kinds = self.terrain.kinds_at(self.robots.position[:, :2])
+        if kinds is not None:
+            infos |= {"terrain": kinds, "_terrain": self._all_envs}
         if self._randomization:
             sampled = {name: value.copy() for name, value in self._randomization.sampled.items() if name[0] != "_"}
             infos["randomization"] = sampled | {f"_{name}": self._all_envs for name in sampled}

@@ -112,6 +112,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
                 self.model, num_envs, frame_skip, self.randomization, contacts, constraints, device
             )
             self._ground = Ground(self.terrain, device)
+            starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
+            self._starts = None if starts is None else torch.tensor(starts, dtype=torch.float32, device=device)
             self._random = Random(num_envs, device)
             self.frames = self._renderer = None
             if cameras:
@@ -360,6 +362,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             array.copy_(torch.where(mask.view(-1, *[1] * (array.ndim - 1)), value, array))
 
         xy = torch.stack([random.uniform(-START_EXTENT, START_EXTENT) for _ in range(2)], 1)
+        if self._starts is not None:
+            share = (xy[:, 0] + START_EXTENT) / (2 * START_EXTENT)
+            xy = self._starts[(share * len(self._starts)).long().clamp(max=len(self._starts) - 1)]
         xy = options.get("position", xy)
         for name, value in self._sampled.items():
             strength = self.randomization[name]

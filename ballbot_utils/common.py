@@ -209,7 +209,11 @@ def reset_for_horizon(envs: BallbotVectorEnv, seeds: list[int], horizon: int) ->
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
     if latest < START_EXTENT and envs.commands is None:
         x, y = info["position"][:, :2].T
-        y = -limit + (y + START_EXTENT) / (2 * START_EXTENT) * (latest + limit)
+        share = (y + START_EXTENT) / (2 * START_EXTENT)
+        y = -limit + share * (latest + limit)
+        starts = envs.terrain.find_starts((-START_EXTENT, -limit), (START_EXTENT, latest + CELL))
+        if starts is not None:
+            x, y = starts[(share * len(starts)).astype(int)].T
         obs, info = envs.reset(options={"position": np.stack([x, y], 1)})
     return obs, info
 
