@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -44,6 +44,7 @@ from ballbot_utils.randomization import Randomization, check_randomization, heig
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
 from ballbot_utils.state import copy_array, copy_into, to_tensors
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
+from ballbot_utils.user_files import find_file, load_function
 
 MAX_EPISODE_STEPS = 4000  # actions, by the registration
 START_EXTENT = 10.0  # m, starts are sampled from the square |x|, |y| <= START_EXTENT
@@ -295,7 +296,7 @@ class BallbotEnv(gym.Env):
 
     def __init__(
         self,
-        terrain: str = "perlin",
+        terrain: str | Callable | np.ndarray = "perlin",
         *,
         frame_skip: int = 1,
         max_episode_steps: int | None = -1,
@@ -448,7 +449,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        terrain: str = "perlin",
+        terrain: str | Callable | np.ndarray = "perlin",
         terrain_seed: int = 0,
         terrain_amplitude: float = 0.1,
         cameras: bool = True,
@@ -462,6 +463,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         forward_reward_weight: float = 0.01,
         ctrl_cost_weight: float = 0.0001,
         healthy_reward: float = 0.02,
+        reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
         num_threads: int = 0,
         device: str | torch.device = "cpu",
@@ -540,6 +542,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                 self._frame_views.flags.writeable = False
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
         self._pictures = PictureCache(num_envs)
+        self._reward = load_reward(reward, self, np.zeros((num_envs, 3), np.float32))
         self._own_attributes = set(self.__dict__)  # which a copy makes itself
 
     # Gymnasium's interface
@@ -866,6 +869,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         terms = get_reward_terms(
             velocity, self.goal, self.commands, self.last_actions.astype(float), terminated, active, *weights
         )
+        if self._reward:
+            terms[f"reward_{self._reward.__name__}"] = self._reward(self, self.last_actions) * active.sum(1)
         return sum(terms.values()), terms
 
     def _get_obs(self):
@@ -953,6 +958,28 @@ def get_reward_terms(
         "reward_ctrl": -ctrl_cost_weight * (actions * actions).sum(1) * active.sum(1),
         "reward_healthy": healthy_reward * (active & ~terminated).sum(1),
     }
+
+
+def load_reward(reward, envs, actions):
+    """A user's reward term as a function, tried on new environments and `actions`, zeros (n, 3), or None without.
+
+    Raises ValueError, of one line, if there is no such function or if it does not return numbers (n,).
+    """
+    if reward is None:
+        return None
+    if isinstance(reward, str):
+        file = find_file(reward)
+        check_value(file and file.path.suffix == ".py", "reward", reward, "FILE.py:FUNCTION")
+        reward = load_function(file.path, file.sha, file.rest)
+    name = reward.__name__
+    check_value(name not in ("forward", "ctrl", "healthy"), "the name of the reward term", name, "another name")
+    try:
+        value = reward(envs, actions)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"reward {name} raises {type(error).__name__}: {' '.join(str(error).split())}") from None
+    check_value(getattr(value, "shape", None) == (len(actions),), f"the result of reward {name}", value,
+                f"an array of shape ({len(actions)},), a number for each robot")  # fmt: skip
+    return reward
 
 
 def reward_terms(infos: dict) -> dict:

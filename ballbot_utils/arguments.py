@@ -46,6 +46,8 @@ ARGUMENTS = {
     "forward_reward_weight": (is_number, "a finite number"),
     "ctrl_cost_weight": (is_number, "a finite number"),
     "healthy_reward": (is_number, "a finite number"),
+    "reward": (lambda value: value is None or isinstance(value, str) or hasattr(value, "__name__"),
+               "a function of environments and actions, or FILE.py:FUNCTION"),
     "num_threads": (lambda value: is_whole(value, 0), "a whole number from 0 on"),
     "device": (is_device, 'a device that PyTorch finds here, such as "cpu"'),
     "render_mode": (lambda value: value in (None, "rgb_array"), 'None or "rgb_array"'),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ballbot_utils.checks import check_value, is_number
-from ballbot_utils.user_files import load_function, pin, split_spec
+from ballbot_utils.user_files import find_file, load_function, pin
 
 TERRAIN_EXTENT = 20.0  # m, half the side of the square terrain
 TERRAIN_NODES = 1169  # per side
@@ -239,12 +239,12 @@ def find_function(terrain: Any) -> tuple[Callable[..., np.ndarray], dict[str, fl
         return lambda x, y: resample(terrain), {}
     names = f"{', '.join(TERRAINS)}, FILE.py:FUNCTION, FILE.png or FILE.npy"
     check_value(isinstance(terrain, str), "terrain", terrain, names)
-    found = split_spec(terrain, ".py", ".png", ".npy")
-    if found:
-        path, text = found
+    file = find_file(terrain)
+    if file:
+        path, sha, text = file
         if path.suffix == ".py":
             name, _, text = text.partition(":")
-            function = load_function(path, name)
+            function = load_function(path, sha, name)
         else:
             function = functools.partial(png_terrain if path.suffix == ".png" else npy_terrain, path=path)
     else:
