@@ -30,7 +30,6 @@ from ballbot_utils.terrain import (
     TERRAIN_EXTENT,
     TERRAIN_MARGIN,
     Terrain,
-    is_plane,
     is_scaled,
     is_seeded,
 )
@@ -105,8 +104,7 @@ def check_terrain(args: EvalSettings, terrain: str) -> dict[str, Any]:
     try:
         task = {"terrain": pin(terrain)}
         used = {"terrain_seed": is_seeded(terrain), "terrain_amplitude": is_scaled(terrain)}
-        if not (used["terrain_amplitude"] or is_plane(terrain)):
-            Terrain(terrain, args.terrain_seed or 0)
+        Terrain(terrain, args.terrain_seed or 0)
     except (ValueError, OSError) as error:
         exit_with_error(error)
     for name, is_used in used.items():

@@ -159,12 +159,12 @@ def mixed_patches(rng, patch):
 
 
 def mixed_terrain(x, y, rng, patch=6.0):
-    """Square patches of side `patch`, each of one of MIXED_KINDS, level at their borders."""
+    """Square patches of side `patch`, each of one of MIXED_KINDS, that become level towards their borders."""
     kinds = mixed_patches(rng, patch)[tuple(((c + TERRAIN_EXTENT) / patch).astype(int) for c in (y, x))]
-    border = np.ones_like(x)  # from 0 at the border to 1 at 1 m from it
+    border = np.ones_like(x)  # from 0 at the border to 1 in the middle half of the patch
     for c in (x, y):
         inside = np.mod(c + TERRAIN_EXTENT, patch)
-        share = np.clip(np.minimum(inside, patch - inside), 0, 1)
+        share = np.clip(np.minimum(inside, patch - inside) * 4 / patch, 0, 1)
         border *= share**2 * (3 - 2 * share)
     heights = np.zeros_like(x)
     for k, kind in enumerate(MIXED_KINDS):
@@ -301,8 +301,8 @@ def compute_heights(terrain: Any, seed: int) -> tuple[np.ndarray, float]:
     name = terrain if isinstance(terrain, str) else getattr(terrain, "__name__", "terrain")
     try:
         heights = np.asarray(function(*np.meshgrid(side, side), **arguments))
-    except (TypeError, IndexError, ArithmeticError) as error:  # of a user's function
-        raise ValueError(f"terrain {name} raises {type(error).__name__}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"terrain {name}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     check_value(heights.shape == (TERRAIN_NODES,) * 2 and heights.dtype.kind in "fiu", f"the result of terrain {name}",
                 f"{heights.dtype} {heights.shape}", f"heights {(TERRAIN_NODES,) * 2}, as x and y")  # fmt: skip
     low, relief = float(heights.min()), float(np.ptp(heights))
@@ -337,7 +337,8 @@ class Terrain:
             object.__setattr__(self, "kind", self.kind.copy().view(HeightArray))
         elif isinstance(self.kind, str):
             object.__setattr__(self, "kind", pin(self.kind))
-        find_function(self.kind)  # raises an error
+        if not (self.is_plane or is_scaled(self.kind)):
+            compute_heights(self.kind, self.seed)  # raises errors
 
     @property
     def is_plane(self) -> bool:
