@@ -532,7 +532,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.renderer = None
         self.frames = None  # float32 tensor (num_envs, cameras, camera_size, camera_size), m
         if cameras:
-            self.renderer = DepthRenderer(self.model, camera_size, self.terrain.heights, device, self.batch.nthread)
+            self.renderer = DepthRenderer(
+                self.model, camera_size, self.terrain.heights, device, self.batch.nthread, self.terrain.has_edges
+            )
             shape = num_envs, len(CAMERAS), camera_size, camera_size
             with single_torch_thread():
                 self.frames = torch.full(shape, MAX_DEPTH, dtype=torch.float32, device=device)

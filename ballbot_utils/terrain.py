@@ -337,12 +337,17 @@ class Terrain:
             object.__setattr__(self, "kind", self.kind.copy().view(HeightArray))
         elif isinstance(self.kind, str):
             object.__setattr__(self, "kind", pin(self.kind))
-        if not (self.is_plane or is_scaled(self.kind)):
+        if self.has_edges:
             compute_heights(self.kind, self.seed)  # raises errors
 
     @property
     def is_plane(self) -> bool:
         return is_plane(self.kind)
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether its slope may change suddenly: on all kinds but Perlin hills."""
+        return not (self.is_plane or is_scaled(self.kind))
 
     @functools.cached_property
     def _heights_and_relief(self):
@@ -411,7 +416,7 @@ class Terrain:
         Within START_REACH cells no slope is above START_SLOPE, or above that of the gentlest tenth of all nodes there.
         On a plane and on Perlin hills robots start anywhere.
         """
-        if self.is_plane or is_scaled(self.kind):
+        if not self.has_edges:
             return None
         first, last = (((np.array(c) + TERRAIN_EXTENT) / CELL).astype(int) for c in (low, high))
         slopes = torch.from_numpy(cell_slopes(self.heights))[None]
