@@ -64,7 +64,8 @@ class BallbotEnv(gym.Env):
       episode of 4000 steps can return more than 98.5. With 0.4 the top speed is 0.93 m/s and the bound is 117.
       `wheel_damping=0.8` is the paper's setting. Compare returns only at the same damping.
     - There is one terrain, 40 m square, fixed by `terrain_seed`, and each episode starts at a random place of it. The
-      paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise.
+      paper makes a new terrain for each episode, 10 m square, and starts in its middle. By default ours is cubed
+      gradient noise; there are other kinds (see Terrain).
       Its slopes match the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
     - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
       anisotropic friction. Velocities under random torques agree within 5 %.
@@ -137,9 +138,53 @@ class BallbotEnv(gym.Env):
 
     Standing still for 4000 steps returns 80. With `frame_skip` the rewards of all steps held are summed.
 
+    `reward` adds a term of your own, a function or the name of one in a file, `"my_terms.py:energy"`:
+
+    ```python
+    def energy(envs, actions):
+        return -1e-4 * abs(actions * envs.robots.wheel_speeds).sum(1)
+    ```
+
+    It gets the `BallbotVectorEnv`, also from the single environment, after the action's last step, and the clipped
+    actions (num_envs, 3). It returns the reward per physics step (num_envs,), which is multiplied by the number of
+    steps held. `info` has the sum as `reward_energy`. `BallbotVectorEnv` says what can be read; write `abs(x)` and
+    `x.sum(1)` instead of NumPy's functions, and the term also works on BallbotWarp-v0, whose arrays are tensors.
+
+    ## Terrain
+    `terrain` is a kind, or a kind and arguments of it: `"ramp"`, `"ramp:angle=15,length=3"`. Lengths, heights and depths
+    are in m, angles in degrees. The ground's lowest point is at z = 0. Robots drive along +y, which "across" is to.
+
+    | Kind       | Arguments and defaults                               | Seeded | What it is                                  |
+    | ---------- | ---------------------------------------------------- | ------ | ------------------------------------------- |
+    | `flat`     |                                                      | no     | a plane                                     |
+    | `perlin`   |                                                      | yes    | hills of gradient noise, up to `terrain_amplitude` |
+    | `ramp`     | `angle=10`, `length=2`, `landing=2`                  | no     | up and down by turns, with landings         |
+    | `steps`    | `height=0.01`, `depth=1`                             | no     | single steps across, up and down by turns   |
+    | `stairs`   | `height=0.01`, `depth=0.4`, `count=5`, `landing=2`   | no     | flights of steps, up and down by turns      |
+    | `waves`    | `height=0.1`, `length=3`                             | no     | sine waves across, trough to crest          |
+    | `ridges`   | `height=0.05`, `angle=10`, `spacing=2`               | no     | sharp ridges across with flanks of `angle`  |
+    | `hills`    | `height=0.2`, `width=4`, `spacing=5`                 | yes    | round hills at random places                |
+    | `bowl`     | `depth=0.2`, `width=6`, `spacing=8`                  | no     | parabolic bowls in a grid                   |
+    | `spiral`   | `height=0.1`, `spacing=3`                            | no     | a round ridge that winds out of the middle  |
+    | `rough`    | `height=0.02`, `size=0.2`                            | yes    | random heights of points `size` apart       |
+    | `potholes` | `depth=0.02`, `width=0.4`, `spacing=1`               | yes    | round holes at random places                |
+    | `blocks`   | `height=0.01`, `size=0.6`                            | yes    | square blocks at random levels              |
+    | `mixed`    | `patch=6`                                            | yes    | patches of the other kinds, see `info`      |
+
+    A classic controller drives all defaults at 0.4 m/s. It manages slopes up to 20° and steps up to 1.5 cm;
+    docs/terrain.md derives the limits and has a picture of each kind (`python -m ballbot_utils.gallery terrain.png`).
+    The face of a step is one cell, 3.4 cm, wide: a step of 1 cm rises at 16°.
+
+    Your own terrain is a function of x and y (arrays (1169, 1169), m) that returns heights in m, with arguments of its
+    own if it has any, and a generator if it has a parameter `rng`; or an array of heights in m of any shape, rows along
+    y, that covers the whole square; or a string that names a file in the working directory:
+    `"my_terrain.py:canyon:depth=0.5"`, `"heights.npy"`, or a grey PNG of 16 bits whose white is at `height`,
+    `"heights.png:height=0.3"`.
+
     ## Starting State
     The robot stands upright, still, facing +y. Its x and y are uniform in [-10, 10] m, around the middle of the
-    terrain. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
+    terrain; on kinds other than `flat` and `perlin` only where no slope within 13 cm is above 0.15, or where the
+    gentlest tenth of the ground is, if that is steeper. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
     point of the terrain under the ball: the robot first drops by about 3 cm.
 
     `reset(seed=...)` fixes all starts that follow. It does not change the terrain, which `terrain_seed` does.
@@ -222,6 +267,7 @@ class BallbotEnv(gym.Env):
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
     | `randomization`  | dict               | what was sampled, with `randomization` only      |      |
+    | `terrain`        | str                | kind under the robot, on terrain `mixed` only    |      |
 
     `info["randomization"]` has, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
     factors, float; `latency`, int; `tilt` and `velocity`, float64 arrays (2,) as `reset()` has them as options; and
@@ -248,9 +294,9 @@ class BallbotEnv(gym.Env):
 
     | Parameter               | Type          | Default    | Unit      | Description                                |
     | ----------------------- | ------------- | ---------- | --------- | ------------------------------------------ |
-    | `terrain`               | **str**       | `"perlin"` |           | `"perlin"` (hills) or `"flat"`             |
-    | `terrain_seed`          | **int**       | `0`        |           | Which Perlin terrain                       |
-    | `terrain_amplitude`     | **float**     | `0.1`      | m         | Height of the terrain, lowest to highest   |
+    | `terrain`               | **str, function, array** | `"perlin"` | | Kind of ground, or your own: see Terrain   |
+    | `terrain_seed`          | **int**       | `0`        |           | Which terrain of a seeded kind             |
+    | `terrain_amplitude`     | **float**     | `0.1`      | m         | Height of Perlin hills, lowest to highest  |
     | `cameras`               | **bool**      | `True`     |           | Whether depth images are observed          |
     | `camera_size`           | **int**       | `64`       | pixels    | Side of the depth images, at least 8       |
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
@@ -262,6 +308,7 @@ class BallbotEnv(gym.Env):
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
+    | `reward`                | **str, function, None** | `None` |  | A term of your own: see Rewards            |
     | `randomization`         | **dict, None** | `None`     |           | Strengths: see Domain randomization        |
     | `num_threads`           | **int**       | see below  |           | Threads: physics, frames; 0: one per CPU   |
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |

@@ -99,14 +99,17 @@ def check_settings(args: EvalSettings) -> None:
         check_terrain(args, args.terrain)
 
 
-def check_terrain(args: EvalSettings, terrain: str) -> dict[str, Any]:
-    """The environment's arguments for a terrain, or exit with one line if it is invalid or a flag is useless on it."""
+def check_terrain(args: EvalSettings, terrain: str, policy: str | Path = "") -> dict[str, Any]:
+    """The environment's arguments for a terrain, or exit with one line if it is invalid or a flag is useless on it.
+
+    `policy` names the policy that was trained on it, for the error.
+    """
     try:
         task = {"terrain": pin(terrain)}
         used = {"terrain_seed": is_seeded(terrain), "terrain_amplitude": is_scaled(terrain)}
         Terrain(terrain, args.terrain_seed or 0)
     except (ValueError, OSError) as error:
-        exit_with_error(error)
+        exit_with_error(f"{policy} was trained on terrain that is not here: {error}" if policy else error)
     for name, is_used in used.items():
         given = getattr(args, name)
         check_argument(is_used or given is None,
@@ -200,7 +203,8 @@ def policy_factory(policy: Any, stochastic: bool = False) -> PolicyFactory:
 
 def eval_task(args: EvalSettings, train_args: Any, policy: str | Path) -> dict[str, Any]:
     """The environment's arguments for a policy trained with the flags `train_args`; `policy` names it in an error."""
-    task = check_terrain(args, args.terrain or train_args.terrain) | {
+    terrain = check_terrain(args, args.terrain or train_args.terrain, "" if args.terrain else policy)
+    task = terrain | {
         "cameras": train_args.cameras,
         "wheel_damping": train_args.wheel_damping if args.wheel_damping is None else args.wheel_damping,
         "frame_skip": train_args.frame_skip,

@@ -283,7 +283,9 @@ def is_plane(terrain: Any) -> bool:
 
 def is_seeded(terrain: Any) -> bool:
     """Whether a valid terrain's name stands for one that `terrain_seed` changes."""
-    return not is_plane(terrain) and bool({"rng", "seed"} & inspect.signature(find_function(terrain)[0]).parameters.keys())
+    return not is_plane(terrain) and bool(
+        {"rng", "seed"} & inspect.signature(find_function(terrain)[0]).parameters.keys()
+    )
 
 
 def is_scaled(terrain: Any) -> bool:

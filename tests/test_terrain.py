@@ -81,7 +81,9 @@ def measure_stairs(height=0.02, depth=0.7, count=6, landing=3):
 
 def measure_waves(height=0.2, length=4):
     z = profile(f"waves:height={height},length={length}")
-    assert math.tan(math.radians(9)) > np.abs(np.diff(z)).max() / CELL == pytest.approx(np.pi * height / length, rel=0.02)
+    assert (
+        math.tan(math.radians(9)) > np.abs(np.diff(z)).max() / CELL == pytest.approx(np.pi * height / length, rel=0.02)
+    )
     return {"height": np.ptp(z), "length": period(z)}
 
 
@@ -357,7 +359,9 @@ def test_a_changed_file_is_noticed(tmp_path, monkeypatch):
 ], ids=lambda value: str(value)[:24])  # fmt: skip
 def test_bad_terrain(terrain, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bad = "def level(x, y):\n    return 0 * x\n\ndef point(x, y):\n    return 1.0\n\ndef wrong(x, y):\n    return 1 / 0\n"
+    bad = (
+        "def level(x, y):\n    return 0 * x\n\ndef point(x, y):\n    return 1.0\n\ndef wrong(x, y):\n    return 1 / 0\n"
+    )
     (tmp_path / "my_terrain.py").write_text(CANYON + bad)
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "text.png").write_text("text")
