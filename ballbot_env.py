@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -44,6 +44,7 @@ from ballbot_utils.randomization import Randomization, check_randomization, heig
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
 from ballbot_utils.state import copy_array, copy_into, to_tensors
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
+from ballbot_utils.user_files import find_file, load_function
 
 MAX_EPISODE_STEPS = 4000  # actions, by the registration
 START_EXTENT = 10.0  # m, starts are sampled from the square |x|, |y| <= START_EXTENT
@@ -63,7 +64,8 @@ class BallbotEnv(gym.Env):
       episode of 4000 steps can return more than 98.5. With 0.4 the top speed is 0.93 m/s and the bound is 117.
       `wheel_damping=0.8` is the paper's setting. Compare returns only at the same damping.
     - There is one terrain, 40 m square, fixed by `terrain_seed`, and each episode starts at a random place of it. The
-      paper makes a new terrain for each episode, 10 m square, and starts in its middle. Ours is cubed gradient noise.
+      paper makes a new terrain for each episode, 10 m square, and starts in its middle. By default ours is cubed
+      gradient noise; there are other kinds (see Terrain).
       Its slopes match the paper's simplex noise (median 0.05, 90th percentile 0.13, 99th 0.20) within 15 %.
     - A wheel's roller is a sphere coupled to its hub about the axle (see `assets/ballbot.xml`), not a capsule with
       anisotropic friction. Velocities under random torques agree within 5 %.
@@ -136,9 +138,53 @@ class BallbotEnv(gym.Env):
 
     Standing still for 4000 steps returns 80. With `frame_skip` the rewards of all steps held are summed.
 
+    `reward` adds a term of your own, a function or the name of one in a file, `"my_terms.py:energy"`:
+
+    ```python
+    def energy(envs, actions):
+        return -1e-4 * abs(actions * envs.robots.wheel_speeds).sum(1)
+    ```
+
+    It gets the `BallbotVectorEnv`, also from the single environment, after the action's last step, and the clipped
+    actions (num_envs, 3). It returns the reward per physics step (num_envs,), which is multiplied by the number of
+    steps held. `info` has the sum as `reward_energy`. `BallbotVectorEnv` says what can be read; write `abs(x)` and
+    `x.sum(1)` instead of NumPy's functions, and the term also works on BallbotWarp-v0, whose arrays are tensors.
+
+    ## Terrain
+    `terrain` is a kind, or a kind and arguments of it: `"ramp"`, `"ramp:angle=15,length=3"`. Lengths, heights and depths
+    are in m, angles in degrees. The ground's lowest point is at z = 0. Robots drive along +y, which "across" is to.
+
+    | Kind       | Arguments and defaults                               | Seeded | What it is                                  |
+    | ---------- | ---------------------------------------------------- | ------ | ------------------------------------------- |
+    | `flat`     |                                                      | no     | a plane                                     |
+    | `perlin`   |                                                      | yes    | hills of gradient noise, up to `terrain_amplitude` |
+    | `ramp`     | `angle=10`, `length=2`, `landing=2`                  | no     | up and down by turns, with landings         |
+    | `steps`    | `height=0.01`, `depth=1`                             | no     | single steps across, up and down by turns   |
+    | `stairs`   | `height=0.01`, `depth=0.4`, `count=5`, `landing=2`   | no     | flights of steps, up and down by turns      |
+    | `waves`    | `height=0.1`, `length=3`                             | no     | sine waves across, trough to crest          |
+    | `ridges`   | `height=0.05`, `angle=10`, `spacing=2`               | no     | sharp ridges across with flanks of `angle`  |
+    | `hills`    | `height=0.2`, `width=4`, `spacing=5`                 | yes    | round hills at random places                |
+    | `bowl`     | `depth=0.2`, `width=6`, `spacing=8`                  | no     | parabolic bowls in a grid                   |
+    | `spiral`   | `height=0.1`, `spacing=3`                            | no     | a round ridge that winds out of the middle  |
+    | `rough`    | `height=0.02`, `size=0.2`                            | yes    | random heights of points `size` apart       |
+    | `potholes` | `depth=0.02`, `width=0.4`, `spacing=1`               | yes    | round holes at random places                |
+    | `blocks`   | `height=0.01`, `size=0.6`                            | yes    | square blocks at random levels              |
+    | `mixed`    | `patch=6`                                            | yes    | patches of the other kinds, see `info`      |
+
+    A classic controller drives all defaults at 0.4 m/s. It manages slopes up to 20° and steps up to 1.5 cm;
+    docs/terrain.md derives the limits and has a picture of each kind (`python -m ballbot_utils.gallery terrain.png`).
+    The face of a step is one cell, 3.4 cm, wide: a step of 1 cm rises at 16°.
+
+    Your own terrain is a function of x and y (arrays (1169, 1169), m) that returns heights in m, with arguments of its
+    own if it has any, and a generator if it has a parameter `rng`; or an array of heights in m of any shape, rows along
+    y, that covers the whole square; or a string that names a file in the working directory:
+    `"my_terrain.py:canyon:depth=0.5"`, `"heights.npy"`, or a grey PNG of 16 bits whose white is at `height`,
+    `"heights.png:height=0.3"`.
+
     ## Starting State
     The robot stands upright, still, facing +y. Its x and y are uniform in [-10, 10] m, around the middle of the
-    terrain. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
+    terrain; on kinds other than `flat` and `perlin` only where no slope within 13 cm is above 0.15, or where the
+    gentlest tenth of the ground is, if that is steeper. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
     point of the terrain under the ball: the robot first drops by about 3 cm.
 
     `reset(seed=...)` fixes all starts that follow. It does not change the terrain, which `terrain_seed` does.
@@ -221,6 +267,7 @@ class BallbotEnv(gym.Env):
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
     | `randomization`  | dict               | what was sampled, with `randomization` only      |      |
+    | `terrain`        | str                | kind under the robot, on terrain `mixed` only    |      |
 
     `info["randomization"]` has, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
     factors, float; `latency`, int; `tilt` and `velocity`, float64 arrays (2,) as `reset()` has them as options; and
@@ -247,9 +294,9 @@ class BallbotEnv(gym.Env):
 
     | Parameter               | Type          | Default    | Unit      | Description                                |
     | ----------------------- | ------------- | ---------- | --------- | ------------------------------------------ |
-    | `terrain`               | **str**       | `"perlin"` |           | `"perlin"` (hills) or `"flat"`             |
-    | `terrain_seed`          | **int**       | `0`        |           | Which Perlin terrain                       |
-    | `terrain_amplitude`     | **float**     | `0.1`      | m         | Height of the terrain, lowest to highest   |
+    | `terrain`               | **str, function, array** | `"perlin"` | | Kind of ground, or your own: see Terrain   |
+    | `terrain_seed`          | **int**       | `0`        |           | Which terrain of a seeded kind             |
+    | `terrain_amplitude`     | **float**     | `0.1`      | m         | Height of Perlin hills, lowest to highest  |
     | `cameras`               | **bool**      | `True`     |           | Whether depth images are observed          |
     | `camera_size`           | **int**       | `64`       | pixels    | Side of the depth images, at least 8       |
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
@@ -261,6 +308,7 @@ class BallbotEnv(gym.Env):
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
+    | `reward`                | **str, function, None** | `None` |  | A term of your own: see Rewards            |
     | `randomization`         | **dict, None** | `None`     |           | Strengths: see Domain randomization        |
     | `num_threads`           | **int**       | see below  |           | Threads: physics, frames; 0: one per CPU   |
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
@@ -295,7 +343,7 @@ class BallbotEnv(gym.Env):
 
     def __init__(
         self,
-        terrain: str = "perlin",
+        terrain: str | Callable | np.ndarray = "perlin",
         *,
         frame_skip: int = 1,
         max_episode_steps: int | None = -1,
@@ -448,7 +496,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        terrain: str = "perlin",
+        terrain: str | Callable | np.ndarray = "perlin",
         terrain_seed: int = 0,
         terrain_amplitude: float = 0.1,
         cameras: bool = True,
@@ -462,6 +510,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         forward_reward_weight: float = 0.01,
         ctrl_cost_weight: float = 0.0001,
         healthy_reward: float = 0.02,
+        reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
         num_threads: int = 0,
         device: str | torch.device = "cpu",
@@ -499,6 +548,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
         self.terrain = Terrain(terrain, terrain_seed, terrain_amplitude)
         strength = self.randomization.get("terrain_amplitude")
+        self._starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
         self.model = make_model(self.terrain, wheel_damping, height_scales(strength) if strength else (1.0,))
         self.robots = Robots(self.model, num_envs, num_threads, frame_skip)
         self.batch, self.velocities, self.forces = self.robots.batch, self.robots.velocities, self.robots.forces
@@ -529,7 +579,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.renderer = None
         self.frames = None  # float32 tensor (num_envs, cameras, camera_size, camera_size), m
         if cameras:
-            self.renderer = DepthRenderer(self.model, camera_size, self.terrain.heights, device, self.batch.nthread)
+            self.renderer = DepthRenderer(
+                self.model, camera_size, self.terrain.heights, device, self.batch.nthread, self.terrain.has_edges
+            )
             shape = num_envs, len(CAMERAS), camera_size, camera_size
             with single_torch_thread():
                 self.frames = torch.full(shape, MAX_DEPTH, dtype=torch.float32, device=device)
@@ -539,6 +591,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
                 self._frame_views.flags.writeable = False
             self._frame_time = np.zeros(num_envs, int)  # clock at which each frame was taken
         self._pictures = PictureCache(num_envs)
+        self._reward = load_reward(reward, self, np.zeros((num_envs, 3), np.float32))
         self._own_attributes = set(self.__dict__)  # which a copy makes itself
 
     # Gymnasium's interface
@@ -740,7 +793,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def _render_env(self, i):
         terrain = self.terrain
         if self._height_scale is not None:
-            terrain = replace(terrain, amplitude=terrain.amplitude * self._height_scale[i])
+            terrain = replace(terrain, scale=self._height_scale[i])
         place = self.robots.position[i, :2]
         return self._pictures.get(i, self._clock[i], self.batch.qpos[i], place, terrain, self.arrows(i))
 
@@ -775,6 +828,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         for i in ids:
             rng = self._rngs[i]
             x, y = rng.uniform(-START_EXTENT, START_EXTENT, 2)
+            if self._starts is not None:
+                x, y = self._starts[int((x + START_EXTENT) / (2 * START_EXTENT) * len(self._starts))]
             if "position" in options:
                 x, y = options["position"][i]
             if self._randomization:
@@ -863,6 +918,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         terms = get_reward_terms(
             velocity, self.goal, self.commands, self.last_actions.astype(float), terminated, active, *weights
         )
+        if self._reward:
+            terms[f"reward_{self._reward.__name__}"] = self._reward(self, self.last_actions) * active.sum(1)
         return sum(terms.values()), terms
 
     def _get_obs(self):
@@ -877,6 +934,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
     def _get_info(self):
         infos = {"position": self.robots.position.copy(), "physics_errors": self.physics_errors.copy()}
         infos |= {"_position": self._all_envs, "_physics_errors": self._all_envs}
+        kinds = self.terrain.kinds_at(self.robots.position[:, :2])
+        if kinds is not None:
+            infos |= {"terrain": kinds, "_terrain": self._all_envs}
         if self._randomization:
             sampled = {name: value.copy() for name, value in self._randomization.sampled.items() if name[0] != "_"}
             infos["randomization"] = sampled | {f"_{name}": self._all_envs for name in sampled}
@@ -947,6 +1007,28 @@ def get_reward_terms(
         "reward_ctrl": -ctrl_cost_weight * (actions * actions).sum(1) * active.sum(1),
         "reward_healthy": healthy_reward * (active & ~terminated).sum(1),
     }
+
+
+def load_reward(reward, envs, actions):
+    """A user's reward term as a function, tried on new environments and `actions`, zeros (n, 3), or None without.
+
+    Raises ValueError, of one line, if there is no such function or if it does not return numbers (n,).
+    """
+    if reward is None:
+        return None
+    if isinstance(reward, str):
+        file = find_file(reward)
+        check_value(file and file.path.suffix == ".py", "reward", reward, "FILE.py:FUNCTION")
+        reward = load_function(file.path, file.sha, file.rest)
+    name = reward.__name__
+    check_value(name not in ("forward", "ctrl", "healthy"), "the name of the reward term", name, "another name")
+    try:
+        value = reward(envs, actions)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"reward {name} raises {type(error).__name__}: {' '.join(str(error).split())}") from None
+    check_value(getattr(value, "shape", None) == (len(actions),), f"the result of reward {name}", value,
+                f"an array of shape ({len(actions)},), a number for each robot")  # fmt: skip
+    return reward
 
 
 def reward_terms(infos: dict) -> dict:

@@ -6,7 +6,7 @@ kernels on the CPU, slowly, for tests.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gymnasium as gym
 import mujoco
@@ -25,7 +25,7 @@ try:
 except ImportError:
     raise ImportError("BallbotWarp-v0 needs MuJoCo Warp: pip install -r requirements-gpu.txt") from None
 
-from ballbot_env import MAX_EPISODE_STEPS, START_EXTENT, get_ends, get_reward_terms
+from ballbot_env import MAX_EPISODE_STEPS, START_EXTENT, get_ends, get_reward_terms, load_reward
 from ballbot_utils.arguments import ARGUMENTS, check_arguments, check_options
 from ballbot_utils.checks import check_value
 from ballbot_utils.commands import COMMAND_STEPS, MAX_COMMAND, STANDING_FRACTION
@@ -63,7 +63,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        terrain: str = "perlin",
+        terrain: str | Callable | np.ndarray = "perlin",
         terrain_seed: int = 0,
         terrain_amplitude: float = 0.1,
         cameras: bool = True,
@@ -77,6 +77,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         forward_reward_weight: float = 0.01,
         ctrl_cost_weight: float = 0.0001,
         healthy_reward: float = 0.02,
+        reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
         device: str | torch.device = "cuda",
         contacts: int = CONTACTS_PER_ROBOT,
@@ -112,6 +113,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
                 self.model, num_envs, frame_skip, self.randomization, contacts, constraints, device
             )
             self._ground = Ground(self.terrain, device)
+            starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
+            self._starts = None if starts is None else torch.tensor(starts, dtype=torch.float32, device=device)
             self._random = Random(num_envs, device)
             self.frames = self._renderer = None
             if cameras:
@@ -146,6 +149,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         self._state |= {"frames": self.frames} if cameras else {}
         self._state |= {f"sampled_{name}": value for name, value in self._sampled.items()} | self.robots.state
         self.physics_errors = self._state["physics_errors"]
+        self._reward = load_reward(reward, self, zeros(3))
         self._needs_reset = True
         self._overflow = torch.zeros(num_envs, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
@@ -330,6 +334,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         terms = get_reward_terms(
             velocity, self.goal, self.commands, self.last_actions, terminated, active, *self.reward_weights
         )
+        if self._reward:
+            terms[f"reward_{self._reward.__name__}"] = self._reward(self, self.last_actions) * active.sum(1)
         rewards = sum(terms.values())
         if self.frames is not None:
             due = (state["clock"] + num_substeps) // self.frame_interval * self.frame_interval
@@ -360,6 +366,9 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             array.copy_(torch.where(mask.view(-1, *[1] * (array.ndim - 1)), value, array))
 
         xy = torch.stack([random.uniform(-START_EXTENT, START_EXTENT) for _ in range(2)], 1)
+        if self._starts is not None:
+            share = (xy[:, 0] + START_EXTENT) / (2 * START_EXTENT)
+            xy = self._starts[(share * len(self._starts)).long().clamp(max=len(self._starts) - 1)]
         xy = options.get("position", xy)
         for name, value in self._sampled.items():
             strength = self.randomization[name]

@@ -54,7 +54,6 @@ from ballbot_utils.flags import Count, Few, LogScale, NonNegative, Positive, See
 from ballbot_utils.model import CAMERAS
 from ballbot_utils.observations import PROPRIOCEPTION, make_observations, to_body_frame
 from ballbot_utils.state import copy_array
-from ballbot_utils.terrain import TERRAINS
 
 # The guide's three configurations differ only by what it states. "paper" has Stable-Baselines3's values for the rest.
 PRESETS = {
@@ -94,15 +93,17 @@ class Args:
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
     # The task
-    terrain: Literal[*TERRAINS] = "perlin"  # kind of ground
+    terrain: str = "perlin"  # ground: a kind, such as ramp or ramp:angle=15, or a file: docs/terrain.md
     terrain_seed: Seed = 0  # the training terrain
-    terrain_amplitude: Positive = 0.1  # height of the training terrain's hills, m; evaluations use 0.1
+    terrain_amplitude: Positive = 0.1  # height of the training terrain's Perlin hills, m; evaluations use 0.1
     # domain randomization in training; names and strengths, such as push 1.0 mass 0.1
     randomization: MutableMapping[str, float] = field(default_factory=dict)
     eval_terrain_seed: Seed = 1_000_000  # the terrain of evaluations, never used in training
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: NonNegative = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 limits returns to 98.5
     goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a changing velocity that is observed
+    env_kwargs: tuple[str, ...] = ()  # other arguments of the environment, such as max_tilt=25 camera_size=32
+    reward: str = ""  # a term added to the reward: my_terms.py:energy, see the docstring of BallbotEnv
     # physics steps of 2 ms per action; at 1 the action noise averages out and the robot does not learn to drive. All
     # step counts are physics steps, except --num-steps (actions)
     frame_skip: Few = 4
@@ -182,7 +183,7 @@ class DepthEncoder(nn.Module):
             nn.Conv2d(32, 32, 3, stride=2, padding=1),
             nn.LeakyReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(32 * (size // 4) ** 2, self.num_features),
+            nn.Linear(32 * ((size + 3) // 4) ** 2, self.num_features),
             nn.Tanh(),
         )
 
@@ -247,8 +248,9 @@ class Agent(nn.Module):
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         self.encoder = None
         if args.cameras:  # convolutions are faster in this format
-            encoder = SmallDepthEncoder() if args.small_encoder else DepthEncoder()
-            self.encoder = encoder.to(memory_format=torch.channels_last)
+            encoder = SmallDepthEncoder if args.small_encoder else DepthEncoder
+            size = flags.env_kwargs(args).get("camera_size", 64)
+            self.encoder = encoder(size).to(memory_format=torch.channels_last)
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = MLP(num_features + self.num_slopes, args.hidden_size, args.vf_layers, 1, last_gain=1.0)
@@ -305,7 +307,7 @@ def task(args, evaluation):
         wheel_damping=args.wheel_damping, frame_skip=args.frame_skip,
         max_episode_steps=-(-(4000 if evaluation else args.max_episode_steps) // args.frame_skip),
         randomization=None if evaluation else args.randomization, goal="command" if args.goal == "command" else (0, 1),
-    )  # fmt: skip
+    ) | flags.env_kwargs(args)  # fmt: skip
 
 
 def make_envs(args, num_envs, evaluation=False):

@@ -8,7 +8,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from ballbot_utils.checks import check_value, is_number, is_whole
-from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, TERRAINS
+from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN
 
 
 def is_goal(goal: Any) -> bool:
@@ -28,11 +28,9 @@ def is_device(device: Any) -> bool:
     return True
 
 
-# Arguments of BallbotVectorEnv: what is valid, and in words. check_randomization checks `randomization`.
+# Arguments of BallbotVectorEnv: what is valid, and in words. `Terrain` checks `terrain`, `check_randomization` its own.
 ARGUMENTS = {
     "num_envs": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
-    "terrain": (lambda value: isinstance(value, str) and value in TERRAINS,
-                " or ".join(f'"{kind}"' for kind in TERRAINS)),
     "terrain_seed": (lambda value: is_whole(value, 0), "a whole number from 0 on"),
     "terrain_amplitude": (lambda value: is_number(value) and 0 < value <= 100,
                           'a height above 0 m, up to 100 m, or terrain="flat"'),
@@ -48,6 +46,8 @@ ARGUMENTS = {
     "forward_reward_weight": (is_number, "a finite number"),
     "ctrl_cost_weight": (is_number, "a finite number"),
     "healthy_reward": (is_number, "a finite number"),
+    "reward": (lambda value: value is None or isinstance(value, str) or hasattr(value, "__name__"),
+               "a function of environments and actions, or FILE.py:FUNCTION"),
     "num_threads": (lambda value: is_whole(value, 0), "a whole number from 0 on"),
     "device": (is_device, 'a device that PyTorch finds here, such as "cpu"'),
     "render_mode": (lambda value: value in (None, "rgb_array"), 'None or "rgb_array"'),

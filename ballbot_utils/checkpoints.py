@@ -152,7 +152,7 @@ def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]
         agent.encoder.load_state_dict(weights)  # checks names and shapes
         return {f"encoder.{name}": value for name, value in weights.items()}
     except (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        problem = error if isinstance(error, ValueError) else "is not a depth encoder"
+        problem = error if isinstance(error, ValueError) else "is not a depth encoder for images of this size"
     exit_with_error(f"{path} {problem}: restore it, create it by python -m ballbot_utils.pretrain_encoder, or train "
                     "one with --no-freeze-encoder")  # fmt: skip
 

@@ -21,11 +21,19 @@ from ballbot_env import START_EXTENT, BallbotVectorEnv
 from ballbot_utils.checkpoints import load_policy
 from ballbot_utils.console import ProgressLine, check_argument, exit_with_error, one_line_errors
 from ballbot_utils.depth import MAX_DEPTH
-from ballbot_utils.flags import Count, NonNegative, Seed, validate_types
+from ballbot_utils.flags import Count, NonNegative, Seed, env_kwargs, validate_types
 from ballbot_utils.model import CAMERAS, TIMESTEP
 from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise
 from ballbot_utils.randomization import PUSH_STEPS, Pushes, add_depth_noise
-from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, TERRAINS
+from ballbot_utils.terrain import (
+    CELL,
+    TERRAIN_EXTENT,
+    TERRAIN_MARGIN,
+    Terrain,
+    is_scaled,
+    is_seeded,
+)
+from ballbot_utils.user_files import pin
 
 TOP_SPEED = 1.0  # m/s, more than the robot can reach at wheel damping 0.4
 
@@ -40,11 +48,11 @@ class EvalSettings:
     seed: Seed = 1_000_000
     """seed of start poses, pushes and noise; the default is that of ppo_ballbot.py's own evaluations"""
     terrain: str | None = None
-    """ground: perlin or flat; default: as in training"""
+    """ground: a kind, such as ramp or ramp:angle=15, or a file (docs/terrain.md); default: as in training"""
     terrain_seed: Seed | None = None
-    """which Perlin terrain; default: the evaluation terrain of the training run"""
+    """which terrain of a random kind; default: the evaluation terrain of the training run"""
     terrain_amplitude: Annotated[float, Field(gt=0, le=100)] | None = None
-    """height of the hills, m; default: 0.1"""
+    """height of Perlin hills, m; default: 0.1"""
     wheel_damping: NonNegative | None = None
     """damping of the wheels' axles, N·m·s/rad; default: as in training"""
     push: NonNegative = 0.0
@@ -87,10 +95,27 @@ def require_min(args: Any, low: float, *names: str) -> None:
 def check_settings(args: EvalSettings) -> None:
     """Exit with one line on the first invalid flag of `args`."""
     check_flags(args)
-    check_argument(args.terrain in (None, *TERRAINS), f"--terrain is {args.terrain}: give {' or '.join(TERRAINS)}")
-    for name in ("terrain_seed", "terrain_amplitude"):
-        unused = args.terrain == "flat" and getattr(args, name) is not None
-        check_argument(not unused, f"--{name.replace('_', '-')} has no effect on --terrain flat: leave it out")
+    if args.terrain is not None:
+        check_terrain(args, args.terrain)
+
+
+def check_terrain(args: EvalSettings, terrain: str, policy: str | Path = "") -> dict[str, Any]:
+    """The environment's arguments for a terrain, or exit with one line if it is invalid or a flag is useless on it.
+
+    `policy` names the policy that was trained on it, for the error.
+    """
+    try:
+        task = {"terrain": pin(terrain)}
+        used = {"terrain_seed": is_seeded(terrain), "terrain_amplitude": is_scaled(terrain)}
+        Terrain(terrain, args.terrain_seed or 0)
+    except (ValueError, OSError) as error:
+        exit_with_error(f"{policy} was trained on terrain that is not here: {error}" if policy else error)
+    for name, is_used in used.items():
+        given = getattr(args, name)
+        check_argument(is_used or given is None,
+                       f"--{name.replace('_', '-')} has no effect on --terrain {terrain}: leave it out")  # fmt: skip
+        task |= {name: given} if is_used else {}
+    return task
 
 
 def require_packages(purpose: str, *packages: str, requirements: str = "requirements-dev.txt") -> None:
@@ -178,8 +203,8 @@ def policy_factory(policy: Any, stochastic: bool = False) -> PolicyFactory:
 
 def eval_task(args: EvalSettings, train_args: Any, policy: str | Path) -> dict[str, Any]:
     """The environment's arguments for a policy trained with the flags `train_args`; `policy` names it in an error."""
-    task = {
-        "terrain": args.terrain or train_args.terrain,
+    terrain = check_terrain(args, args.terrain or train_args.terrain, "" if args.terrain else policy)
+    task = terrain | {
         "cameras": train_args.cameras,
         "wheel_damping": train_args.wheel_damping if args.wheel_damping is None else args.wheel_damping,
         "frame_skip": train_args.frame_skip,
@@ -187,14 +212,13 @@ def eval_task(args: EvalSettings, train_args: Any, policy: str | Path) -> dict[s
     }
     if train_args.goal == "command":
         task["goal"] = "command"
-    if task["terrain"] != "flat":
-        task["terrain_seed"] = train_args.eval_terrain_seed if args.terrain_seed is None else args.terrain_seed
-        task["terrain_amplitude"] = args.terrain_amplitude or 0.1
-    else:
-        unused = args.terrain_seed is None and args.terrain_amplitude is None
-        check_argument(unused, f"{policy} was trained on flat ground, where --terrain-seed and --terrain-amplitude "
-                       "have no effect: give --terrain perlin with them")  # fmt: skip
-    return task
+    for name, default in (("terrain_seed", train_args.eval_terrain_seed), ("terrain_amplitude", 0.1)):
+        if task.get(name, 0) is None:
+            task[name] = default
+    try:
+        return task | env_kwargs(train_args)
+    except ValueError as error:
+        exit_with_error(f"{policy}: {error}")
 
 
 def reset_for_horizon(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict, dict]:
@@ -209,7 +233,11 @@ def reset_for_horizon(envs: BallbotVectorEnv, seeds: list[int], horizon: int) ->
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
     if latest < START_EXTENT and envs.commands is None:
         x, y = info["position"][:, :2].T
-        y = -limit + (y + START_EXTENT) / (2 * START_EXTENT) * (latest + limit)
+        share = (y + START_EXTENT) / (2 * START_EXTENT)
+        y = -limit + share * (latest + limit)
+        starts = envs.terrain.find_starts((-START_EXTENT, -limit), (START_EXTENT, latest + CELL))
+        if starts is not None:
+            x, y = starts[(share * len(starts)).astype(int)].T
         obs, info = envs.reset(options={"position": np.stack([x, y], 1)})
     return obs, info
 

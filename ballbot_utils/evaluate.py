@@ -208,7 +208,8 @@ def format_table(results: list[dict[str, Any]], width: int) -> str:
 
     def terrain(r):
         t = r["task"]
-        return "flat" if t["terrain"] == "flat" else f"{t['terrain']} {t['terrain_seed']}, {t['terrain_amplitude']:g} m"
+        seed = f" {t['terrain_seed']}" if "terrain_seed" in t else ""
+        return t["terrain"] + seed + (f", {t['terrain_amplitude']:g} m" if "terrain_amplitude" in t else "")
 
     def generalization_gap(r):
         g = r["gap"]
@@ -229,6 +230,10 @@ def format_table(results: list[dict[str, Any]], width: int) -> str:
                               ("tracking error (m/s)", "tracking_error", 3)):  # fmt: skip
         if any(key in r["summary"] for r in results):
             rows[name] = interval(key, digits)
+    usual = "terrain terrain_seed terrain_amplitude cameras wheel_damping frame_skip max_episode_steps goal".split()
+    others = [" ".join(f"{k}={v}" for k, v in r["task"].items() if k not in usual) for r in results]
+    if any(others):
+        rows["--env-kwargs and --reward"] = lambda r: others[[x is r for x in results].index(True)] or "-"
     rows |= {
         "effort (mean ||action||²)": interval("effort", 3),
         f"target: return > {TARGET_RETURN}": target("return", TARGET_RETURN),
@@ -291,8 +296,10 @@ def evaluate(args: Args, loaded: list[tuple[Path, Any, int]], tasks: list[dict[s
         for stochastic in (False, True)[: 1 + args.stochastic]:
             factory, gap, no_gap = policy_factory(policy, stochastic), None, ""
             episodes = evaluate_policy(factory, args, task, name)
-            if args.gap and "flat" in (train_args.terrain, task["terrain"]):
-                no_gap = "flat ground is the same everywhere"
+            if args.gap and train_args.terrain != task["terrain"]:
+                no_gap = f"it was trained on another kind of terrain, {train_args.terrain}"
+            elif args.gap and "terrain_seed" not in task:
+                no_gap = "this terrain is the same for every seed"
             elif args.gap and task["terrain_seed"] == train_args.terrain_seed:
                 no_gap = "this is its training terrain"
             elif args.gap:
@@ -325,7 +332,7 @@ def main(args: Args) -> None:
     tasks = [eval_task(args, policy.args, path) for path, policy, _ in loaded]
     for (path, policy, _), task in zip(loaded, tasks):
         seed = task.get("terrain_seed")
-        trained_on = policy.args.terrain != "flat" and seed == policy.args.terrain_seed
+        trained_on = seed == policy.args.terrain_seed and task["terrain"] == policy.args.terrain
         check_argument(args.allow_training_terrain or not trained_on, f"{path} was trained on terrain seed {seed}: "
                        "give another --terrain-seed, or --allow-training-terrain")  # fmt: skip
     print_results(args, evaluate(args, loaded, tasks))

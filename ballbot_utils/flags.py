@@ -1,6 +1,8 @@
 """Command-line flags: their bounds, presets and config files, and one-line errors on values that make no sense."""
 
 import argparse
+import ast
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -20,8 +22,11 @@ import torch
 import tyro
 from pydantic import Field
 
+from ballbot_utils.arguments import ARGUMENTS, check_arguments
 from ballbot_utils.console import check_argument, exit_with_error, print_rank0
 from ballbot_utils.randomization import check_randomization
+from ballbot_utils.terrain import Terrain, is_scaled, is_seeded
+from ballbot_utils.user_files import pin
 
 # Types of flags with bounds
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -46,7 +51,7 @@ class BaseArgs:
 
     # The task: the defaults of the environment
     terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
-    cameras, wheel_damping, frame_skip, goal = True, 0.4, 1, "forward"
+    cameras, wheel_damping, frame_skip, goal, env_kwargs, reward = True, 0.4, 1, "forward", (), ""
     # What a script does not do
     num_processes, cuda, track, capture_video, init_from, freeze_encoder = 1, False, False, False, "", False
     norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
@@ -102,6 +107,7 @@ def parse_args(cls: type, presets: dict[str, dict], translate: Callable[[dict], 
                 print_rank0(f"note: {', '.join(removed)} in {start.config} no longer exist", file=sys.stderr)
             settings = translate({name: value for name, value in settings.items() if not name.startswith("script")})
             validate_types(settings, cls)
+            settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             exit_with_error(f"--config {start.config} is not a run's config.json: {error}")
         other_preset = start.preset and start.preset != settings.get("preset", start.preset)
@@ -170,10 +176,62 @@ def format_flags(settings: dict[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else [value]
+            values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
+            values = values if isinstance(values, (list, tuple)) else [values]
             short = [f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x) for x in values]
             words += [f"--{flag}", *map(shlex.quote, short)]
     return " ".join(words)
+
+
+# Arguments of the environment that the script itself sets
+SET_BY_SCRIPT = ("num_envs", "num_threads", "device", "render_mode", "autoreset_mode", "copy", "reward")
+
+
+def env_kwargs(args: Any) -> dict[str, Any]:
+    """The arguments of the environment that --env-kwargs and --reward give. Raises ValueError for an invalid one."""
+    given = {"reward": pin(args.reward)} if getattr(args, "reward", "") else {}
+    for pair in getattr(args, "env_kwargs", ()):
+        name, equals, value = pair.partition("=")
+        if not equals or name in given:
+            raise ValueError(f"--env-kwargs has {pair!r}: give each argument once, as NAME=VALUE")
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no literal is a string
+            value = ast.literal_eval(value)
+        if name in SET_BY_SCRIPT or (hasattr(args, name) and (name != "goal" or isinstance(value, str))):
+            flag = f"use --{name.replace('_', '-')}" if hasattr(args, name) else "the script sets it"
+            raise ValueError(f"--env-kwargs cannot set {name}: {flag}")
+        if name not in ARGUMENTS:
+            free = [key for key in ARGUMENTS if key not in SET_BY_SCRIPT and (key == "goal" or not hasattr(args, key))]
+            raise ValueError(
+                f"--env-kwargs has {name!r}, which is no argument of the environment: {', '.join(free)} are"
+            )
+        given[name] = value
+    try:
+        check_arguments(given)
+    except ValueError as error:
+        raise ValueError(f"--env-kwargs: {error}") from None
+    return given
+
+
+def pin_files(args: Any) -> None:
+    """Add the SHA-256 of the files that --terrain and --reward name; exits with one line if one is missing or changed."""
+    try:
+        args.terrain = pin(args.terrain)
+        if getattr(args, "reward", ""):
+            args.reward = pin(args.reward)
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
+
+
+def check_environment(args: Any) -> None:
+    """Raise ValueError, of one line, if the environment's arguments are invalid, before any work starts."""
+    given = env_kwargs(args)
+    Terrain(args.terrain, args.terrain_seed, getattr(args, "terrain_amplitude", 0.1))
+    check_randomization(args.randomization, args.terrain, given.get("max_tilt", 20.0))
+    if "reward" in given:
+        from ballbot_env import BallbotVectorEnv  # which imports much that flags do not need
+
+        BallbotVectorEnv(2, "flat", cameras=False, num_threads=1, reward=given["reward"],
+                         goal="command" if args.goal == "command" else (0, 1)).close()  # fmt: skip
 
 
 def config_json(flags: dict[str, Any]) -> str:
@@ -188,7 +246,13 @@ def ineffective_flags(args: Any) -> dict[str, str]:
     size, gpus = int(os.environ.get("WORLD_SIZE", 0)), torch.cuda.device_count() if args.cuda else 0
     one_step = args.update_epochs == 1 and args.minibatch_size == args.num_envs * args.num_steps
     never_evaluated = hasattr(args, "final_eval_episodes") and args.eval_interval > args.total_timesteps
+    try:
+        seeded, scaled = is_seeded(args.terrain), is_scaled(args.terrain)
+    except (ValueError, OSError):  # check_environment reports it
+        seeded = scaled = True
     table = [
+        (not seeded, "terrain_seed eval_terrain_seed", f"on --terrain {args.terrain}, which is not random"),
+        (not scaled, "terrain_amplitude", f"on --terrain {args.terrain}, whose height is not scaled"),
         (args.terrain == "flat", "terrain_seed terrain_amplitude eval_terrain_seed", "on --terrain flat"),
         (args.terrain == "flat" and not args.init_from, "privileged_critic", "on --terrain flat, which has no slopes"),
         (not args.cameras, "depth_scale freeze_encoder small_encoder encoder_path", "with --no-cameras"),
@@ -220,7 +284,7 @@ def validate_args(args: Any, world_size: int | None = None) -> None:
     """Exit with one line on the first invalid flag, before any work starts."""
     try:
         validate_types(asdict(args), type(args))
-        check_randomization(args.randomization, args.terrain)
+        check_environment(args)
     except (ValueError, OverflowError) as error:
         exit_with_error(error)
     world_size, size = world_size or args.num_processes, args.minibatch_size
@@ -232,7 +296,7 @@ def validate_args(args: Any, world_size: int | None = None) -> None:
         (args.learning_rate != -1 and args.learning_rate <= 0, f"--learning-rate is {args.learning_rate}: give -1 for "
          "the schedule, or a positive constant"),
         (getattr(args, "anneal_lr", False) and args.learning_rate < 0, "--anneal-lr needs a positive --learning-rate"),
-        (args.terrain != "flat" and args.terrain_seed == args.eval_terrain_seed,
+        (is_seeded(args.terrain) and args.terrain_seed == args.eval_terrain_seed,
          "--terrain-seed and --eval-terrain-seed are the same: evaluate on terrain not trained on"),
         (batch_size % size, f"--minibatch-size is {size}, which does not divide --num-envs * --num-steps = "
          f"{batch_size}: {max(d for d in divisors if d <= size)} does"),
@@ -246,7 +310,9 @@ def validate_args(args: Any, world_size: int | None = None) -> None:
     ):  # fmt: skip
         check_argument(not wrong, message)
     # Samples and a layer on all of them, environments, networks with gradients, moments and copies
-    sample = 4 * (150 + 3 * args.hidden_size) + 2**15 * (not args.freeze_encoder)
+    sample = 4 * (150 + 3 * args.hidden_size) + 8 * env_kwargs(args).get("camera_size", 64) ** 2 * (
+        not args.freeze_encoder
+    )
     network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
     memory = args.num_envs * (args.num_steps * sample + 2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
     memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9

@@ -22,6 +22,6 @@ def mask_infos(infos: dict, where: np.ndarray) -> dict:
             if isinstance(value, dict):
                 masked[key] = mask_infos(value, where)
             else:
-                masked[key] = np.where(where[:, None] if value.ndim > 1 else where, value, 0)
+                masked[key] = np.where(where[:, None] if value.ndim > 1 else where, value, np.zeros_like(value))
             masked[f"_{key}"] = where.copy()
     return masked

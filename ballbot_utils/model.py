@@ -38,14 +38,14 @@ def make_model(
     """The robot's MjModel on a terrain, by default the plane.
 
     `wheel_damping` is in N·m·s/rad. There is one height field for each of `height_scales`, factors on the terrain's
-    amplitude. The ground is the middle one of them.
+    heights. The ground is the middle one of them.
     """
     spec = load_spec()
     for i in range(3):
         spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
     if terrain is not None and not terrain.is_plane:
         for k, scale in enumerate(height_scales):
-            extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain.amplitude * scale, 0.1]
+            extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain.relief * scale, 0.1]
             spec.add_hfield(name=f"terrain_{k}", nrow=TERRAIN_NODES, ncol=TERRAIN_NODES,
                             size=extent, userdata=terrain.unit_heights.ravel())  # fmt: skip
         ground = spec.geom("ground")

@@ -15,7 +15,7 @@ import torch
 
 from ballbot_utils.checks import check_value, is_number
 from ballbot_utils.model import CAMERAS, MAX_TORQUE, TIMESTEP
-from ballbot_utils.terrain import TERRAINS
+from ballbot_utils.terrain import is_plane
 
 PUSH_STEPS = 10  # physics steps that a push lasts: 20 ms
 NUM_HEIGHT_SCALES = 5  # factors on the height of the hills from which `terrain_amplitude` samples
@@ -84,11 +84,11 @@ RANDOMIZATION = {
 
 
 def check_randomization(
-    randomization: Mapping[str, float] | None, terrain: str = "perlin", max_tilt: float = 20.0
+    randomization: Mapping[str, float] | None, terrain: Any = "perlin", max_tilt: float = 20.0
 ) -> dict[str, float]:
     """The strengths that are not 0, in the order of RANDOMIZATION. Raises ValueError, of one line, for invalid ones.
 
-    `terrain` is the kind of ground, `max_tilt` the tilt in degrees at which an episode ends.
+    `terrain` is the environment's argument, `max_tilt` the tilt in degrees at which an episode ends.
     """
     check_value(randomization is None or isinstance(randomization, Mapping), "randomization", randomization,
                    'a dict of names and strengths, such as {"push": 1.0}')  # fmt: skip
@@ -105,7 +105,7 @@ def check_randomization(
         raise ValueError("randomization has a push_interval and no push: give both, or push alone")
     if "push" not in on:
         on.pop("push_interval", None)
-    if "terrain_amplitude" in on and TERRAINS[terrain] is None:
+    if "terrain_amplitude" in on and is_plane(terrain):
         raise ValueError(
             f'randomization has a terrain_amplitude, which means nothing on terrain "{terrain}": leave it out'
         )

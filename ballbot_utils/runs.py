@@ -47,7 +47,16 @@ from ballbot_utils.console import (
     print_rank0,
 )
 from ballbot_utils.distributed import gather_objects, must_spawn
-from ballbot_utils.flags import NonNegative, Seed, config_json, ineffective_flags, validate_args, validator
+from ballbot_utils.flags import (
+    NonNegative,
+    Seed,
+    config_json,
+    env_kwargs,
+    ineffective_flags,
+    pin_files,
+    validate_args,
+    validator,
+)
 
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 # Flags that must be the same for a policy and for the run that starts from it
@@ -310,6 +319,7 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
     nothing. Exits with one line on invalid flags or files.
     """
     module, cls = sys.modules[type(args).__module__], type(args)
+    pin_files(args)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after it lost a rank
     if restarted and not args.resume:
         folder = Path("runs") / args.run_name
@@ -341,7 +351,9 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
     if args.init_from:
         policy, content = load_policy(Path(args.init_from), module=module)
         names = [name for name in NETWORK_FLAGS if name not in ineffective_flags(args)]
-        different = ", ".join(n for n in names if getattr(args, n, None) != getattr(policy.args, n, None))
+        different = [n for n in names if getattr(args, n, None) != getattr(policy.args, n, None)]
+        sizes = [env_kwargs(a).get("camera_size") for a in (args, policy.args)]
+        different = ", ".join(different + ["camera_size"] * (sizes[0] != sizes[1]))
         check_argument(not different, f"--init-from {args.init_from}: use the same {different} as in its training")
         if content.get("script", "") not in ("", describe_script(cls)["script"]) and not in_rank:
             print_rank0(f"warning: {content['script']} trained {args.init_from}: its networks must be the same as here")

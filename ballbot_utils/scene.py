@@ -39,11 +39,11 @@ def make_scene(places: np.ndarray, terrain: Terrain) -> mujoco.MjModel:
     rows, cols = heights.shape
     half = np.array([cols - 1, rows - 1]) * stride * CELL / 2
     middle = low * CELL - TERRAIN_EXTENT + half
-    spec.add_hfield(name="terrain", nrow=rows, ncol=cols, size=[*half, terrain.amplitude * span, 0.1],
+    spec.add_hfield(name="terrain", nrow=rows, ncol=cols, size=[*half, terrain.relief * span, 0.1],
                     userdata=((heights - bottom) / span).ravel())  # fmt: skip
     ground = spec.geom("ground")
     ground.type, ground.hfieldname = mujoco.mjtGeom.mjGEOM_HFIELD, "terrain"
-    ground.pos = [*middle, terrain.amplitude * bottom]
+    ground.pos = [*middle, terrain.relief * bottom]
 
     pixels = 2048
     spec.add_texture(name="relief", type=mujoco.mjtTexture.mjTEXTURE_2D, width=pixels, height=pixels, nchannel=3,
@@ -56,7 +56,7 @@ def make_scene(places: np.ndarray, terrain: Terrain) -> mujoco.MjModel:
 
     height = F.interpolate(torch.tensor(heights)[None, None], (pixels, pixels), mode="bilinear", align_corners=True)
     height = height[0, 0].numpy()
-    slope_y, slope_x = np.gradient(terrain.amplitude * height, 2 * half[1] / (pixels - 1), 2 * half[0] / (pixels - 1))
+    slope_y, slope_x = np.gradient(terrain.relief * height, 2 * half[1] / (pixels - 1), 2 * half[0] / (pixels - 1))
     sun = np.array([0.4, -0.5, 0.4])
     light = (sun[2] - sun[0] * slope_x - sun[1] * slope_y) / (sun[2] * np.sqrt(1 + slope_x**2 + slope_y**2))
     x, y = (m + h * np.linspace(-1, 1, pixels) for m, h in zip(middle, half))

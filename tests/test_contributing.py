@@ -31,14 +31,11 @@ CHANGES = {
         "import ppo_ballbot; assert ppo_ballbot.Agent(ppo_ballbot.Args(cameras=False)).num_proprio == 17",
     ),
     "a kind of terrain": (
-        [("ballbot_utils/terrain.py", "# Kind to a function from a seed",
-          "def ramp_terrain(seed):\n"
-          "    return np.tile(np.linspace(0, 1, TERRAIN_NODES, dtype=np.float32), (TERRAIN_NODES, 1))\n\n\n"
-          "# Kind to a function from a seed"),
-         ("ballbot_utils/terrain.py", '"flat": None}', '"flat": None, "ramp": ramp_terrain}')],
-        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, terrain="ramp", terrain_amplitude=4.0)\n' + STEP
-        + "assert (abs(envs.slopes()[:, 0] - 0.1) < 0.05).all()\n"
-        "import ppo_ballbot; assert 'ramp' in ppo_ballbot.Args.__annotations__['terrain'].__args__",
+        [("ballbot_utils/terrain.py", "# Kind to its function.",
+          "def plane_terrain(x, y, angle=5.0):\n    return np.tan(np.radians(angle)) * x\n\n\n# Kind to its function."),
+         ("ballbot_utils/terrain.py", '    "flat": None,', '    "plane": plane_terrain, "flat": None,')],
+        ENV + 'envs = gym.make_vec("Ballbot-v0", num_envs=2, terrain="plane:angle=6")\n' + STEP
+        + "assert (abs(envs.slopes()[:, 0] - 0.1) < 0.02).all()",
     ),
     "a camera": (
         [("assets/ballbot.xml", '<camera name="depth_0"', '<camera name="depth_2" pos="0 0.17 -0.06" fovy="90"/>\n'
@@ -122,7 +119,7 @@ def test_changes_train_together(copy):
         for file, text, replacement in CHANGES[change][0]:
             path = copy / file
             path.write_text(path.read_text().replace(text, replacement))
-    flags = "--preset small --terrain ramp --randomization armature 0.5 --test 0.5"
+    flags = "--preset small --terrain plane:angle=3 --randomization armature 0.5 --test 0.5"
     command = [sys.executable, *TRAIN.replace("--hidden-size 8", flags).split()]
     output = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr

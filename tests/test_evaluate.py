@@ -344,7 +344,7 @@ def test_table_and_json(checkpoint, tmp_path, capsys, monkeypatch):
     evaluate.main(flat)
     captured = capsys.readouterr()
     assert json.loads(captured.out)[0]["gap"] is None
-    assert "no gap, flat ground is the same everywhere" in captured.err
+    assert "no gap, it was trained on another kind of terrain, perlin" in captured.err
 
 
 def test_table_fits_the_width():
@@ -405,7 +405,9 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     args = {key: value for key, value in good["args"].items() if key not in ("cameras", "frame_skip")}
     assert "has no cameras, frame_skip in its args" in saved(**good | {"args": args})
     assert "--hidden-size is 16: give a valid integer" in saved(**good | {"args": good["args"] | {"hidden_size": "16"}})
-    assert "--terrain is moon: give 'perlin' or 'flat'" in saved(**good | {"args": good["args"] | {"terrain": "moon"}})
+    assert "trained on terrain that is not here: terrain is 'moon': give flat" in saved(
+        **good | {"args": good["args"] | {"terrain": "moon"}}
+    )
     assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
     assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"cameras": True}})
 
@@ -417,7 +419,8 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     ({"push": -1.0}, "--push is -1.0: give 0.0 or more"),
     ({"push_interval": 0.01}, "--push-interval is 0.01"),
     ({"obs_noise": float("nan")}, "--obs-noise is nan"),
-    ({"terrain": "moon"}, "--terrain is moon: give perlin or flat"),
+    ({"terrain": "moon"}, "terrain is 'moon': give flat, perlin, ramp"),
+    ({"terrain": "ramp", "terrain_seed": 3}, "--terrain-seed has no effect on --terrain ramp: leave it out"),
     ({"terrain": "flat", "terrain_seed": 3}, "--terrain-seed has no effect on --terrain flat"),
     ({"terrain_amplitude": 0.0}, "--terrain-amplitude is 0.0: give more than 0"),
     ({"seed": 2**64}, "--seed is 18446744073709551616: give 1,000,000,000,000,000,000 or less"),

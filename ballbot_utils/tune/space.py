@@ -28,7 +28,7 @@ SPACE = (
 SIZES = ("num_steps", "num_envs", "minibatch_size")  # only combinations that divide
 # Where a run lies, how long it is and how it is evaluated is the same in all trials.
 NOT_TUNED = ("exp_name run_name preset config resume seed total_timesteps terrain eval_terrain_seed wheel_damping "
-             "randomization eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
+             "randomization env_kwargs reward eval_interval eval_episodes final_eval_episodes").split()  # fmt: skip
 MAX_COMBINATIONS = 10_000  # above this, a combination may repeat
 
 Spec = tuple | list  # (low, high, log) or a list of choices
