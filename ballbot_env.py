@@ -117,7 +117,7 @@ class BallbotEnv(gym.Env):
     - Row 0 is the top of the image (towards +y of the base), column 0 its left (towards -x), for both cameras.
     - A pixel is the planar depth seen through its centre: the distance along the camera's optical axis, not along the
       pixel's ray. It is clipped to [0, 1] m. A pixel that hits nothing is 1.
-    - Of the robot itself only the ball is in view. It is always drawn where it is while the base rests on it.
+    - Of the robot itself only the ball is in view. It is always shown where it is while the base rests on it.
     - A new frame is taken every 6 steps (83.3 Hz, the nearest below the nominal 90 Hz), and held in between. Both
       cameras' frames are taken together, after the physics step, where `relative_image_timestamp` is then 0. With
       `frame_skip` the cameras keep this clock: a frame taken while an action is held has some age when it is observed.

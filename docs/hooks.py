@@ -7,8 +7,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "*.py", "assets/*", "benchmark/**",
-         "ballbot_utils/**", "tests/*.py")  # fmt: skip
+SHOWN = "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "assets", "benchmark"
 
 
 def on_files(files, config):

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "img"
 sys.path.insert(0, str(ROOT))
-matplotlib.rcParams["svg.hashsalt"] = ""  # the same file each time
 
 import ppo_ballbot
 
@@ -22,7 +21,7 @@ BLUE, RED, GREY = "#2a6fbb", "#c0392b", "#e8ecf1"
 
 
 def save(figure, name):
-    figure.savefig(IMAGES / name, dpi=100, facecolor="white", metadata={"Date": None} if name.endswith("svg") else {})
+    figure.savefig(IMAGES / name, dpi=100, facecolor="white")
 
 
 def cameras():
@@ -60,7 +59,7 @@ def frame_skip():
         lower.set(xlabel="time (ms)")
     axes[0, 0].set_ylabel("action of a motor")
     axes[1, 0].set_ylabel("its torque's effect\n(N·m·s; black: std)")
-    save(figure, "frame_skip.svg")
+    save(figure, "frame_skip.png")
 
 
 def network():
@@ -96,7 +95,7 @@ def network():
                   (2.05, 0.6, 5.35, 0.8)):  # fmt: skip
         arrow(*start)
     axis.text(4.62, 3.08, f"{agent.num_depth} features", fontsize=8)
-    save(figure, "network.svg")
+    save(figure, "network.png")
 
 
 def rollout():
@@ -128,7 +127,7 @@ def rollout():
         if i == 0:
             axis.legend(fontsize=8, loc="center right")
     figure.axes[0].set_ylabel("value (discounted return)")
-    save(figure, "rollout.svg")
+    save(figure, "rollout.png")
 
 
 if __name__ == "__main__":
