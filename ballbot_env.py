@@ -151,25 +151,26 @@ class BallbotEnv(gym.Env):
     `x.sum(1)` instead of NumPy's functions, and the term also works on BallbotWarp-v0, whose arrays are tensors.
 
     ## Terrain
-    `terrain` is a kind, or a kind and arguments of it: `"ramp"`, `"ramp:angle=15,length=3"`. Lengths, heights and depths
-    are in m, angles in degrees. The ground's lowest point is at z = 0. Robots drive along +y, which "across" is to.
+    `terrain` is a kind, or a kind and arguments of it: `"ramp"`, `"ramp:angle=15,length=3"`. Lengths, heights
+    and depths are in m, angles in degrees. The ground's lowest point is at z = 0. Robots drive along +y, across steps,
+    waves and ridges.
 
-    | Kind       | Arguments and defaults                               | Seeded | What it is                                  |
-    | ---------- | ---------------------------------------------------- | ------ | ------------------------------------------- |
-    | `flat`     |                                                      | no     | a plane                                     |
-    | `perlin`   |                                                      | yes    | hills of gradient noise, up to `terrain_amplitude` |
-    | `ramp`     | `angle=10`, `length=2`, `landing=2`                  | no     | up and down by turns, with landings         |
-    | `steps`    | `height=0.01`, `depth=1`                             | no     | single steps across, up and down by turns   |
-    | `stairs`   | `height=0.01`, `depth=0.4`, `count=5`, `landing=2`   | no     | flights of steps, up and down by turns      |
-    | `waves`    | `height=0.1`, `length=3`                             | no     | sine waves across, trough to crest          |
-    | `ridges`   | `height=0.05`, `angle=10`, `spacing=2`               | no     | sharp ridges across with flanks of `angle`  |
-    | `hills`    | `height=0.2`, `width=4`, `spacing=5`                 | yes    | round hills at random places                |
-    | `bowl`     | `depth=0.2`, `width=6`, `spacing=8`                  | no     | parabolic bowls in a grid                   |
-    | `spiral`   | `height=0.1`, `spacing=3`                            | no     | a round ridge that winds out of the middle  |
-    | `rough`    | `height=0.02`, `size=0.2`                            | yes    | random heights of points `size` apart       |
-    | `potholes` | `depth=0.02`, `width=0.4`, `spacing=1`               | yes    | round holes at random places                |
-    | `blocks`   | `height=0.01`, `size=0.6`                            | yes    | square blocks at random levels              |
-    | `mixed`    | `patch=6`                                            | yes    | patches of the other kinds, see `info`      |
+    | Kind       | Arguments and defaults                             | Seeded | What it is                            |
+    | ---------- | -------------------------------------------------- | ------ | ------------------------------------- |
+    | `flat`     |                                                    | no     | a plane                               |
+    | `perlin`   |                                                    | yes    | hills up to `terrain_amplitude`       |
+    | `ramp`     | `angle=10`, `length=2`, `landing=2`                | no     | up and down by turns, with landings   |
+    | `steps`    | `height=0.01`, `depth=1`                           | no     | single steps, up and down by turns    |
+    | `stairs`   | `height=0.01`, `depth=0.4`, `count=5`, `landing=2` | no     | flights, up and down by turns         |
+    | `waves`    | `height=0.1`, `length=3`                           | no     | sine waves across, trough to crest    |
+    | `ridges`   | `height=0.05`, `angle=10`, `spacing=2`             | no     | sharp ridges, flanks of `angle`       |
+    | `hills`    | `height=0.2`, `width=4`, `spacing=5`               | yes    | round hills at random places          |
+    | `bowl`     | `depth=0.2`, `width=6`, `spacing=8`                | no     | parabolic bowls in a grid             |
+    | `spiral`   | `height=0.1`, `spacing=3`                          | no     | a ridge that winds out of the middle  |
+    | `rough`    | `height=0.02`, `size=0.2`                          | yes    | random heights of points `size` apart |
+    | `potholes` | `depth=0.02`, `width=0.4`, `spacing=1`             | yes    | round holes at random places          |
+    | `blocks`   | `height=0.01`, `size=0.6`                          | yes    | square blocks at random levels        |
+    | `mixed`    | `patch=6`                                          | yes    | patches of other kinds, see `info`    |
 
     A classic controller drives all defaults at 0.4 m/s. It manages slopes up to 20° and steps up to 1.5 cm;
     docs/terrain.md derives the limits and has a picture of each kind (`python -m ballbot_utils.gallery terrain.png`).
@@ -184,8 +185,8 @@ class BallbotEnv(gym.Env):
     ## Starting State
     The robot stands upright, still, facing +y. Its x and y are uniform in [-10, 10] m, around the middle of the
     terrain; on kinds other than `flat` and `perlin` only where no slope within 13 cm is above 0.15, or where the
-    gentlest tenth of the ground is, if that is steeper. Nothing else is random. The ball's centre starts 0.12 m and the base's origin 0.24 m above the highest
-    point of the terrain under the ball: the robot first drops by about 3 cm.
+    gentlest tenth of the ground is, if that is steeper. Nothing else is random. The ball's centre starts 0.12 m and the
+    base's origin 0.24 m above the highest point of the terrain under the ball: the robot first drops by about 3 cm.
 
     `reset(seed=...)` fixes all starts that follow. It does not change the terrain, which `terrain_seed` does.
     `reset(options={...})` changes one start:

@@ -201,9 +201,7 @@ def env_kwargs(args: Any) -> dict[str, Any]:
             raise ValueError(f"--env-kwargs cannot set {name}: {flag}")
         if name not in ARGUMENTS:
             free = [key for key in ARGUMENTS if key not in SET_BY_SCRIPT and (key == "goal" or not hasattr(args, key))]
-            raise ValueError(
-                f"--env-kwargs has {name!r}, which is no argument of the environment: {', '.join(free)} are"
-            )
+            raise ValueError(f"--env-kwargs has {name!r}, which the environment lacks: it has {', '.join(free)}")
         given[name] = value
     try:
         check_arguments(given)
@@ -213,7 +211,7 @@ def env_kwargs(args: Any) -> dict[str, Any]:
 
 
 def pin_files(args: Any) -> None:
-    """Add the SHA-256 of the files that --terrain and --reward name; exits with one line if one is missing or changed."""
+    """Add the SHA-256 of the files that --terrain and --reward name, or exit with one line if one is not as it was."""
     try:
         args.terrain = pin(args.terrain)
         if getattr(args, "reward", ""):
@@ -310,9 +308,8 @@ def validate_args(args: Any, world_size: int | None = None) -> None:
     ):  # fmt: skip
         check_argument(not wrong, message)
     # Samples and a layer on all of them, environments, networks with gradients, moments and copies
-    sample = 4 * (150 + 3 * args.hidden_size) + 8 * env_kwargs(args).get("camera_size", 64) ** 2 * (
-        not args.freeze_encoder
-    )
+    images = 8 * env_kwargs(args).get("camera_size", 64) ** 2
+    sample = 4 * (150 + 3 * args.hidden_size) + images * (not args.freeze_encoder)
     network = 24 * args.hidden_size * (120 + args.hidden_size * (args.pi_layers + args.vf_layers))
     memory = args.num_envs * (args.num_steps * sample + 2**16 + 2**11 * args.frame_skip) + world_size * (network + 3e8)
     memory *= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) / world_size / 1e9

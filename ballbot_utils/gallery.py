@@ -1,8 +1,8 @@
 """Draw kinds of terrain: `python -m ballbot_utils.gallery terrain.png`.
 
-Each map shows 12 by 12 m around the middle, with +y at the top, and below it the heights along its dashed line. The title
-has the kind and its arguments, the height from lowest to highest, and slopes: the median, and those that 90 % and all
-of the terrain stay below. `--terrains ramp:angle=15 my_terrain.py:canyon` draws others.
+Each map shows 12 by 12 m around the middle, with +y at the top, and below it the heights along its dashed line. Its
+title has the kind and its arguments, the height from lowest to highest, and slopes: the median, and those that 90 %
+and all of the terrain stay below. `--terrains ramp:angle=15 my_terrain.py:canyon` draws others.
 """
 
 import inspect
@@ -62,8 +62,9 @@ def draw(terrains: list[Terrain], titles: list[str], path: Path) -> None:
         slopes = np.degrees(np.arctan(np.percentile(cell_slopes(heights), (50, 90, 100))))
         heights = heights[low : high + 1, low : high + 1]
         image, profile = (figure.add_subplot(grid[2 * (k // COLUMNS) + i, k % COLUMNS]) for i in (0, 1))
+        low_color, high_color = np.array([-0.4, 1.4]) * np.ptp(heights) + [-0.001, 0.002]
         colors = LightSource(315, 40).shade(heights, pyplot.cm.terrain, blend_mode="soft", vert_exag=2, dx=CELL,
-                                            dy=-CELL, vmin=-0.4 * np.ptp(heights) - 0.001, vmax=1.4 * np.ptp(heights) + 0.002)  # fmt: skip
+                                            dy=-CELL, vmin=low_color, vmax=high_color)  # fmt: skip
         image.imshow(colors, origin="lower", extent=(-HALF, HALF, -HALF, HALF))
         title = textwrap.fill(title.replace(",", ", ").replace(":", ": "), 42)
         image.set_title(f"{title}\n{terrain.relief:.2f} m; slopes {slopes[0]:.0f}°, "

@@ -270,7 +270,7 @@ BOUNDS = {"angle": (0.1, 60), "height": (1e-4, 10), "depth": (1e-4, 10), "count"
 
 
 def check_bounds(terrain: str, name: str, value: float) -> None:
-    """Raise ValueError if an argument of a kind is out of its bounds. Other lengths are from two cells to the extent."""
+    """Raise ValueError if an argument of a kind is out of BOUNDS, or another length not from two cells to 40 m."""
     low, high = BOUNDS.get(name, (2 * CELL, 2 * TERRAIN_EXTENT))
     own = terrain.partition(":")[0] in TERRAINS
     check_value(not own or low <= value <= high, f"terrain {terrain}: {name}", value, f"{low:.3g} to {high:g}")
@@ -283,9 +283,8 @@ def is_plane(terrain: Any) -> bool:
 
 def is_seeded(terrain: Any) -> bool:
     """Whether a valid terrain's name stands for one that `terrain_seed` changes."""
-    return not is_plane(terrain) and bool(
-        {"rng", "seed"} & inspect.signature(find_function(terrain)[0]).parameters.keys()
-    )
+    names = inspect.signature(find_function(terrain)[0]).parameters
+    return "rng" in names or "seed" in names
 
 
 def is_scaled(terrain: Any) -> bool:

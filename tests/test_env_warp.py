@@ -9,6 +9,7 @@ import torch
 
 import ballbot_env  # noqa: F401, registers the environments
 from ballbot_utils.model import BALL_START
+from ballbot_utils.terrain import CELL, START_SLOPE, cell_slopes
 
 pytestmark = pytest.mark.slow  # Warp compiles its kernels for half a minute
 STARTS = dict(position=(1.0, -2.0), heading=0.3, tilt=(0.05, -0.02), velocity=(0.1, 0.2))
@@ -258,3 +259,25 @@ def test_invalid_arguments_are_one_line(kwargs, message):
     warp = make(1, terrain="flat")
     with pytest.raises(gym.error.ResetNeeded):
         warp.step(torch.zeros(1, 3))
+
+
+def test_starts_frames_and_reward_terms_on_terrain_with_edges():
+    def term(envs, actions):
+        return abs(actions * envs.robots.wheel_speeds).sum(1)
+
+    warp, cpu = make_both(16, terrain="stairs:height=0.02", cameras=True, camera_size=32, reward=term)
+    warp.reset(seed=0)
+    starts = warp.robots.position[:, :2].numpy()
+    slopes = cell_slopes(cpu.terrain.heights)
+    for x, y in starts:
+        row, col = (round((c + 20) / CELL) for c in (y, x))
+        assert slopes[row - 4 : row + 4, col - 4 : col + 4].max() <= START_SLOPE + 1e-6
+    assert len({*starts[:, 1]}) > 8
+    for envs in (warp, cpu):
+        envs.reset(options=dict(position=starts))
+    for _ in range(20):
+        action = np.full((16, 3), 0.1, np.float32)
+        (obs, *_, infos), (expected, *_, expected_infos) = warp.step(torch.tensor(action)), cpu.step(action)
+        np.testing.assert_allclose(infos["reward_term"], expected_infos["reward_term"], rtol=1e-3, atol=1e-4)
+    error = abs(obs["depth_0"].numpy() - expected["depth_0"])
+    assert np.median(error) < 1e-3 and np.mean(error < 0.01) > 0.98
