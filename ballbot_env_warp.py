@@ -54,6 +54,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
       environments: the same distributions, other numbers. The same seed gives the same bits on the same device, as far
       as Warp's atomic additions do: on the CPU always, on a GPU not always.
     - Physics is float32, and Warp keeps at most four contacts between ball and height field.
+    - `info` does not name the kind of terrain under the robot.
     - `num_threads`, `render_mode`, `copy` and `autoreset_mode` do not exist. `contacts` and `constraints` are the room
       for them per robot. If it is exceeded, a later step raises a RuntimeError.
     """

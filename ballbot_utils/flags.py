@@ -211,7 +211,7 @@ def env_kwargs(args: Any) -> dict[str, Any]:
 
 
 def pin_files(args: Any) -> None:
-    """Add the SHA-256 of the files that --terrain and --reward name, or exit with one line if one is not as it was."""
+    """Add the SHA-256 of the files that --terrain and --reward name, or exit with one line if a file has changed."""
     try:
         args.terrain = pin(args.terrain)
         if getattr(args, "reward", ""):

@@ -35,7 +35,7 @@ def make_scene(places: np.ndarray, terrain: Terrain) -> mujoco.MjModel:
     stride = 2  # every other node is enough to see
     low, high = (np.clip((c + TERRAIN_EXTENT) / CELL, 0, TERRAIN_NODES - 1).astype(int) for c in (low, high))
     heights = terrain.unit_heights[low[1] : high[1] + 1 : stride, low[0] : high[0] + 1 : stride]
-    bottom, span = heights.min(), np.ptp(heights)
+    bottom, span = heights.min(), max(np.ptp(heights), 1e-6)  # it may be level here
     rows, cols = heights.shape
     half = np.array([cols - 1, rows - 1]) * stride * CELL / 2
     middle = low * CELL - TERRAIN_EXTENT + half

@@ -272,8 +272,9 @@ BOUNDS = {"angle": (0.1, 60), "height": (1e-4, 10), "depth": (1e-4, 10), "count"
 def check_bounds(terrain: str, name: str, value: float) -> None:
     """Raise ValueError if an argument of a kind is out of BOUNDS, or another length not from two cells to 40 m."""
     low, high = BOUNDS.get(name, (2 * CELL, 2 * TERRAIN_EXTENT))
-    own = terrain.partition(":")[0] in TERRAINS
-    check_value(not own or low <= value <= high, f"terrain {terrain}: {name}", value, f"{low:.3g} to {high:g}")
+    own, whole = terrain.partition(":")[0] in TERRAINS, " as a whole number" if name == "count" else ""
+    valid = low <= value <= high and (not whole or value == int(value))
+    check_value(not own or valid, f"terrain {terrain}: {name}", value, f"{low:.3g} to {high:g}{whole}")
 
 
 def is_plane(terrain: Any) -> bool:
@@ -414,7 +415,7 @@ class Terrain:
     def find_starts(self, low: tuple[float, float], high: tuple[float, float]) -> np.ndarray | None:
         """Nodes (n, 2), m, between the corners `low` and `high`, m, where a robot can start; None if it can anywhere.
 
-        Within START_REACH cells no slope is above START_SLOPE, or above that of the gentlest tenth of all nodes there.
+        Within START_REACH cells no slope is above START_SLOPE, or this is one of the gentlest tenth of all nodes there.
         On a plane and on Perlin hills robots start anywhere.
         """
         if not self.has_edges:

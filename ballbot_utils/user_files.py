@@ -55,7 +55,7 @@ def pin(spec: str) -> str:
 
 @functools.lru_cache
 def load_function(path: Path, sha: str, name: str) -> Callable:
-    """The function `name` of a Python file with this SHA-256. Raises ValueError if there is none."""
+    """The function `name` of a Python file with this SHA-256. Raises ValueError if it has no such function."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_{sha}", path)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -342,6 +342,7 @@ def test_a_changed_file_is_noticed(tmp_path, monkeypatch):
     ("ramp:angel=3", "has no argument 'angel': there are angle, length, landing"),
     ("ramp:angle=steep", "give angle=NUMBER"),
     ("ramp:angle=90", "angle is 90.0: give 0.1 to 60"),
+    ("stairs:count=2.5", "count is 2.5: give 1 to 100 as a whole number"),
     ("rough:size=0.01", "size is 0.01: give 0.0685 to 40"),
     ("hills:width=6", "width is 6.0: give at most the spacing, 5 m"),
     ("perlin:x=3", "there are none"),
