@@ -90,7 +90,7 @@ class Args:
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
     # The task
-    terrain: str = "perlin"  # ground: a kind, such as ramp or ramp:angle=15, or a file: docs/terrain.md
+    terrain: str = "perlin"  # ground: a kind, such as ramp or ramp:angle=15, or a file; docs/terrain.md lists them
     terrain_seed: Seed = 0  # the training terrain
     terrain_amplitude: Positive = 0.1  # height of the training terrain's Perlin hills, m; evaluations use 0.1
     # domain randomization in training; names and strengths, such as push 1.0 mass 0.1
@@ -100,7 +100,7 @@ class Args:
     wheel_damping: NonNegative = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 limits returns to 98.5
     goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a changing velocity that is observed
     env_kwargs: tuple[str, ...] = ()  # other arguments of the environment, such as max_tilt=25 camera_size=32
-    reward: str = ""  # a term added to the reward: my_terms.py:energy, see the docstring of BallbotEnv
+    reward: str = ""  # a term added to the reward, my_terms.py:energy; the docstring of BallbotEnv says how
     # physics steps of 2 ms per action; at 1 the action noise averages out and the robot does not learn to drive. All
     # step counts are physics steps, except --num-steps (actions)
     frame_skip: Few = 4
@@ -135,7 +135,7 @@ class Args:
     depth_scale: LogScale = 1.0  # factor on depth features; below 1 the policy uses proprioception first
     init_log_std: LogScale = 0.0  # initial logarithm of the actions' standard deviation
     freeze_encoder: bool = True  # keep the pretrained depth encoder; otherwise train one from scratch
-    small_encoder: bool = True  # small network with the features of the paper's encoder, 16 times faster
+    small_encoder: bool = True  # features of the paper's encoder from a small network; 16 times faster
     encoder_path: str = ""  # pretrained depth encoder; relative to this file; empty: the one in assets/
 
     # Evaluation

@@ -156,7 +156,9 @@ def format_help(args: Any) -> str:
         lines += ["", f"{section}:"]
         for name, comment in flags.items():
             value, flag, choices = getattr(args, name), name.replace("_", "-"), get_args(types[name])
-            if isinstance(value, bool):
+            if isinstance(value, tuple):
+                usage, shown = f"--{flag} NAME=VALUE ...", " ".join(value)
+            elif isinstance(value, bool):
                 usage, shown = f"--[no-]{flag}", "on" if value else "off"
             elif isinstance(value, dict):
                 usage, shown = f"--{flag} NAME VALUE ...", " ".join(f"{key} {x:g}" for key, x in value.items())

@@ -93,7 +93,7 @@ def test_program_prints_the_table(tmp_path):
     "flags, message",
     [(["--speed", "nan"], "--speed is nan"), (["--goal", "command", "--speed", "0.4"], "--speed has no effect"),
      (["--episodes", "0"], "--episodes is 0"),
-     (["--terrain", "moon"], "--terrain is moon"), (["--push", "-1"], "--push is -1"),
+     (["--terrain", "moon"], "terrain is 'moon'"), (["--push", "-1"], "--push is -1"),
      (["--terrain", "flat", "--terrain-seed", "3"], "--terrain-seed has no effect on --terrain flat")],
 )  # fmt: skip
 def test_bad_flags_end_in_one_line(flags, message, tmp_path):

@@ -66,7 +66,7 @@ def assert_same_end(run, other):
     """Bit for bit the same policies, optimizer, environments and generators, and the same curves."""
     for file in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(folder / file) for folder in (run, other))
-        for name in ("elapsed", "startup", "training"):  # seconds by the clock
+        for name in ("elapsed", "startup", "training", "parts"):  # seconds by the clock
             a.pop(name, None), b.pop(name, None)
         assert_equal(a, b)
     a, b = ([entry | {"seconds": 0} for entry in runs.read_metrics(folder)] for folder in (run, other))
