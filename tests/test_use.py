@@ -243,7 +243,7 @@ def test_an_output_in_ascii():
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "100"})  # fmt: skip
     text = done.stdout.decode("ascii")
     assert done.returncode == 0, done.stderr.decode()
-    assert text.count("usage: ") == 12 and "effort (mean ||action||\\xb2)" in text
+    assert text.count("usage: ") == 14 and "effort (mean ||action||\\xb2)" in text
 
 
 def test_a_dumb_terminal(monkeypatch):
