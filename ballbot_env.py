@@ -38,7 +38,7 @@ from ballbot_utils.commands import Commands
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
 from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
-from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations
+from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations, make_space
 from ballbot_utils.physics import Robots
 from ballbot_utils.randomization import Randomization, check_randomization, height_scales
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
@@ -540,9 +540,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         present = {"", "cameras" * cameras, "command" * (goal == "command")}
         table = make_observations(camera_size, self.frame_interval)
         self._observations = {name: row for name, row in table.items() if row.needs in present}
-        boxes = {name: spaces.Box(np.full(row.shape, row.low, np.float32), np.full(row.shape, row.high, np.float32))
-                 for name, row in self._observations.items()}  # fmt: skip
-        self.single_observation_space = spaces.Dict(boxes)
+        self.single_observation_space = make_space(self._observations)
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

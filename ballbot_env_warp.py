@@ -32,7 +32,7 @@ from ballbot_utils.commands import COMMAND_STEPS, MAX_COMMAND, STANDING_FRACTION
 from ballbot_utils.depth import MAX_DEPTH, STEEPEST_BLOCK, DepthRenderer, steepest_blocks
 from ballbot_utils.geometry import heading_then_tilt, rotation_matrix
 from ballbot_utils.model import BALL_RADIUS, BALL_START, BASE_START, CAMERAS, MAX_TORQUE, TIMESTEP, make_model
-from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations
+from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations, make_space
 from ballbot_utils.physics import state_columns
 from ballbot_utils.randomization import NUM_HEIGHT_SCALES, PUSH_STEPS, RANDOMIZATION, check_randomization, height_scales
 from ballbot_utils.terrain import CELL, TERRAIN_EXTENT, Terrain
@@ -98,9 +98,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         present = {"", "cameras" * cameras, "command" * (goal == "command")}
         table = make_observations(camera_size, self.frame_interval)
         self._observations = {name: row for name, row in table.items() if row.needs in present}
-        boxes = {name: spaces.Box(np.full(row.shape, row.low, np.float32), np.full(row.shape, row.high, np.float32))
-                 for name, row in self._observations.items()}  # fmt: skip
-        self.single_observation_space = spaces.Dict(boxes)
+        self.single_observation_space = make_space(self._observations)
         self.single_action_space = spaces.Box(-1, 1, (3,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -110,9 +108,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         scales = height_scales(strength) if strength else (1.0,)
         self.model = make_model(self.terrain, wheel_damping, scales)
         with self._scope():
-            self.robots = WarpRobots(
-                self.model, num_envs, frame_skip, self.randomization, contacts, constraints, device
-            )
+            self.robots = WarpRobots(self.model, num_envs, frame_skip, self.randomization, contacts, constraints)
             self._ground = Ground(self.terrain, device)
             starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
             self._starts = None if starts is None else torch.tensor(starts, dtype=torch.float32, device=device)
@@ -353,11 +349,12 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             state["noise"].copy_(self._sample_noise())
         final_obs = {name: value.clone() for name, value in self._get_obs().items()}
         self.final_slopes = self.slopes()
-        done = terminated.any(1) | truncated.any(1)
+        terminations, truncations = terminated.any(1), truncated.any(1)
+        done = terminations | truncations
         infos = {"episode": {"r": state["returns"].clone(), "l": state["steps"].clone()}, "_episode": done}
         self._reset(done, {})
         infos |= {"final_obs": final_obs, "_final_obs": done, "final_info": final_info} | self._get_info() | terms
-        return self._get_obs(), rewards, terminated.any(1), truncated.any(1), infos
+        return self._get_obs(), rewards, terminations, truncations, infos
 
     def _reset(self, mask, options):
         """New episodes where `mask` (num_envs,), and their first frames."""
@@ -529,7 +526,6 @@ class WarpRobots:
         randomization: Mapping[str, float],
         contacts: int,
         constraints: int,
-        device: str | torch.device,
     ) -> None:
         parameters = [(name, *field) for name in randomization for field in RANDOMIZATION[name].fields(model)]
         batched = {field for _, field, _ in parameters}
@@ -679,7 +675,7 @@ class WarpDepthRenderer:
         self._offsets = wp.array(cpu.offsets.astype(np.float32), dtype=wp.vec3)
         self._axes = wp.array(cpu.axes.astype(np.float32), dtype=wp.mat33)
         self._self_depth = wp.array(cpu.self_depth.numpy(), dtype=float)
-        self._size, self._out = size, wp.from_torch(self.frames)
+        self._out = wp.from_torch(self.frames)
 
     def render(self, mask: torch.Tensor, poses: torch.Tensor, scale: torch.Tensor, noise: tuple | None) -> None:
         """New `frames`, m, float32 (n, cameras, size, size), where `mask` (n,), of bases at `poses` (n, 7).

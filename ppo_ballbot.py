@@ -155,6 +155,7 @@ class DepthEncoder(nn.Module):
     """Depth frames (n, 1, size, size) in m to features (n, 20) in [-1, 1] (arXiv 2505.18417, table I)."""
 
     num_features = 20
+    pretrained = "depth_encoder.pt"  # its weights, in assets/
 
     def __init__(self, size=64):
         super().__init__()
@@ -174,6 +175,8 @@ class DepthEncoder(nn.Module):
 
 class SmallDepthEncoder(DepthEncoder):
     """What DepthEncoder computes, learned from it (Hinton et al., arXiv 1503.02531), from means of 4 x 4 pixels."""
+
+    pretrained = "depth_encoder_small.pt"
 
     def __init__(self, size=64):
         nn.Module.__init__(self)

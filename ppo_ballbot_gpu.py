@@ -187,9 +187,7 @@ class Learner:
         state = {
             key: [x.clone() if torch.is_tensor(x) else x for x in s.values()] for key, s in self.optimizer.state.items()
         }
-        self.batch = {key: torch.empty_like(value) for key, value in batch.items()}
-        for key, value in batch.items():
-            self.batch[key].copy_(value)
+        self.batch = {key: value.clone() for key, value in batch.items()}
         self.samples = torch.arange(self.args.minibatch_size // world_size(), device=self.agent.log_std.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -145,8 +145,7 @@ def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]
 
     Without a path they come from the file in assets/ for the encoder of `agent`.
     """
-    default = ASSETS / f"depth_encoder{'_small' * (type(agent.encoder).__name__ == 'SmallDepthEncoder')}.pt"
-    path = ASSETS.parent / encoder_path if encoder_path else default
+    path = ASSETS.parent / encoder_path if encoder_path else ASSETS / agent.encoder.pretrained
     try:
         weights = read_checkpoint(path)["encoder"]
         agent.encoder.load_state_dict(weights)  # checks names and shapes

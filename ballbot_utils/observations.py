@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from ballbot_utils.commands import COMMAND_LIMIT
 from ballbot_utils.depth import MAX_DEPTH
@@ -40,6 +41,14 @@ def make_observations(camera_size: int = 64, frame_interval: int = 6) -> dict[st
         "relative_image_timestamp": Observation((1,), 0, oldest, "s", lambda envs: envs.frame_ages(), needs="cameras"),
         "command": Observation((2,), -COMMAND_LIMIT, COMMAND_LIMIT, "m/s", lambda envs: envs.commands, needs="command"),
     }  # fmt: skip
+
+
+def make_space(rows: Mapping[str, Observation]) -> spaces.Dict:
+    """The space of these rows, of one environment."""
+    return spaces.Dict({
+        name: spaces.Box(np.full(row.shape, row.low, np.float32), np.full(row.shape, row.high, np.float32))
+        for name, row in rows.items()
+    })  # fmt: skip
 
 
 def read_orientation(envs: Any) -> np.ndarray | torch.Tensor:
