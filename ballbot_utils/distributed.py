@@ -6,7 +6,9 @@ They are started by `spawn_ranks` on one machine, or by torchrun on many. One pr
 import functools
 import logging
 import os
+import platform
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
@@ -27,9 +29,45 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+class SharedMemory:
+    """Memory that the ranks of one machine share, for means of tensors.
+
+    A mean takes 0.2 ms. Gloo sends tensors through sockets by threads of its own; a rank often waits 4 ms for these.
+    Odd and even rounds have separate buffers: no rank writes to one that another still reads.
+    """
+
+    SIZE = 2**20  # numbers that a tensor may have
+
+    def __init__(self) -> None:
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            path = gather_objects(file.name)[0]
+            memory = torch.from_file(path, shared=True, size=world_size() * (16 + 2 * self.SIZE))
+            counts, buffers = memory.split([world_size() * 16, world_size() * 2 * self.SIZE])
+            self.counts = counts.view(torch.int64)[::8].numpy()  # of the rounds that each rank has written
+            self.buffers = buffers.view(2, world_size(), self.SIZE)
+            gather_objects(None)  # all ranks have opened the file: its name can go
+
+    def mean(self, tensor: torch.Tensor) -> None:
+        """Replace a float32 tensor by its mean over all ranks."""
+        round = self.counts[rank()] + 1
+        parts = self.buffers[round % 2, :, : tensor.numel()]
+        parts[rank()] = tensor.flatten()
+        self.counts[rank()] = round
+        while (self.counts < round).any():
+            os.sched_yield()
+        tensor.copy_(parts.mean(0).view_as(tensor))
+
+
+shared_memory: SharedMemory | None = None  # set by `init_distributed` where all ranks are on one machine
+
+
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all ranks, in place."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return tensor
+    if shared_memory is not None and tensor.numel() <= SharedMemory.SIZE:
+        shared_memory.mean(tensor)
+    else:
         work = dist.all_reduce(tensor, async_op=True)
         while not (tensor.is_cuda or work.is_completed()):  # faster than sleep and wake-up of a CPU
             os.sched_yield()
@@ -69,6 +107,11 @@ def init_distributed(num_processes: int, cuda: bool) -> None:
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=num_processes)
+        # Other processors than x86 may reorder what a rank writes
+        global shared_memory
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(num_processes)
+        shareable = one_machine and platform.machine() == "x86_64" and os.path.isdir("/dev/shm") and not cuda
+        shared_memory = SharedMemory() if shareable else None
 
 
 def must_spawn(args: Any) -> bool:

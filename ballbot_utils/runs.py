@@ -46,7 +46,7 @@ from ballbot_utils.console import (
     one_line_errors,
     print_rank0,
 )
-from ballbot_utils.distributed import gather_objects, must_spawn
+from ballbot_utils.distributed import all_reduce_mean, gather_objects, must_spawn
 from ballbot_utils.flags import (
     NonNegative,
     Seed,
@@ -257,9 +257,9 @@ class Run:
         self.last_evaluation = max(step, self.last_evaluation)
 
     def save_is_due(self) -> bool:
-        """Whether `--save-interval` seconds have passed, by the clock of rank 0."""
+        """Whether `--save-interval` seconds have passed, by the clock of any rank."""
         now = time.perf_counter()
-        due = gather_objects(now > self.last_save + self.args.save_interval)[0]
+        due = all_reduce_mean(torch.tensor(float(now > self.last_save + self.args.save_interval))).item() > 0
         self.last_save = now if due else self.last_save
         return due
 

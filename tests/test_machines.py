@@ -56,6 +56,37 @@ def test_a_rank_ends_with_its_code_and_all_output(launcher, end, code, tmp_path)
     assert output.stderr == "" or code  # torchrun adds lines of its own to failures
 
 
+MEANS = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from ballbot_utils import distributed
+distributed.init_distributed(2, cuda=False)
+memory, rank = distributed.shared_memory, distributed.rank()
+torch.manual_seed(rank)
+for number in range(300):  # ranks of different speeds
+    tensor = torch.randn(7, 1 + number)
+    shared, expected = tensor.clone(), tensor.clone()
+    distributed.all_reduce_mean(shared)
+    if number % 7 == 3 * rank:
+        torch.randn(1000, 1000).sum()
+    distributed.shared_memory = None
+    distributed.all_reduce_mean(expected)
+    distributed.shared_memory = memory
+    assert torch.equal(shared, expected) and not torch.equal(shared, tensor), number
+print("shared" if memory else "not shared")
+"""
+
+
+def test_means_in_shared_memory_are_those_of_gloo(tmp_path):
+    (tmp_path / "program.py").write_text(MEANS.format(folder=str(SCRIPT.parent)))
+    files = set(os.listdir("/dev/shm"))
+    output = subprocess.run([sys.executable, *TORCHRUN, "program.py"], cwd=tmp_path, capture_output=True, text=True,
+                            env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=120)  # fmt: skip
+    assert output.stdout.splitlines() == ["shared"] * 2, output.stderr
+    assert set(os.listdir("/dev/shm")) == files
+
+
 def ip(arguments):
     subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
 
