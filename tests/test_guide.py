@@ -1,0 +1,60 @@
+"""The benchmark of the guide: raw data of runs, and the tables and figures made from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmark import guide, records
+from benchmark.records import Experiment
+
+SCRIPT = Path(__file__).resolve().parents[1] / "ppo_ballbot.py"
+FLAGS = ("--no-cameras --num-envs 2 --num-steps 64 --minibatch-size 64 --total-timesteps 2048 --eval-interval 1024 "
+         "--eval-episodes 2 --final-eval-episodes 2 --hidden-size 8")  # fmt: skip
+
+
+def make_line(name, value, seed, returns):
+    evaluations = [[500_000 * k, 60.0 * k, x, 4000.0, 0.0] for k, x in enumerate(returns, 1)]
+    curves = {"losses/approx_kl": [0.01, None, 0.03], "losses/clipfrac": [0.1, 0.2, 0.3]}
+    return {"experiment": name, "value": value, "seed": seed, "evaluations": evaluations, "curves": curves,
+            "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}}  # fmt: skip
+
+
+def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
+    page = tmp_path / "guide.md"
+    page.write_text("before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(guide, "PAGE", page)
+    monkeypatch.setattr(guide, "FIGURES", tmp_path / "figures")
+    lines = [make_line("defaults", "", seed, [50, 90 + seed, 100 + seed]) for seed in (1, 2, 3)]
+    lines += [make_line("clip range", "0.2", seed, [110 + seed, 20, 30]) for seed in (1, 2, 3)]
+    lines += [make_line("epochs", "3", 1, [1, 2, 3])]
+    groups = guide.group_lines("clip range", lines)
+    assert list(groups) == ["0.015", "0.2"]
+    guide.draw("clip range", groups)
+    guide.update_page("clip range", guide.make_table("clip range", groups))
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 3 |" in text
+    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 3 |" in text
+    assert (tmp_path / "figures" / "clip_range.png").stat().st_size > 10_000
+
+
+def test_interquartile_mean_ignores_outliers():
+    mean, low, high = records.interquartile_mean([1, 10, 11, 12, 13, 14, 15, 100])
+    assert mean == pytest.approx(12.5) and low < 12.5 < high < 60
+
+
+@pytest.mark.slow
+def test_runs_leave_a_line_each_and_are_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("ppo_ballbot.py").symlink_to(SCRIPT)
+    file = Path("benchmark/runs.jsonl")
+    experiments = [Experiment("clip range", "0.1", f"{FLAGS} --clip-coef 0.1", 1)]
+    records.train_all(file, experiments, 1, lambda run: {"folder": str(run)})
+    (line,) = map(json.loads, file.read_text().splitlines())
+    flags = f"{experiments[0].flags} --num-processes 1 --num-threads 1 --seed 1 --run-name {Path(line['folder']).name}"
+    assert line["command"] == f"python ppo_ballbot.py {flags}"
+    assert line["final"]["episodes"] == 2 and len(line["evaluations"]) == 2 and not line["error"]
+    assert len(line["curves"]["losses/approx_kl"]) == records.PARTS
+    records.train_all(file, experiments, 1)
+    assert len(file.read_text().splitlines()) == 1 and "0 of them are left" in capsys.readouterr().out
