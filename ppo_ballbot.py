@@ -85,7 +85,7 @@ class Args:
     seed: Seed = 1  # seed of networks, action noise, minibatches and start poses
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms; the CPU's always are deterministic
     cuda: bool = False  # render and run networks on GPUs, one per process; physics stays on the CPU
-    num_processes: Few = 1  # ranks on this machine; useful for minibatches of 512 or more. torchrun sets its own
+    num_processes: Few = 1  # ranks on this machine, each on its own cores; another number acts as another seed
     num_threads: Annotated[int, Field(ge=0, le=1000)] = 0  # threads of physics and renderer per process; 0: its cores
     torch_threads: Few = 1  # CPU threads of networks; more are useful only with --no-freeze-encoder
 
