@@ -738,9 +738,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         Raises ValueError for any other or damaged state, and changes nothing then.
         """
         arrays, rngs = self._state_arrays(), [np.random.default_rng() for _ in range(self.num_envs)]
-        if isinstance(state, dict) and isinstance(state.get("drawn"), dict):  # of an older version
-            sampled = {name: value for name, value in state["drawn"].items() if name != "_relief"}
-            state = {name: value for name, value in state.items() if name != "drawn"} | {"randomization": sampled}
         wrong = find_mismatch(state, to_tensors(arrays) | {"rngs": ""})
         if not wrong and not (0 <= state["_clock"].min() and state["_clock"].max() < 2**53):
             wrong = "clock"

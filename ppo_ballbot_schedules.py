@@ -537,9 +537,9 @@ class Policy:
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if there is none.
+    """The `Policy` in a checkpoint, or in the best.pt of a run's folder; exits with one line if it is missing.
 
-    Its class is that of the script that trained it. If that is not this one, it is imported from the working directory.
+    Its class is defined by the script that trained it, which is imported from the working directory if it is another.
     """
     return checkpoints.load_policy(Path(path), module=sys.modules[__name__])[0]
 

@@ -16,7 +16,7 @@ ROBOTS, FRAME_SKIP, ACTIONS = 64, 4, 250
 
 
 def measure(terrain: str, noise: float) -> tuple[float, float]:
-    """CPU time of a step, µs, and the solver's iterations, means over robots that start anew when they fall."""
+    """CPU time of a step, µs, and the solver's iterations, means over robots that are reset when they fall."""
     envs = gym.make_vec("Ballbot-v0", ROBOTS, frame_skip=FRAME_SKIP, cameras=False, terrain=terrain, num_threads=1)
     rng, seconds, iterations = np.random.default_rng(0), 0.0, []
     model, data = envs.unwrapped.model, mujoco.MjData(envs.unwrapped.model)

@@ -35,7 +35,7 @@ class Experiment(NamedTuple):
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The lines of raw data in a file, or [] if there is none yet."""
+    """The lines of raw data in a file, or [] without a file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -99,7 +99,7 @@ def network():
 
 
 def rollout():
-    """Values of two robots: the first episode of one is truncated, that of the other, which is pushed, terminates."""
+    """Values of two robots: the first episode of one is truncated; the other, which is pushed, terminates."""
     policy, model = ppo_ballbot.load_policy(POLICY), torch.load(POLICY, weights_only=True)["model"]
     args = replace(policy.args, num_envs=2, num_steps=110, max_episode_steps=240, randomization={}, num_threads=1)
     agent = policy.agent

@@ -82,7 +82,7 @@ if __name__ == "__main__":
     if os.path.exists("fault"):
         fault = int(open("fault").read())
         os.remove("fault")
-        print("error: cannot write last.pt (No space left on device): make room, then to go on: ...", flush=True)
+        print("error: cannot write last.pt (No space left on device): make room, then to resume: ...", flush=True)
         sys.exit(fault) if fault > 0 else os.kill(os.getpid(), -fault)
 
     def log(kind, steps, value):
@@ -183,7 +183,7 @@ def test_the_default_space_is_possible():
     built = space.build_space(space.parse_space(space.SPACE, module), module, base)
     sizes = "num-steps, num-envs, minibatch-size"
     assert set(built.specs) == {text.partition("=")[0] for text in space.SPACE} - set(sizes.split(", ")) | {sizes}
-    assert len(built.options[sizes]) == 79  # of 80, those that divide
+    assert len(built.options[sizes]) == 79  # of 80, if they divide
     assert built.base["clip_coef"] == 0.015
     _, tuned = space.load_script(ROOT / "ppo_ballbot_schedules.py", ["--preset", "tuned", "--num-envs", "32"])
     assert (tuned["num_envs"], tuned["lr_schedule"]) == (32, "linear")
@@ -412,7 +412,7 @@ def test_a_fault_of_the_machine_does_not_count(fault, message, workers, capfd):
 
 @pytest.mark.slow
 def test_a_full_disk_ruins_no_study():
-    """The kernel refuses to let any file grow beyond the size that the study has."""
+    """The kernel lets no file grow beyond the size of the study."""
     words = [*GRID, "clip-coef=0.01:0.02", "--points", "30"]
     run(*words, "--trials", "1")
     limit = Path("runs/tune-grid/study.db").stat().st_size
@@ -561,7 +561,7 @@ def postgresql():
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     user = {}
-    if os.getuid() == 0:  # it refuses to run as root
+    if os.getuid() == 0:  # it does not run as root
         shutil.chown(folder, "postgres")
         user = {"user": "postgres", "group": "postgres", "extra_groups": []}
     with socket.socket() as free:

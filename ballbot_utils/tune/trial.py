@@ -75,9 +75,7 @@ def explain_exit(status: int, output: str) -> TrialFailed | MachineFault:
     if number in list(signal.Signals):
         return MachineFault(f"killed by {signal.Signals(number).name}")
     if status == os.EX_TEMPFAIL:
-        return MachineFault(
-            re.split("[:;,] (?:make room|mend that|fix that|to go on|to resume)", reason.removeprefix("error: "))[0]
-        )
+        return MachineFault(re.split("[:;,] (?:make room|fix that|to resume)", reason.removeprefix("error: "))[0])
     return TrialFailed(reason)
 
 
