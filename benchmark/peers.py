@@ -8,7 +8,7 @@ draws the curves and prints a table instead. Each run takes one core.
 Differences that remain. Stable-Baselines3:
 - VecNormalize normalizes an observation once, by the moments so far. Ours normalizes it again in each gradient step, by
   moments that change after an iteration. Only in "defaults"; "paper" does not normalize.
-- The target KL is compared with each minibatch instead of the mean of an epoch. It is 0.3; runs of ours stay below 0.001.
+- The target KL is compared with each minibatch instead of the mean of an epoch. It is 0.3; our runs stay below 0.001.
 - --norm-adv divides by the standard deviation with n - 1 instead of n, and --clip-vloss has no maximum with the
   unclipped loss. Both are off here.
 CleanRL:
