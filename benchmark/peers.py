@@ -46,7 +46,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import ballbot_env
 import ppo_ballbot
 from ballbot_utils import plot, runs
-from ballbot_utils.benchmark import describe_machine, markdown_table
+from ballbot_utils.benchmark import describe_machine
 from ballbot_utils.checkpoints import read_checkpoint
 from ballbot_utils.common import check_flags, run_program, write
 from ballbot_utils.console import check_argument
@@ -377,7 +377,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         lines.append([setting, NAMES[peer], seeds, final, difference, f"{np.mean(lengths):,.0f}",
                       f"{100 * np.mean(falls):.0f} %", f"{speed:,.0f}"])  # fmt: skip
     head = ["setting", "PPO", "seeds", "final return", "difference from ours", "length", "falls", "steps/s"]
-    return "\n".join(markdown_table(head, lines))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines))
 
 
 def main(args: Args) -> None:
