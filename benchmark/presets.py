@@ -1,7 +1,7 @@
 """Train the presets with both cameras, to the end: `python -m benchmark.presets --jobs 2`.
 
 Each run appends a line to benchmark/presets/runs.jsonl, with an evaluation on a third terrain, which is used for
-nothing else. Runs whose line exists are skipped, interrupted ones are resumed.
+nothing else. Runs whose line exists are skipped, interrupted ones are resumed. It ends with a table of all lines.
 """
 
 import json
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, train_all
+from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
+from benchmark.records import Experiment, read_lines, train_all
+
+FILE = Path("benchmark/presets/runs.jsonl")
 
 
 @dataclass
@@ -34,9 +37,26 @@ def evaluate_elsewhere(run: Path) -> dict:
     return {"third_terrain": json.loads(output.stdout)[0]["summary"]}
 
 
+def format_table(lines: list[dict]) -> str:
+    """A Markdown table with a row for each run."""
+    rows = ["| preset | seed | return | falls of 100 | both targets first met (steps) | evaluations with falls after "
+            "that | third terrain: return | falls of 100 | speed (m/s) |", "| --- " * 9 + "|"]  # fmt: skip
+    for line in sorted(lines, key=lambda line: (line["experiment"], line["seed"])):
+        final, third, met, later = line["final"], line["third_terrain"], "never", ""
+        good = [row[2] > TARGET_RETURN and row[3] > TARGET_LENGTH for row in line["evaluations"]]
+        if True in good:
+            rest = line["evaluations"][good.index(True) :]
+            met, later = f"{rest[0][0]:,}", f"{sum(row[4] > 0 for row in rest)} of {len(rest)}"
+        cells = [line["experiment"], line["seed"], f"{final['episodic_return']:.1f}", f"{100 * final['falls']:.0f}",
+                 met, later, f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
 def main(args: Args) -> None:
     experiments = [Experiment(preset, "", f"--preset {preset}", seed) for preset in args.presets for seed in args.seeds]
-    train_all(Path("benchmark/presets/runs.jsonl"), experiments, args.jobs, evaluate_elsewhere)
+    train_all(FILE, experiments, args.jobs, evaluate_elsewhere)
+    print(format_table(read_lines(FILE)))
 
 
 if __name__ == "__main__":
