@@ -47,8 +47,8 @@ def format_table(lines: list[dict]) -> str:
         if True in good:
             rest = line["evaluations"][good.index(True) :]
             met, later = f"{rest[0][0]:,}", f"{sum(row[4] > 0 for row in rest)} of {len(rest)}"
-        cells = [line["experiment"], line["seed"], f"{final['episodic_return']:.1f}", f"{100 * final['falls']:.0f}",
-                 met, later, f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]  # fmt: skip
+        cells = [line["experiment"], line["seed"], f"{final['episodic_return']:.1f}", f"{100 * final['falls']:.0f}"]
+        cells += [met, later, f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
