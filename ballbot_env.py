@@ -40,7 +40,7 @@ from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
 from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations, make_space
 from ballbot_utils.physics import Robots
-from ballbot_utils.randomization import Randomization, check_randomization, height_scales
+from ballbot_utils.randomization import SUCCESS_SPEED, Randomization, check_randomization, height_scales
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
 from ballbot_utils.state import copy_array, copy_into, to_tensors
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
@@ -241,6 +241,14 @@ class BallbotEnv(gym.Env):
     - Mass, friction, damping and hills are fields of each environment's own model (`mujoco.batch`), bit for bit as if
       the model had been compiled with them. `model` has the usual values.
 
+    ### Curriculum
+    With `curriculum=True` each robot has a level from 0 to 10. Heights of the terrain and impulses of pushes are
+    level / 10 of what the other arguments say, heights to the nearest tenth: at level 0 the ground is level (within
+    1e-5 of its height) and no push acts. Robots start at level 0 after `reset(seed=...)`. A success raises the level by
+    1 for the next episode, any other end of an episode lowers it by 1. An episode is a success if the robot did not
+    fall and went at 0.3 m/s or more along `goal` on average; with `goal="command"` if it did not fall. A reset in the
+    middle of an episode leaves the level as it is.
+
     ## Episode End
     ### Termination
     The episode terminates when
@@ -267,12 +275,14 @@ class BallbotEnv(gym.Env):
     | ---------------- | ------------------ | ------------------------------------------------ | ---- |
     | `position`       | float64 array (3,) | position of the base's origin in the world       | m    |
     | `physics_errors` | int                | physics failures since this environment was made |      |
-    | `randomization`  | dict               | what was sampled, with `randomization` only      |      |
+    | `randomization`  | dict               | samples and level: see below                     |      |
     | `terrain`        | str                | kind under the robot, on terrain `mixed` only    |      |
 
-    `info["randomization"]` has, of the names given: `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the
-    factors, float; `latency`, int; `tilt` and `velocity`, float64 arrays (2,) as `reset()` has them as options; and
-    `push`, float64 array (2,), the impulse (x, y) in N·s of the push that acted in this step, else zeros.
+    `info["randomization"]` exists with `randomization` or `curriculum` only. It has, of the names given:
+    `terrain_amplitude`, `mass`, `friction` and `wheel_damping`, the factors, float; `latency`, int; `tilt` and
+    `velocity`, float64 arrays (2,) as `reset()` has them as options; and `push`, float64 array (2,), the impulse (x, y)
+    in N·s of the push that acted in this step, else zeros. With `curriculum` it also has `level`, int, of this episode,
+    and `terrain_amplitude` always, except on flat ground; the level is then a part of this factor.
 
     `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
     (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
@@ -311,6 +321,7 @@ class BallbotEnv(gym.Env):
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
     | `reward`                | **str, function, None** | `None` |  | A term of your own: see Rewards            |
     | `randomization`         | **dict, None** | `None`     |           | Strengths: see Domain randomization        |
+    | `curriculum`            | **bool**      | `False`    |           | Whether difficulty grows: see Curriculum   |
     | `num_threads`           | **int**       | see below  |           | Threads: physics, frames; 0: one per CPU   |
     | `device`                | **str**       | `"cpu"`    |           | Where frames are rendered, see below       |
     | `render_mode`           | **str, None** | `None`     |           | `"human"` or `"rgb_array"`                 |
@@ -337,7 +348,8 @@ class BallbotEnv(gym.Env):
     ## Version History
     * v0: initial version. Since its rollers were fixed (`upright_i` in `assets/ballbot.xml`) the robot can drive. Do
       not compare returns with earlier ones. `motor_state` is clipped at 50 rad/s instead of 20. New are `frame_skip`,
-      options of `reset()`, `apply_force()`, `goal="command"`, `randomization` and the reward's terms in `info`.
+      options of `reset()`, `apply_force()`, `goal="command"`, `randomization`, `curriculum` and the reward's terms in
+      `info`.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIMESTEP)}
@@ -481,9 +493,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     To read, or to build on: `model` (MjModel), `robots` (`Robots`: live poses, velocities and forces), `batch`,
     `velocities` and `forces` (as in `robots`), `terrain` (`Terrain`), `goal` (unit vector, or None with
-    `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `slopes()` (of the ground), `frames`
-    (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or None), `renderer` (`DepthRenderer`),
-    `frame_interval` (steps), `render_seconds` (spent on frames so far) and `physics_errors` (num_envs,).
+    `goal="command"`), `commands` (m/s, (num_envs, 2), or None without it), `levels` (int (num_envs,), or None without
+    `curriculum`), `slopes()` (of the ground), `frames` (float32 tensor (num_envs, 2, camera_size, camera_size) in m, or
+    None), `renderer` (`DepthRenderer`), `frame_interval` (steps), `render_seconds` (spent on frames so far) and
+    `physics_errors` (num_envs,).
 
     Results are bit-identical at any `num_threads`.
     """
@@ -513,6 +526,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         healthy_reward: float = 0.02,
         reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
+        curriculum: bool = False,
         num_threads: int = 0,
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
@@ -522,7 +536,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._arguments = deepcopy({name: value for name, value in locals().items() if name != "self"})
         check_arguments(self._arguments)
         self.num_envs, self.frame_skip, self.render_mode, self._copy = num_envs, frame_skip, render_mode, copy
-        self.randomization = check_randomization(randomization, terrain, max_tilt)
+        self.randomization = check_randomization(randomization, terrain, max_tilt, curriculum)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         fps = self.metadata["render_fps"] / frame_skip  # a picture for each action
@@ -548,17 +562,20 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.terrain = Terrain(terrain, terrain_seed, terrain_amplitude)
         strength = self.randomization.get("terrain_amplitude")
         self._starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
-        self.model = make_model(self.terrain, wheel_damping, height_scales(strength) if strength else (1.0,))
+        scales = (1.0,) if strength is None else height_scales(strength, curriculum)
+        self.model = make_model(self.terrain, wheel_damping, scales)
         self.robots = Robots(self.model, num_envs, num_threads, frame_skip)
         self.batch, self.velocities, self.forces = self.robots.batch, self.robots.velocities, self.robots.forces
         self._randomization = None
         if self.randomization:
             size = camera_size if cameras else 0
             self._randomization = Randomization(
-                self.randomization, self.model, self.batch, self.forces, frame_skip, NOISE_WIDTH, size, device
-            )
+                self.randomization, self.model, self.batch, self.forces, frame_skip, NOISE_WIDTH, size, device,
+                curriculum,
+            )  # fmt: skip
         # Factors on the height of the hills (num_envs,), where `randomization` samples them, else None
         self._height_scale = self._randomization and self._randomization.height_scale
+        self.levels = self._randomization and self._randomization.levels  # of the curriculum (num_envs,), or None
 
         self._rngs = [None] * num_envs
         self.last_actions = np.zeros((num_envs, 3), np.float32)
@@ -568,6 +585,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._steps = np.zeros(num_envs, int)
         self._returns = np.zeros(num_envs)
         self._started = np.zeros(num_envs)  # s
+        self._start = np.zeros((num_envs, 2))  # m, where the episodes started
         self._all_envs = np.ones(num_envs, bool)
         self._all_envs.flags.writeable = False
         self.physics_errors = np.zeros(num_envs, int)
@@ -722,6 +740,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             arrays |= {"commands": self.commands, "commands_due": self._commands.due}
         if self._randomization:
             arrays["randomization"] = self._randomization.sampled
+        if self.levels is not None:
+            arrays["start"] = self._start
         if self.frames is not None:
             arrays |= {"frames": self.frames, "frame_time": self._frame_time}
         return arrays
@@ -812,6 +832,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         mask = self._all_envs if mask is None else mask
         self._rngs = rngs
         self._clock[seeded & mask] = 0
+        if self.levels is not None:
+            self.levels[seeded & mask] = 0
         self._needs_reset = False
         self._ended = self._ended & ~mask
         self.new_frames[:] = False
@@ -835,6 +857,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
             ground = self.terrain.max_height(x, y, BALL_RADIUS)
             ground *= 1 if self._height_scale is None else self._height_scale[i]
             self.robots.start(i, x, y, ground)
+            self._start[i] = x, y
         if self._randomization:
             options = self._randomization.starts(ids, options)
             self._randomization.change_models(ids)
@@ -893,7 +916,17 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         infos = self._get_info() | terms | {f"_{name}": self._all_envs for name in terms}
         if self._randomization:
             self._randomization.after_action(self._rngs, running)
+        if self.levels is not None:
+            ended = (terminated | truncated).any(1) & running
+            self._randomization.change_levels(ended, ~terminated.any(1) & self._is_fast())
         return self._get_obs(), rewards, terminated.any(1), truncated.any(1), infos
+
+    def _is_fast(self):
+        """Where robots have been fast enough for a success, bool (num_envs,): with commands everywhere."""
+        if self.goal is None:
+            return self._all_envs
+        distance = (self.robots.position[:, :2] - self._start) @ self.goal
+        return distance >= SUCCESS_SPEED * TIMESTEP * self._steps
 
     def _get_ends(self, failed):
         """Where episodes terminate and where they are truncated, by physics step: see `get_ends`.

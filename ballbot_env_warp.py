@@ -54,7 +54,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
       environments: the same distributions, other numbers. The same seed gives the same bits on the same device, as far
       as Warp's atomic additions do: on the CPU always, on a GPU not always.
     - Physics is float32, and Warp keeps at most four contacts between ball and height field.
-    - `info` does not name the kind of terrain under the robot.
+    - `info` does not name the kind of terrain under the robot. There is no `curriculum`.
     - `num_threads`, `render_mode`, `copy` and `autoreset_mode` do not exist. `contacts` and `constraints` are the room
       for them per robot. If it is exceeded, a later step raises a RuntimeError.
     """
@@ -80,12 +80,14 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         healthy_reward: float = 0.02,
         reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
+        curriculum: bool = False,
         device: str | torch.device = "cuda",
         contacts: int = CONTACTS_PER_ROBOT,
         constraints: int = CONSTRAINTS_PER_ROBOT,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ARGUMENTS}
         check_arguments(given)
+        check_value(not curriculum, "curriculum", curriculum, "False, as BallbotWarp-v0 has no levels")
         self.num_envs, self.frame_skip = num_envs, frame_skip
         self.device = device = torch.empty(0, device=device).device
         self.randomization = check_randomization(randomization, terrain, max_tilt)

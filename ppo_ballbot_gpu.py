@@ -25,7 +25,7 @@ import torch.nn as nn
 import ballbot_env
 import ppo_ballbot
 from ballbot_utils import checkpoints, flags, runs
-from ballbot_utils.console import exit_with_error, print_rank0
+from ballbot_utils.console import check_argument, exit_with_error, print_rank0
 from ballbot_utils.distributed import (
     all_reduce_mean,
     gather_objects,
@@ -256,6 +256,7 @@ def evaluate(envs, agent, args, episodes):
 
 def train(args: Args, started: float | None = None) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
+    check_argument(not args.curriculum, "--curriculum needs ppo_ballbot.py: BallbotWarp-v0 has no levels")
     run = runs.prepare_run(args, started or STARTED, in_rank=started is not None)
     if run.final:
         print_rank0(f"{run.dir} has finished, with {runs.format_evaluation(run.final)}: to continue, give more "

@@ -98,6 +98,7 @@ class Args:
     terrain_amplitude: Positive = 0.1  # height of the training terrain's Perlin hills, m; evaluations use 0.1
     # domain randomization in training; names and strengths, such as push 1.0 mass 0.1
     randomization: MutableMapping[str, float] = field(default_factory=dict)
+    curriculum: bool = False  # hills and pushes grow with each robot's success; docs/randomization.md says how
     eval_terrain_seed: Seed = 1_000_000  # the terrain of evaluations, never used in training
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: NonNegative = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 limits returns to 98.5
@@ -309,7 +310,8 @@ def task(args, evaluation):
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, cameras=args.cameras,
         wheel_damping=args.wheel_damping, frame_skip=args.frame_skip,
         max_episode_steps=-(-(4000 if evaluation else args.max_episode_steps) // args.frame_skip),
-        randomization=None if evaluation else args.randomization, goal="command" if args.goal == "command" else (0, 1),
+        randomization=None if evaluation else args.randomization, curriculum=args.curriculum and not evaluation,
+        goal="command" if args.goal == "command" else (0, 1),
     ) | flags.env_kwargs(args)  # fmt: skip
 
 
@@ -414,6 +416,14 @@ def gae(rewards, values, next_values, dones, gamma, gae_lambda):
         last = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * last
         advantages[t] = last
     return advantages
+
+
+def level_stats(envs):
+    """The mean and deviation of the curriculum's levels over all ranks, to be logged; {} without --curriculum."""
+    if envs.levels is None:
+        return {}
+    levels = np.concatenate(gather_objects(envs.levels))
+    return {"charts/level": levels.mean(), "charts/level_std": levels.std()}
 
 
 def explained_variance(returns, advantages):
@@ -627,7 +637,7 @@ def train_rank(args, run):
             "charts/ent_coef": ent_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
             "charts/physics_errors": sum(gather_objects(int(envs.physics_errors.sum()))),
-        })  # fmt: skip
+        } | level_stats(envs))  # fmt: skip
         if run.global_step // args.eval_interval > (run.global_step - iteration_steps) // args.eval_interval:
             run.log_evaluation(agent, evaluate(agent, args, args.eval_episodes))
             record_video(args, run, agent)

@@ -48,6 +48,7 @@ ARGUMENTS = {
     "healthy_reward": (is_number, "a finite number"),
     "reward": (lambda value: value is None or isinstance(value, str) or hasattr(value, "__name__"),
                "a function of environments and actions, or FILE.py:FUNCTION"),
+    "curriculum": (lambda value: isinstance(value, bool), "True or False"),
     "num_threads": (lambda value: is_whole(value, 0), "a whole number from 0 on"),
     "device": (is_device, 'a device that PyTorch finds here, such as "cpu"'),
     "render_mode": (lambda value: value in (None, "rgb_array"), 'None or "rgb_array"'),

@@ -51,7 +51,7 @@ class BaseArgs:
 
     # The task: the defaults of the environment
     terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
-    cameras, wheel_damping, frame_skip, goal, env_kwargs, reward = True, 0.4, 1, "forward", (), ""
+    cameras, wheel_damping, frame_skip, goal, env_kwargs, reward, curriculum = True, 0.4, 1, "forward", (), "", False
     # What a script does not do
     num_processes, cuda, track, capture_video, init_from, freeze_encoder = 1, False, False, False, "", False
     norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
@@ -226,7 +226,8 @@ def check_environment(args: Any) -> None:
     """Raise ValueError, of one line, if the environment's arguments are invalid, before any work starts."""
     given = env_kwargs(args)
     Terrain(args.terrain, args.terrain_seed, getattr(args, "terrain_amplitude", 0.1))
-    check_randomization(args.randomization, args.terrain, given.get("max_tilt", 20.0))
+    curriculum = getattr(args, "curriculum", False)
+    check_randomization(args.randomization, args.terrain, given.get("max_tilt", 20.0), curriculum)
     if "reward" in given:
         from ballbot_env import BallbotVectorEnv  # which imports much that flags do not need
 

@@ -38,7 +38,7 @@ def make_model(
     """The robot's MjModel on a terrain, by default the plane.
 
     `wheel_damping` is in N·m·s/rad. There is one height field for each of `height_scales`, factors on the terrain's
-    heights. The ground is the middle one of them.
+    heights. The ground is the one whose factor is nearest to 1.
     """
     spec = load_spec()
     for i in range(3):
@@ -50,7 +50,7 @@ def make_model(
                             size=extent, userdata=terrain.unit_heights.ravel())  # fmt: skip
         ground = spec.geom("ground")
         ground.type = mujoco.mjtGeom.mjGEOM_HFIELD
-        ground.hfieldname = f"terrain_{len(height_scales) // 2}"
+        ground.hfieldname = f"terrain_{min(range(len(height_scales)), key=lambda k: abs(height_scales[k] - 1))}"
         # The ball touches several cells at once. With so many contacts sparse is a fifth faster, with the same result.
         spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
     return spec.compile()

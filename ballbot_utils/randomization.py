@@ -19,11 +19,19 @@ from ballbot_utils.terrain import is_plane
 
 PUSH_STEPS = 10  # physics steps that a push lasts: 20 ms
 NUM_HEIGHT_SCALES = 5  # factors on the height of the hills from which `terrain_amplitude` samples
+MAX_LEVEL = 10  # of a curriculum, in which hills and pushes have the share level / MAX_LEVEL of their full size
+SUCCESS_SPEED = 0.3  # m/s towards the goal, the mean of an episode: from here on it is a success
 
 
-def height_scales(strength: float) -> np.ndarray:
-    """The factors (NUM_HEIGHT_SCALES,) on the height of the hills: one height field is compiled for each."""
+def height_scales(strength: float, curriculum: bool = False) -> np.ndarray:
+    """The factors (n,) on the height of the hills: one height field is compiled for each.
+
+    They are NUM_HEIGHT_SCALES, or with a curriculum all multiples of 1 / MAX_LEVEL up to the largest of these.
+    """
     widest = 1 - 1 / NUM_HEIGHT_SCALES
+    if curriculum:
+        multiples = np.arange(round(MAX_LEVEL * (1 + strength * widest)) + 1) / MAX_LEVEL
+        return np.maximum(multiples, 1e-5)  # MuJoCo needs a height
     return 1 + strength * np.linspace(-widest, widest, NUM_HEIGHT_SCALES)
 
 
@@ -84,11 +92,15 @@ RANDOMIZATION = {
 
 
 def check_randomization(
-    randomization: Mapping[str, float] | None, terrain: Any = "perlin", max_tilt: float = 20.0
+    randomization: Mapping[str, float] | None,
+    terrain: Any = "perlin",
+    max_tilt: float = 20.0,
+    curriculum: bool = False,
 ) -> dict[str, float]:
     """The strengths that are not 0, in the order of RANDOMIZATION. Raises ValueError, of one line, for invalid ones.
 
-    `terrain` is the environment's argument, `max_tilt` the tilt in degrees at which an episode ends.
+    `terrain` and `curriculum` are the environment's arguments, `max_tilt` the tilt in degrees at which an episode ends.
+    With a curriculum on hills there is a `terrain_amplitude`, maybe of 0.
     """
     check_value(randomization is None or isinstance(randomization, Mapping), "randomization", randomization,
                    'a dict of names and strengths, such as {"push": 1.0}')  # fmt: skip
@@ -109,6 +121,10 @@ def check_randomization(
         raise ValueError(
             f'randomization has a terrain_amplitude, which means nothing on terrain "{terrain}": leave it out'
         )
+    if curriculum and is_plane(terrain) and "push" not in on:
+        raise ValueError(f'curriculum has no effect on terrain "{terrain}" without a push: leave it out')
+    if curriculum and not is_plane(terrain):
+        on = {"terrain_amplitude": 0.0} | on
     return on | ({"push_interval": on.get("push_interval", 1.0)} if "push" in on else {})
 
 
@@ -157,11 +173,13 @@ class Randomization:
         noise_width: int,
         camera_size: int,
         device: str | torch.device,
+        curriculum: bool,
     ) -> None:
         """For the robots of `batch`.
 
-        `strengths` are those of `check_randomization`. `forces` (n, 3), N, act on the bases; `noise_width` is the
-        number of proprioceptive values with noise. `camera_size`, pixels, is 0 without cameras; `device` has frames.
+        `strengths` and `curriculum` are those of `check_randomization`. `forces` (n, 3), N, act on the bases;
+        `noise_width` is the number of proprioceptive values with noise. `camera_size`, pixels, is 0 without cameras;
+        `device` has frames.
         """
         n = len(forces)
         self.strengths, self._batch, self._frame_skip = strengths, batch, frame_skip
@@ -170,8 +188,11 @@ class Randomization:
                         if RANDOMIZATION[name].sample}  # fmt: skip
         self.height_scale = self.sampled.get("terrain_amplitude")  # (n,), or None
         if self.height_scale is not None:
-            self._height_scales = height_scales(strengths["terrain_amplitude"])
+            self._height_scales = height_scales(strengths["terrain_amplitude"], curriculum)
             self._hfield_ids = batch.expand("geom_dataid")[:, model.geom("ground").id]
+        self.levels = None  # of the curriculum, int (n,), from 0 to MAX_LEVEL
+        if curriculum:
+            self.levels = self.sampled["level"] = np.zeros(n, int)
         if "latency" in strengths:
             self.sampled["latency"] = np.zeros(n, int)
             # Commands of the last physics steps, oldest first
@@ -207,6 +228,8 @@ class Randomization:
         for name, strength in self.strengths.items():
             if RANDOMIZATION[name].sample:
                 sampled[name][i] = RANDOMIZATION[name].sample(rng, strength)
+        if self.levels is not None and self.height_scale is not None:
+            self.height_scale[i] = self._height_scales[round(self.levels[i] * self.height_scale[i])]
         if "latency" in self.strengths:
             sampled["_commands"][i] = 0
         if "push" in self.strengths:
@@ -247,7 +270,8 @@ class Randomization:
             actions_to_next -= 1
             impulses[self._pushes.end_due()] = 0
             for i in np.flatnonzero((actions_to_next < 0) & running):
-                impulses[i] = sample_planar_vector(rngs[i], self.strengths["push"])
+                share = 1 if self.levels is None else self.levels[i] / MAX_LEVEL
+                impulses[i] = sample_planar_vector(rngs[i], self.strengths["push"] * share)
                 self._pushes.begin(i, impulses[i] / self._pushes.seconds)
                 actions_to_next[i] = self._actions_to_next_push(rngs[i]) - 1
         if "latency" not in self.strengths:
@@ -269,6 +293,11 @@ class Randomization:
         for i in np.flatnonzero(running) if self.noise is not None else ():
             self._sample_noise(i, rngs[i])
 
+    def change_levels(self, ended: np.ndarray, succeeded: np.ndarray) -> None:
+        """Raise the levels of robots whose episodes `ended` where they `succeeded`, else lower them; bool (n,) both."""
+        change = np.where(succeeded, 1, -1) * ended
+        np.clip(self.levels + change, 0, MAX_LEVEL, out=self.levels)
+
     def disturb_frames(self, frames: torch.Tensor, rngs: list[np.random.Generator], max_depth: float) -> torch.Tensor:
         """New frames (m, cameras, size, size), m, with the noise on them; `rngs` are those of their robots."""
         if self.noise is None:
@@ -279,9 +308,10 @@ class Randomization:
 
     def find_invalid(self, sampled: dict[str, torch.Tensor]) -> str:
         """The name of what cannot have been sampled in a state whose structure is that of `sampled`, or ""."""
-        latency = sampled.get("latency")
-        invalid = latency is not None and not 0 <= latency.min() <= latency.max() <= self.strengths["latency"]
-        return "latency" if invalid else ""
+        for name, highest in {"latency": self.strengths.get("latency"), "level": MAX_LEVEL}.items():
+            if name in sampled and not 0 <= sampled[name].min() <= sampled[name].max() <= highest:
+                return name
+        return ""
 
     def _actions_to_next_push(self, rng):
         seconds = self.strengths["push_interval"] * rng.uniform(0.5, 1.5)

@@ -198,7 +198,8 @@ class Run:
         for key, value in (scalars | speeds).items():
             self.writer.add_scalar(key, value, self.global_step)
         shares = "/".join(f"{100 * part / spent:.0f}" for part in seconds.values())
-        self.show(0, f", {'/'.join(seconds)} {shares} %")
+        level = f", level {scalars['charts/level']:.1f}" if "charts/level" in scalars else ""
+        self.show(0, f"{level}, {'/'.join(seconds)} {shares} %")
         self.add_part("log")
 
     def describe_policy(self, agent: torch.nn.Module) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def test_too_many_contacts_are_an_error():
 
 @pytest.mark.parametrize("kwargs, message", [
     (dict(frame_skip=0), "frame_skip is 0"), (dict(terrain="moon"), "terrain is 'moon'"),
-    (dict(randomization={"wind": 1}), "randomization has no 'wind'"),
+    (dict(randomization={"wind": 1}), "randomization has no 'wind'"), (dict(curriculum=True), "curriculum is True"),
 ])  # fmt: skip
 def test_invalid_arguments_are_one_line(kwargs, message):
     with pytest.raises(ValueError, match=message):

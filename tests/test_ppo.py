@@ -483,6 +483,7 @@ def test_it_learns(tmp_path, monkeypatch):
         ({"eval_terrain_seed": 0}, "terrain not trained on"),
         ({"randomization": {"mas": 0.1}}, "randomization has no 'mas': there are terrain_amplitude, mass, friction"),
         ({"randomization": {"mass": 2}}, "randomization mass is 2: give a share from 0 to 0.9"),
+        ({"terrain": "flat", "curriculum": True}, 'curriculum has no effect on terrain "flat" without a push'),
         ({"encoder_path": "assets/none.pt"}, "none.pt is missing"),
         ({"encoder_path": "ballbot_env.py"}, "ballbot_env.py is damaged, or not a checkpoint"),
     ],
