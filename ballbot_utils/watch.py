@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 
 from ballbot_utils.console import check_argument, exit_with_error
 
@@ -53,7 +54,7 @@ from ballbot_utils.scene import SceneRenderer, draw_arrows
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SIZE, FPS = {".mp4": (960, 720), ".gif": (480, 360)}, {".mp4": 30, ".gif": 20}
+WIDTH, FPS = {".mp4": 960, ".gif": 480}, {".mp4": 30, ".gif": 20}
 RENDER_INTERVAL = 8  # steps, in the window
 PUSH_ARROW_STEPS = 150  # steps that a push's arrow stays in a video
 
@@ -66,6 +67,8 @@ class Args(EvalSettings):
     """show it in MuJoCo's viewer"""
     video: Path | None = None
     """file to write one episode to, .mp4 or .gif"""
+    width: Annotated[int, Field(ge=64, le=1920, multiple_of=64)] | None = None
+    """width of the video, pixels; its height is 3/4 of that; default: 960 of an .mp4, 480 of a .gif"""
     episode: Seed = 0
     """the episode to show, from 0 as in evaluate; --render continues with the next ones"""
     stochastic: bool = False
@@ -172,7 +175,7 @@ def check_video(path: Path, flag: str = "--video") -> None:
 
 def write_video(policy: PolicyFactory, args: Args, task: dict[str, Any]) -> None:
     """Write a video of one episode in real time."""
-    fps, (width, height) = FPS[args.video.suffix], IMAGE_SIZE[args.video.suffix]
+    fps, width = FPS[args.video.suffix], args.width or WIDTH[args.video.suffix]
     envs = gym.make_vec("Ballbot-v0", num_envs=1, num_threads=1, copy=False, **task)
     shots = []  # pose, frames or None, arrows, caption
     force, pushed_at = np.zeros(3), 0  # the last push, and its step
@@ -193,7 +196,7 @@ def write_video(policy: PolicyFactory, args: Args, task: dict[str, Any]) -> None
             progress(f"running: step {step:,} of at most {args.horizon:,}", step / args.horizon)
 
     positions = [pose[envs.model.joint("base").qposadr[0] :][:2] for pose, *_ in shots]
-    renderer = SceneRenderer(height, width, np.array(positions), envs.terrain)
+    renderer = SceneRenderer(width * 3 // 4, width, np.array(positions), envs.terrain)
 
     def render_images():
         for i, (pose, frames, arrows, caption) in enumerate(shots):

@@ -50,6 +50,7 @@ def error_of(args):
     ({"video": Path("nowhere/film.gif")}, "there is no folder nowhere"),
     ({"video": Path("film.gif"), "horizon": 0}, "--horizon is 0: give 1 or more"),
     ({"video": Path("film.gif"), "horizon": 1}, "--horizon is 1: give more than the policy's --frame-skip, 1"),
+    ({"video": Path("film.gif"), "width": 100}, "--width is 100: give a multiple of 64"),
     ({"render": True, "push": -1.0}, "--push is -1.0: give 0.0 or more"),
 ])  # fmt: skip
 def test_bad_flags(args, change, message):
@@ -198,7 +199,8 @@ def test_video(tmp_path, opengl):
     command = ("import sys; from dataclasses import replace; from pathlib import Path\n"
                "import ballbot_utils.watch as w\n"
                "args = w.Args(checkpoint=Path(sys.argv[1]), horizon=100, video=Path(sys.argv[2]))\n"
-               "w.main(args); w.main(replace(args, terrain='flat', video=args.video.with_suffix('.mp4')))")  # fmt: skip
+               "w.main(args)\n"
+               "w.main(replace(args, terrain='flat', width=128, video=args.video.with_suffix('.mp4')))")  # fmt: skip
     gif = tmp_path / "film.gif"
     done = subprocess.run([sys.executable, "-c", command, policy, gif], cwd=REPOSITORY, text=True,
                           capture_output=True)  # fmt: skip
@@ -216,6 +218,6 @@ def test_video(tmp_path, opengl):
     red, green, blue = picture[10:100, 10:100].reshape(-1, 3).T
     assert ((red > 200) & (green > 180) & (blue < 120)).mean() > 0.05  # the ball, near, in the left depth image
     reader = imageio.get_reader(gif.with_suffix(".mp4"))
-    assert reader.get_meta_data()["size"] == (960, 720) and reader.get_meta_data()["fps"] == 30
+    assert reader.get_meta_data()["size"] == (128, 96) and reader.get_meta_data()["fps"] == 30
     assert reader.count_frames() == 7 + 29
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.gif", "film.mp4", "policy.pt"]
