@@ -1,9 +1,9 @@
-"""Test the claims of the guide: `python -m benchmark.guide --jobs 2` trains, then draws tables and figures.
+"""Test the claims of the guide: `python -m benchmark.guide --jobs 2` trains, then makes tables and figures.
 
 An experiment changes one hyperparameter of the defaults, over the guide's range. All runs have equal steps and no
 cameras. Each run appends a line to benchmark/guide/runs.jsonl: command, commit, versions, machine, seed, evaluations,
 curves, and what `diagnose` finds. Runs whose line exists are skipped, interrupted ones are resumed. The seeds come one
-after the other: seed 1 of all experiments, then seed 2. `--seeds` without values only draws.
+after the other: seed 1 of all experiments, then seed 2. `--seeds` without values only makes them.
 """
 
 import re
@@ -61,15 +61,10 @@ class Args:
 
 def group_lines(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     """The lines of a hyperparameter by value, {value: lines of the seeds}, the default's too, in ascending order."""
-    default = [line for line in lines if line["experiment"] == "defaults"]
-    groups = {
-        value: [x for x in lines if (x["experiment"], x["value"]) == (name, value)] for value in EXPERIMENTS[name]
-    }
-    order = [*EXPERIMENTS[name], DEFAULTS[name]]
-    if DEFAULTS[name].replace(".", "").isdigit():
-        order.sort(key=float)
-    groups = groups | {DEFAULTS[name]: default}
-    return {value: groups[value] for value in order if groups[value]}
+    keys = {value: (name, value) for value in EXPERIMENTS[name]} | {DEFAULTS[name]: ("defaults", "")}
+    order = sorted(keys, key=float) if DEFAULTS[name].replace(".", "").isdigit() else keys
+    groups = {value: [x for x in lines if (x["experiment"], x["value"]) == keys[value]] for value in order}
+    return {value: group for value, group in groups.items() if group}
 
 
 def draw(name: str, groups: dict[str, list[dict]]) -> None:

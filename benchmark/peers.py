@@ -3,7 +3,7 @@
 Trains Stable-Baselines3's PPO, CleanRL's (`--cleanrl ppo_continuous_action.py`, a downloaded copy) and ours, without
 cameras, with equal hyperparameters, networks, initialization, optimizer and learning rates. All are evaluated by
 `ppo_ballbot.evaluate`. Each run appends one line to --output; the same command skips runs that the file has. `--draw`
-draws the curves and prints a table instead. Each run takes one core.
+plots the curves and prints a table instead. Each run takes one core.
 
 Differences that remain. Stable-Baselines3:
 - VecNormalize normalizes an observation once, by the moments so far. Ours normalizes it again in each gradient step, by

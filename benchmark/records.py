@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from ballbot_utils import diagnose, plot
+from ballbot_utils.runs import read_metrics
 
 CURVES = ("charts/episodic_return_mean100", "losses/approx_kl", "losses/clipfrac", "losses/policy_loss",
           "losses/value_loss", "losses/explained_variance", "charts/action_std")  # fmt: skip
@@ -75,7 +76,7 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     if not (run / "metrics.jsonl").exists():
         raise RuntimeError(output.stderr)
     parameters, curves = plot.read_run(run, CURVES)
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = read_metrics(run)
     keys = "global_step", "seconds", "episodic_return", "episodic_length", "falls"
     edges = np.linspace(0, parameters["total_timesteps"], PARTS + 1)
     return {
