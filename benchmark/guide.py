@@ -10,12 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.ticker import EngFormatter
-
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, interquartile_mean, read_lines, train_all
+from benchmark.records import Experiment, draw, make_table, read_lines, train_all
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
 BASE = "--no-cameras --total-timesteps 3000000 --eval-interval 500000 --final-eval-episodes 32"
@@ -67,54 +63,6 @@ def group_lines(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     return {value: group for value, group in groups.items() if group}
 
 
-def draw(name: str, groups: dict[str, list[dict]]) -> None:
-    """Draw evaluations against steps, and final returns: a dot for each seed, their interquartile mean and interval."""
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained", sharey=True)
-    colors = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
-    for k, ((value, lines), color) in enumerate(zip(groups.items(), colors)):
-        color = "black" if value == DEFAULTS[name] else color
-        shared = min(len(line["evaluations"]) for line in lines)
-        steps, returns = np.moveaxis([np.array(line["evaluations"])[:shared, [0, 2]] for line in lines], 2, 0)
-        curves.plot(steps[0], returns.mean(0), "o-", ms=3, color=color, label=value)
-        curves.fill_between(steps[0], returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
-        finals = [line["final"]["episodic_return"] for line in lines if line["final"]]
-        mean, low, high = interquartile_mean(finals)
-        ends.plot([k] * len(finals), finals, "o", ms=4, color=color, alpha=0.5)
-        ends.plot([k, k], [low, high], "-", color=color, lw=1)
-        ends.plot([k - 0.25, k + 0.25], [mean, mean], "-", color=color, lw=2)
-    for ax in (curves, ends):
-        ax.axhline(100, color="0.7", lw=1, ls="--", zorder=0)
-        ax.grid(color="0.93")
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    curves.set(xlabel="steps", ylabel="return, unseen terrain", title="on the way: mean and range of seeds")
-    curves.xaxis.set_major_formatter(EngFormatter())
-    curves.legend(frameon=False, fontsize=7)
-    ends.set(title="at the end: interquartile mean, 95 %", xlabel=name)
-    ends.set_xticks(range(len(groups)), groups, fontsize=8, rotation=0 if len("".join(groups)) < 40 else 30)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name.replace(' ', '_')}.png", dpi=110)
-    plt.close(figure)
-
-
-def make_table(name: str, groups: dict[str, list[dict]]) -> str:
-    """The Markdown table of a hyperparameter."""
-    rows = [f"| {name} | return at the end | falls | first return > 100 | KL | clipped | seeds |", "| --- " * 7 + "|"]
-    for value, lines in groups.items():
-        finals = [line["final"] for line in lines if line["final"]]
-        mean, low, high = interquartile_mean([final["episodic_return"] for final in finals])
-        met = [next((row[0] for row in line["evaluations"] if row[2] > 100 and row[3] > 3000), None) for line in lines]
-        met = sorted(step for step in met if step)
-        first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " * (len(met) > 0) + f"{len(met)} of {len(lines)}"
-        kl, clipped = (np.median([np.median([x for x in line["curves"][f"losses/{key}"] if x is not None])
-                                  for line in lines]) for key in ("approx_kl", "clipfrac"))  # fmt: skip
-        name_of_value = f"**{value}**" if value == DEFAULTS[name] else value
-        rows.append(f"| {name_of_value} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
-                    f"{100 * np.mean([final['falls'] for final in finals]):.0f} % | {first} | {kl:.2g} | "
-                    f"{100 * clipped:.0f} % | {len(lines)} |")  # fmt: skip
-    return "\n".join(rows)
-
-
 def update_page(name: str, table: str) -> None:
     """Replace the table and figure of a hyperparameter between its marks in docs/guide.md."""
     begin, end = f"<!-- results: {name} -->", "<!-- end -->"
@@ -138,8 +86,8 @@ def main(args: Args) -> None:
     lines = read_lines(FILE)
     for name in DEFAULTS:
         if len(groups := group_lines(name, lines)) > 1:
-            draw(name, groups)
-            update_page(name, make_table(name, groups))
+            draw(FIGURES / f"{name.replace(' ', '_')}.png", name, groups, DEFAULTS[name])
+            update_page(name, make_table(name, groups, DEFAULTS[name]))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 from ballbot_utils import diagnose, plot
 from ballbot_utils.runs import read_metrics
 
 CURVES = ("charts/episodic_return_mean100", "losses/approx_kl", "losses/clipfrac", "losses/policy_loss",
-          "losses/value_loss", "losses/explained_variance", "charts/action_std")  # fmt: skip
+          "losses/value_loss", "losses/explained_variance", "charts/action_std", "SPS/train")  # fmt: skip
 PARTS = 12  # of a training, with a median of each curve
 
 
@@ -65,15 +67,15 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     """Train one experiment, or resume it. Returns its line, or None if a signal stopped it."""
     name = "_".join(f"{benchmark} {experiment.name} {experiment.value} {experiment.seed}".split())
     flags = shlex.split(f"{experiment.flags} --num-processes 1 --num-threads 1 --seed {experiment.seed}")
-    command, run = [experiment.script, *flags, "--run-name", name], Path("runs") / name
+    command, run = [*shlex.split(experiment.script), *flags, "--run-name", name], Path("runs") / name
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    resumed = [experiment.script, "--resume", str(run)] if (run / "last.pt").exists() else command
+    resumed = [*shlex.split(experiment.script), "--resume", str(run)] if (run / "last.pt").exists() else command
     print(f"{time.strftime('%H:%M')} python {shlex.join(resumed)}", flush=True)
     output = subprocess.run([sys.executable, *resumed], capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     if output.returncode < 0:
         return None
-    if not (run / "metrics.jsonl").exists():
+    if output.returncode and "losses are not finite" not in output.stderr:
         raise RuntimeError(output.stderr)
     parameters, curves = plot.read_run(run, CURVES)
     metrics = read_metrics(run)
@@ -106,3 +108,57 @@ def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, mean
     interval = stats.bootstrap((values,), lambda x, axis: stats.trim_mean(x, 0.25, axis), method="percentile", rng=0)
     return mean, *interval.confidence_interval
+
+
+def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) -> None:
+    """Draw evaluations against steps, and final returns: a dot for each seed, their interquartile mean and interval.
+
+    `groups` are the lines of the seeds by value of `label`, {value: lines}; the `default` value is black.
+    """
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained", sharey=True)
+    colors = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
+    for k, ((value, lines), color) in enumerate(zip(groups.items(), colors)):
+        color = "black" if value == default else color
+        shared = min(len(line["evaluations"]) for line in lines)
+        steps, returns = np.moveaxis([np.array(line["evaluations"])[:shared, [0, 2]] for line in lines], 2, 0)
+        curves.plot(steps[0], returns.mean(0), "o-", ms=3, color=color, label=value)
+        curves.fill_between(steps[0], returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
+        finals = [line["final"]["episodic_return"] for line in lines if line["final"]]
+        mean, low, high = interquartile_mean(finals)
+        ends.plot([k] * len(finals), finals, "o", ms=4, color=color, alpha=0.5)
+        ends.plot([k, k], [low, high], "-", color=color, lw=1)
+        ends.plot([k - 0.25, k + 0.25], [mean, mean], "-", color=color, lw=2)
+    for ax in (curves, ends):
+        ax.axhline(100, color="0.7", lw=1, ls="--", zorder=0)
+        ax.grid(color="0.93")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    curves.set(xlabel="steps", ylabel="return, unseen terrain", title="on the way: mean and range of seeds")
+    curves.xaxis.set_major_formatter(EngFormatter())
+    curves.legend(frameon=False, fontsize=7)
+    ends.set(title="at the end: interquartile mean, 95 %", xlabel=label)
+    ends.set_xticks(range(len(groups)), groups, fontsize=8, rotation=0 if len("".join(groups)) < 40 else 30)
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
+    """A Markdown table with a row for each value of `label`."""
+    rows = [
+        f"| {label} | return at the end | falls | first return > 100 | KL | clipped | steps/s | seeds |",
+        "| --- " * 8 + "|",
+    ]
+    for value, lines in groups.items():
+        finals = [line["final"] for line in lines if line["final"]]
+        mean, low, high = interquartile_mean([final["episodic_return"] for final in finals])
+        met = [next((row[0] for row in line["evaluations"] if row[2] > 100 and row[3] > 3000), None) for line in lines]
+        met = sorted(step for step in met if step)
+        first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " * (len(met) > 0) + f"{len(met)} of {len(lines)}"
+        kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])
+                              for tag in ("losses/approx_kl", "losses/clipfrac", "SPS/train"))  # fmt: skip
+        name = f"**{value}**" if value == default else value
+        rows.append(f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
+                    f"{100 * np.mean([final['falls'] for final in finals]):.0f} % | {first} | {kl:.2g} | "
+                    f"{100 * clipped:.0f} % | {speed:,.0f} | {len(lines)} |")  # fmt: skip
+    return "\n".join(rows)

@@ -8,14 +8,18 @@ import pytest
 from benchmark import guide, records
 from benchmark.records import Experiment
 
-SCRIPT = Path(__file__).resolve().parents[1] / "ppo_ballbot.py"
-FLAGS = ("--no-cameras --num-envs 2 --num-steps 64 --minibatch-size 64 --total-timesteps 2048 --eval-interval 1024 "
-         "--eval-episodes 2 --final-eval-episodes 2 --hidden-size 8")  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("--no-cameras --no-privileged-critic --num-envs 2 --num-steps 64 --minibatch-size 64 --total-timesteps 2048 "
+         "--eval-interval 1024 --eval-episodes 2 --final-eval-episodes 2 --hidden-size 8")  # fmt: skip
 
 
 def make_line(name, value, seed, returns):
     evaluations = [[500_000 * k, 60.0 * k, x, 4000.0, 0.0] for k, x in enumerate(returns, 1)]
-    curves = {"losses/approx_kl": [0.01, None, 0.03], "losses/clipfrac": [0.1, 0.2, 0.3]}
+    curves = {
+        "losses/approx_kl": [0.01, None, 0.03],
+        "losses/clipfrac": [0.1, 0.2, 0.3],
+        "SPS/train": [1000, 1234, 2000],
+    }
     return {"experiment": name, "value": value, "seed": seed, "evaluations": evaluations, "curves": curves,
             "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}}  # fmt: skip
 
@@ -24,18 +28,17 @@ def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
     page = tmp_path / "guide.md"
     page.write_text("before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(guide, "PAGE", page)
-    monkeypatch.setattr(guide, "FIGURES", tmp_path / "figures")
     lines = [make_line("defaults", "", seed, [50, 90 + seed, 100 + seed]) for seed in (1, 2, 3)]
     lines += [make_line("clip range", "0.2", seed, [110 + seed, 20, 30]) for seed in (1, 2, 3)]
     lines += [make_line("epochs", "3", 1, [1, 2, 3])]
     groups = guide.group_lines("clip range", lines)
     assert list(groups) == ["0.015", "0.2"]
-    guide.draw("clip range", groups)
-    guide.update_page("clip range", guide.make_table("clip range", groups))
+    records.draw(tmp_path / "figures" / "clip_range.png", "clip range", groups, "0.015")
+    guide.update_page("clip range", records.make_table("clip range", groups, "0.015"))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 3 |" in text
-    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 3 |" in text
+    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
+    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
     assert (tmp_path / "figures" / "clip_range.png").stat().st_size > 10_000
 
 
@@ -45,16 +48,29 @@ def test_interquartile_mean_ignores_outliers():
 
 
 @pytest.mark.slow
-def test_runs_leave_a_line_each_and_are_not_repeated(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", ["ppo_ballbot.py", "-m benchmark.other_ppo sb3"])
+def test_runs_leave_a_line_each_and_are_not_repeated(tmp_path, monkeypatch, capsys, script):
     monkeypatch.chdir(tmp_path)
-    Path("ppo_ballbot.py").symlink_to(SCRIPT)
+    Path("ppo_ballbot.py").symlink_to(ROOT / "ppo_ballbot.py")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     file = Path("benchmark/runs.jsonl")
-    experiments = [Experiment("clip range", "0.1", f"{FLAGS} --clip-coef 0.1", 1)]
+    experiments = [Experiment("clip range", "0.1", f"{FLAGS} --clip-coef 0.1", 1, script)]
     records.train_all(file, experiments, 1, lambda run: {"folder": str(run)})
     (line,) = map(json.loads, file.read_text().splitlines())
     flags = f"{experiments[0].flags} --num-processes 1 --num-threads 1 --seed 1 --run-name {Path(line['folder']).name}"
-    assert line["command"] == f"python ppo_ballbot.py {flags}"
+    assert line["command"] == f"python {script} {flags}"
     assert line["final"]["episodes"] == 2 and len(line["evaluations"]) == 2 and not line["error"]
     assert len(line["curves"]["losses/approx_kl"]) == records.PARTS
+    assert 0 < max(x or 0 for x in line["curves"]["SPS/train"])
     records.train_all(file, experiments, 1)
     assert len(file.read_text().splitlines()) == 1 and "0 of them are left" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_with_bad_flags_leaves_no_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ppo_ballbot.py").symlink_to(ROOT / "ppo_ballbot.py")
+    file = Path("benchmark/runs.jsonl")
+    with pytest.raises(RuntimeError, match="--gamma is 2"):
+        records.train_all(file, [Experiment("gamma", "2", f"{FLAGS} --gamma 2", 1)], 1)
+    assert not file.exists()

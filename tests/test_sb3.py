@@ -1,6 +1,6 @@
 """Stable-Baselines3's PPO and ours agree: on the advantages of a rollout, and on losses and gradients of a minibatch.
 
-Its own code runs in each test. `benchmark.peers.make_sb3` gives it our flags.
+Its own code runs in each test. `benchmark.other_ppo.make_sb3` gives it our flags.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 
 import ballbot_env
 import ppo_ballbot
-from benchmark import peers
+from benchmark import other_ppo
 
 ARGS = ppo_ballbot.Args(  # one gradient step on one minibatch; robots fall and episodes are truncated
     cameras=False, privileged_critic=False, norm_obs=False, terrain="flat", env_kwargs=("max_tilt=1.5",),
@@ -26,11 +26,11 @@ LOGGED = {"policy_loss": "policy_gradient_loss", "value_loss": "value_loss", "en
 
 def collect(args):
     """Stable-Baselines3's PPO after one rollout, and our agent with the same weights."""
-    model = peers.make_sb3(args)
+    model = other_ppo.make_sb3(args)
     model.train = lambda: None
     model.learn(args.num_envs * args.num_steps)
     del model.train
-    return model, peers.copy_agent(model, args)
+    return model, other_ppo.copy_agent(model, args)
 
 
 class Replay(torch.nn.Module):
@@ -77,7 +77,7 @@ def step_of_both(change, seed=0, prepare=lambda model: None):
     for p in model.policy.parameters():
         p.data += 0.03 * torch.randn_like(p)
     prepare(model)
-    agent, buffer = peers.copy_agent(model, args), model.rollout_buffer
+    agent, buffer = other_ppo.copy_agent(model, args), model.rollout_buffer
     buffer.advantages -= buffer.advantages.mean()  # both signs: both bounds of the ratio count
     names = dict(proprio="observations", actions="actions", logprobs="log_probs", values="values",
                  advantages="advantages", returns="returns")  # fmt: skip
@@ -90,7 +90,7 @@ def step_of_both(change, seed=0, prepare=lambda model: None):
     model.train()
     logged = {name: model.logger.name_to_value[f"train/{theirs}"] for name, theirs in LOGGED.items()}
     logged["entropy"] *= -1
-    gradients = [(ours.grad, theirs.grad.movedim(0, -1)) for theirs, ours in peers.parameter_pairs(model, agent)]
+    gradients = [(ours.grad, theirs.grad.movedim(0, -1)) for theirs, ours in other_ppo.parameter_pairs(model, agent)]
     return losses, logged, gradients
 
 
@@ -137,20 +137,3 @@ def test_the_agent_that_is_evaluated_normalizes_as_vec_normalize():
     mean = model.policy.get_distribution(torch.from_numpy(model.env.normalize_obs(obs.numpy()))).distribution.mean
     torch.testing.assert_close(agent.actor(agent.features(obs, obs[:, :0])), mean)
     assert agent.obs_var.max() / agent.obs_var.min() > 10
-
-
-@pytest.mark.slow
-def test_the_benchmark_resumes_and_draws(tmp_path, monkeypatch, capsys):
-    small = dict(num_envs=2, num_steps=32, minibatch_size=64, eval_episodes=1, final_eval_episodes=1)
-    monkeypatch.setitem(peers.SETTINGS, "defaults", dict(cameras=False, privileged_critic=False) | small)
-    args = peers.Args(seeds=(1,), settings=("defaults",), steps=512, eval_interval=256, output=tmp_path / "runs.jsonl")
-    peers.main(args)
-    rows = peers.read_rows(args)
-    assert [[e["global_step"] for e in row["evaluations"]] for row in rows] == [[256, 512]] * 2
-    assert all(row["steps_per_second"] > 0 for row in rows)
-    peers.main(args)
-    assert peers.read_rows(args) == rows
-    peers.main(replace(args, draw=True))
-    assert (
-        "| defaults | Stable-Baselines3 | 1 |" in capsys.readouterr().out and (tmp_path / "curves.png").stat().st_size
-    )
