@@ -103,6 +103,7 @@ class Args:
     cameras: bool = True  # observe through the two depth cameras
     wheel_damping: NonNegative = 0.4  # damping of the wheels' axles, N·m·s/rad; the paper's 0.8 limits returns to 98.5
     goal: Literal["forward", "command"] = "forward"  # drive to +y, or at a changing velocity that is observed
+    drift_cost: NonNegative = 0.0  # training reward minus this times the squared velocity across the goal (m²/s²)
     env_kwargs: tuple[str, ...] = ()  # other arguments of the environment, such as max_tilt=25 camera_size=32
     reward: str = ""  # a term added to the reward, my_terms.py:energy; the docstring of BallbotEnv says how
     # physics steps of 2 ms per action; at 1 the action noise averages out and the robot does not learn to drive. All
@@ -310,6 +311,7 @@ def task(args, evaluation):
         terrain_amplitude=0.1 if evaluation else args.terrain_amplitude, cameras=args.cameras,
         wheel_damping=args.wheel_damping, frame_skip=args.frame_skip,
         max_episode_steps=-(-(4000 if evaluation else args.max_episode_steps) // args.frame_skip),
+        drift_cost_weight=0.0 if evaluation else args.drift_cost,
         randomization=None if evaluation else args.randomization, curriculum=args.curriculum and not evaluation,
         goal="command" if args.goal == "command" else (0, 1),
     ) | flags.env_kwargs(args)  # fmt: skip
