@@ -67,7 +67,7 @@ def test_physics_agree_with_mujoco_in_the_drop_onto_hills_and_nearly_on_them():
 
 
 @pytest.mark.parametrize("kwargs", [
-    {}, dict(goal=(1.0, 1.0), forward_reward_weight=0.5, ctrl_cost_weight=0.1, drift_cost_weight=0.1, healthy_reward=1.0),
+    {}, dict(goal=(1, 1), forward_reward_weight=0.5, ctrl_cost_weight=0.1, drift_cost_weight=0.1, healthy_reward=1.0),
 ], ids=["defaults", "weights"])  # fmt: skip
 def test_rewards_terms_slopes_and_truncation_agree_with_the_cpu_version(kwargs):
     warp, cpu = make_both(3, frame_skip=2, max_episode_steps=8, **kwargs)
