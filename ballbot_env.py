@@ -38,7 +38,7 @@ from ballbot_utils.commands import Commands
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
 from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
-from ballbot_utils.observations import NOISE_WIDTH, add_sensor_noise, make_observations, make_space
+from ballbot_utils.observations import NOISE_WIDTH, SCAN, add_sensor_noise, make_observations, make_space
 from ballbot_utils.physics import Robots
 from ballbot_utils.randomization import SUCCESS_SPEED, Randomization, check_randomization, height_scales
 from ballbot_utils.scene import PictureCache, draw_arrows, make_arrows
@@ -103,17 +103,20 @@ class BallbotEnv(gym.Env):
     | `depth_0`                  | all     | planar depth, right camera: (1, row, column)      | 0   | 1    | m        |
     | `depth_1`                  | all     | planar depth, left camera: (1, row, column)       | 0   | 1    | m        |
     | `relative_image_timestamp` | 0       | time since the two frames were taken              | 0   | 0.01 | s        |
+    | `heights`                  | all     | ground ahead, above that under the ball: 18 points | -0.5 | 0.5 | m       |
     | `command`                  | 0, 1    | commanded velocity, in the world                  | -2  | 2    | m/s      |
 
     Indices are x, y and z, or wheels 0, 1 and 2. Values beyond Min and Max are clipped. Depth and its timestamp are
-    absent with `cameras=False`, and `command` without `goal="command"` (see Commands). Position, and a goal that is a
-    direction, are not observed. The images' shape is (1, `camera_size`, `camera_size`), by default (1, 64, 64). The
-    maximum of `relative_image_timestamp` depends on `camera_rate`; 0.01 s belongs to the default.
+    absent with `cameras=False`, `heights` without `height_scan=True`, and `command` without `goal="command"` (see
+    Commands). Position, and a goal that is a direction, are not observed. The images' shape is (1, `camera_size`,
+    `camera_size`), by default (1, 64, 64). The maximum of `relative_image_timestamp` depends on `camera_rate`; 0.01 s
+    belongs to the default. `heights` are the terrain's own, at 0.1, 0.2 to 0.6 m ahead, and there 0.1 m to the left, 0
+    and 0.1 m to the right. No sensor measures them: they show what cameras could help at most.
 
     ### Cameras
     - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
       the ground beside the ball. Camera 1 is its mirror image: x and the direction's x have the other sign. `fovy` is
-      90°. The images are square, so they are 90° wide too.
+      90°. The images are square, so they are 90° wide too. `camera_pitch` turns both towards +y of the base.
     - Row 0 is the top of the image (towards +y of the base), column 0 its left (towards -x), for both cameras.
     - A pixel is the planar depth seen through its centre: the distance along the camera's optical axis, not along the
       pixel's ray. It is clipped to [0, 1] m. A pixel that hits nothing is 1.
@@ -313,6 +316,8 @@ class BallbotEnv(gym.Env):
     | `cameras`               | **bool**      | `True`     |           | Whether depth images are observed          |
     | `camera_size`           | **int**       | `64`       | pixels    | Side of the depth images, at least 8       |
     | `camera_rate`           | **float**     | `90.0`     | Hz        | Nominal frame rate, see below              |
+    | `camera_pitch`          | **float**     | `0.0`      | degrees   | How far the cameras are turned up          |
+    | `height_scan`           | **bool**      | `False`    |           | Whether `heights` are observed             |
     | `wheel_damping`         | **float**     | `0.4`      | N·m·s/rad | Damping of the wheels' hinges (paper: 0.8) |
     | `frame_skip`            | **int**       | `1`        | steps     | Physics steps that an action is held       |
     | `max_episode_steps`     | **int, None** | see below  | actions   | Length at which an episode is truncated    |
@@ -519,6 +524,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         cameras: bool = True,
         camera_size: int = 64,
         camera_rate: float = 90.0,
+        camera_pitch: float = 0.0,
+        height_scan: bool = False,
         wheel_damping: float = 0.4,
         frame_skip: int = 1,
         max_episode_steps: int | None = None,
@@ -554,7 +561,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._reward_weights = forward_reward_weight, ctrl_cost_weight, drift_cost_weight, healthy_reward
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
-        present = {"", "cameras" * cameras, "command" * (goal == "command")}
+        present = {"", "cameras" * cameras, "command" * (goal == "command"), "height_scan" * height_scan}
         table = make_observations(camera_size, self.frame_interval)
         self._observations = {name: row for name, row in table.items() if row.needs in present}
         self.single_observation_space = make_space(self._observations)
@@ -566,7 +573,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         strength = self.randomization.get("terrain_amplitude")
         self._starts = self.terrain.find_starts(2 * (-START_EXTENT,), 2 * (START_EXTENT,))
         scales = (1.0,) if strength is None else height_scales(strength, curriculum)
-        self.model = make_model(self.terrain, wheel_damping, scales)
+        self.model = make_model(self.terrain, wheel_damping, scales, camera_pitch)
         self.robots = Robots(self.model, num_envs, num_threads, frame_skip)
         self.batch, self.velocities, self.forces = self.robots.batch, self.robots.velocities, self.robots.forces
         self._randomization = None
@@ -599,8 +606,9 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.renderer = None
         self.frames = None  # float32 tensor (num_envs, cameras, camera_size, camera_size), m
         if cameras:
+            precise = self.terrain.has_edges or camera_pitch != 0  # turned cameras see more edges of hills
             self.renderer = DepthRenderer(
-                self.model, camera_size, self.terrain.heights, device, self.batch.nthread, self.terrain.has_edges
+                self.model, camera_size, self.terrain.heights, device, self.batch.nthread, precise
             )
             shape = num_envs, len(CAMERAS), camera_size, camera_size
             with single_torch_thread():
@@ -726,11 +734,23 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         (asymmetric actor-critic, Pinto et al., arXiv 1710.06542). After a step that ended episodes, `final_slopes`
         holds the slopes at their final observations.
         """
-        direction = self.goal if self.commands is None else self._commands.directions()
-        ahead = np.array([0, 0.3, 0.6])[:, None] * direction[..., None, :]
+        ahead = np.array([0, 0.3, 0.6])[:, None] * self._directions()[..., None, :]
         scale = 1 if self._height_scale is None else self._height_scale[:, None, None]
         slopes = self.terrain.slopes(self.robots.ball_position[:, None, :2] + ahead, BALL_RADIUS, scale)
         return slopes.reshape(self.num_envs, 6).astype(np.float32)
+
+    def scan_heights(self) -> np.ndarray:
+        """The observation `heights`, float32 (num_envs, 18), m."""
+        y = self._directions()  # (2,) or (num_envs, 2)
+        axes = np.stack([np.stack([y[..., 1], -y[..., 0]], -1), y], -2)  # rows: to the right, ahead
+        places = self.robots.ball_position[:, None, :2] + np.concatenate([np.zeros((1, 2)), SCAN]) @ axes
+        heights = self.terrain.heights_at(places)
+        heights = heights if self._height_scale is None else heights * self._height_scale[:, None]
+        return (heights[:, 1:] - heights[:, :1]).astype(np.float32)
+
+    def _directions(self):
+        """Unit vectors ahead, to the goal (2,) or along the commands (num_envs, 2)."""
+        return self.goal if self.commands is None else self._commands.directions()
 
     # State and copies
 

@@ -70,6 +70,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         cameras: bool = True,
         camera_size: int = 64,
         camera_rate: float = 90.0,
+        camera_pitch: float = 0.0,
         wheel_damping: float = 0.4,
         frame_skip: int = 1,
         max_episode_steps: int | None = None,
@@ -109,7 +110,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         self.terrain = Terrain(terrain, terrain_seed, terrain_amplitude)
         strength = self.randomization.get("terrain_amplitude")
         scales = height_scales(strength) if strength else (1.0,)
-        self.model = make_model(self.terrain, wheel_damping, scales)
+        self.model = make_model(self.terrain, wheel_damping, scales, camera_pitch)
         with self._scope():
             self.robots = WarpRobots(self.model, num_envs, frame_skip, self.randomization, contacts, constraints)
             self._ground = Ground(self.terrain, device)

@@ -227,7 +227,9 @@ class Agent(nn.Module):
         super().__init__()
         self.num_slopes = 6 * args.privileged_critic
         commands, frame_ages = ("command",) * (args.goal == "command"), ("relative_image_timestamp",) * args.cameras
-        self.keys = PROPRIOCEPTION + commands + frame_ages
+        kwargs = flags.env_kwargs(args)
+        heights = ("heights",) * kwargs.get("height_scan", False)
+        self.keys = PROPRIOCEPTION + commands + heights + frame_ages
         observations = make_observations()
         self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
         self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
@@ -235,8 +237,7 @@ class Agent(nn.Module):
         self.encoder = None
         if args.cameras:  # convolutions are faster in this format
             encoder = SmallDepthEncoder if args.small_encoder else DepthEncoder
-            size = flags.env_kwargs(args).get("camera_size", 64)
-            self.encoder = encoder(size).to(memory_format=torch.channels_last)
+            self.encoder = encoder(kwargs.get("camera_size", 64)).to(memory_format=torch.channels_last)
         num_features = self.num_proprio + self.num_depth
         self.actor = MLP(num_features, args.hidden_size, args.pi_layers, 3, last_gain=0.01)
         self.critic = MLP(num_features + self.num_slopes, args.hidden_size, args.vf_layers, 1, last_gain=1.0)

@@ -257,6 +257,8 @@ def evaluate(envs, agent, args, episodes):
 def train(args: Args, started: float | None = None) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
     check_argument(not args.curriculum, "--curriculum needs ppo_ballbot.py: BallbotWarp-v0 has no levels")
+    scans = any(pair.startswith("height_scan=") for pair in args.env_kwargs)
+    check_argument(not scans, "height_scan needs ppo_ballbot.py: BallbotWarp-v0 has none")
     run = runs.prepare_run(args, started or STARTED, in_rank=started is not None)
     if run.final:
         print_rank0(f"{run.dir} has finished, with {runs.format_evaluation(run.final)}: to continue, give more "

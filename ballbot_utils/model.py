@@ -1,5 +1,6 @@
 """The robot's MuJoCo model, from assets/ballbot.xml, on a terrain."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,16 +34,22 @@ def load_spec() -> mujoco.MjSpec:
 
 
 def make_model(
-    terrain: Terrain | None = None, wheel_damping: float = 0.4, height_scales: Sequence[float] = (1.0,)
+    terrain: Terrain | None = None,
+    wheel_damping: float = 0.4,
+    height_scales: Sequence[float] = (1.0,),
+    camera_pitch: float = 0.0,
 ) -> mujoco.MjModel:
     """The robot's MjModel on a terrain, by default the plane.
 
-    `wheel_damping` is in N·m·s/rad. There is one height field for each of `height_scales`, factors on the terrain's
-    heights. The ground is the one whose factor is nearest to 1.
+    `wheel_damping` is in N·m·s/rad. The cameras are turned up by `camera_pitch`, degrees. There is one height field for
+    each of `height_scales`, factors on the terrain's heights. The ground is the one whose factor is nearest to 1.
     """
     spec = load_spec()
     for i in range(3):
         spec.joint(f"wheel_{i}").damping = [wheel_damping, 0, 0]
+    half = math.radians(camera_pitch) / 2
+    for name in CAMERAS:
+        spec.camera(name).quat = math.cos(half), math.sin(half), 0, 0  # about the camera's own x, which points right
     if terrain is not None and not terrain.is_plane:
         for k, scale in enumerate(height_scales):
             extent = [TERRAIN_EXTENT, TERRAIN_EXTENT, terrain.relief * scale, 0.1]

@@ -13,6 +13,9 @@ from ballbot_utils.depth import MAX_DEPTH
 from ballbot_utils.geometry import Array, in_body_frame, namespace, rotation_vector
 from ballbot_utils.model import CAMERAS, TIMESTEP
 
+# Points of the height scan around the ball's contact, m: to the right of the goal's direction, and along it
+SCAN = np.array([(right, ahead) for ahead in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for right in (-0.1, 0.0, 0.1)])
+
 
 class Observation(NamedTuple):
     """A row of the table."""
@@ -23,7 +26,7 @@ class Observation(NamedTuple):
     unit: str
     read: Callable[[Any], Any]  # from a BallbotVectorEnv to the values (num_envs, *shape), before noise and clipping
     noisy: bool = False  # whether sensor noise is added
-    needs: str = ""  # "cameras" or "command": observed with these only
+    needs: str = ""  # "cameras", "command" or "height_scan": observed with these only
 
 
 def make_observations(camera_size: int = 64, frame_interval: int = 6) -> dict[str, Observation]:
@@ -39,6 +42,7 @@ def make_observations(camera_size: int = 64, frame_interval: int = 6) -> dict[st
         **{name: Observation(image, 0, MAX_DEPTH, "m", lambda envs, i=i: envs.frame_view(i), needs="cameras")
            for i, name in enumerate(CAMERAS)},
         "relative_image_timestamp": Observation((1,), 0, oldest, "s", lambda envs: envs.frame_ages(), needs="cameras"),
+        "heights": Observation((len(SCAN),), -0.5, 0.5, "m", lambda envs: envs.scan_heights(), needs="height_scan"),
         "command": Observation((2,), -COMMAND_LIMIT, COMMAND_LIMIT, "m/s", lambda envs: envs.commands, needs="command"),
     }  # fmt: skip
 

@@ -382,17 +382,21 @@ class Terrain:
                     for c in (y, x))  # fmt: skip
         return float(self.heights[row, col].max())
 
+    def heights_at(self, places: np.ndarray) -> np.ndarray:
+        """Heights (...), m, of the nodes nearest to `places` (..., 2), m."""
+        if self.is_plane:
+            return np.zeros(places.shape[:-1])
+        nodes = (places + TERRAIN_EXTENT) * ((TERRAIN_NODES - 1) / (2 * TERRAIN_EXTENT)) + 0.5
+        col, row = np.moveaxis(np.clip(nodes, 0, TERRAIN_NODES - 1).astype(int), -1, 0)
+        return self.heights[row, col]
+
     def slopes(self, places: np.ndarray, reach: float, scale: np.ndarray | float = 1) -> np.ndarray:
         """Slopes (..., 2) along x and y at `places` (..., 2), m, between the nodes `reach`, m, to either side.
 
         `scale`: a factor on the heights, to be broadcast with (..., 1).
         """
-        if self.is_plane:
-            return np.zeros(places.shape)
         around = places[..., None, :] + reach * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # (..., 4, 2)
-        nodes = (around + TERRAIN_EXTENT) * ((TERRAIN_NODES - 1) / (2 * TERRAIN_EXTENT)) + 0.5
-        col, row = np.moveaxis(np.clip(nodes, 0, TERRAIN_NODES - 1).astype(int), -1, 0)
-        heights = self.heights[row, col] * scale
+        heights = self.heights_at(around) * scale
         return (heights[..., :2] - heights[..., 2:]) / (2 * reach)
 
     @functools.cached_property

@@ -31,7 +31,7 @@ from ballbot_utils import geometry, model
 from ballbot_utils.depth import DepthRenderer
 from ballbot_utils.model import make_model
 from ballbot_utils.observations import make_observations
-from ballbot_utils.terrain import TERRAIN_NODES, TERRAINS, Terrain, perlin_terrain
+from ballbot_utils.terrain import CELL, TERRAIN_NODES, TERRAINS, Terrain, perlin_terrain
 
 VISIBLE = [1, 1, 1, 0, 0, 0]  # geom groups a camera sees
 # Episodes of up to 100 steps, of which some end by a fall
@@ -584,6 +584,34 @@ def test_depth_is_of_the_first_crossing_on_high_hills(amplitude):
     depth = DepthRenderer(model, 64, heights).render(qpos[:, base : base + 3], qpos[:, base + 3 : base + 7]).numpy()
     _, good = depth_errors(depth, expected, geoms, limit=0.01)
     assert good > 0.999
+
+
+@pytest.mark.parametrize("pitch", [-20, 40])
+def test_depth_with_turned_cameras(pitch):
+    envs = BallbotVectorEnv(1, terrain_seed=1, camera_pitch=pitch, num_threads=1)
+    np.testing.assert_allclose(
+        envs.renderer.axes[:, 1, 2], math.sin(math.radians(pitch)), atol=1e-6
+    )  # forward, along y
+    qpos, rotations = random_poses(envs.model, envs.terrain.heights, 16, np.random.default_rng(0))
+    expected, _ = ray_depth(envs.model, qpos, rotations, 64)
+    base = envs.model.joint("base").qposadr[0]
+    depth = envs.renderer.render(qpos[:, base : base + 3], qpos[:, base + 3 : base + 7]).numpy()
+    error = np.abs(depth - expected)
+    assert np.median(error) < 0.0001 and np.mean(error < 0.01) > 0.999
+
+
+@pytest.mark.parametrize(
+    "goal, ahead, right", [((0, 1), 1, 0), ((0, -2), -1, 0), ((1, 0), 0, -1), ((1, 1), 0.71, -0.71)]
+)
+def test_height_scan_on_a_ramp(goal, ahead, right):
+    """A ramp of 10° that rises along +y; `ahead` and `right` are the rise per metre in these directions."""
+    envs = BallbotVectorEnv(2, "ramp", cameras=False, num_threads=1, height_scan=True, goal=goal)
+    obs, _ = envs.reset(seed=0, options=dict(position=[(0.5, 1.0), (-2.0, 1.0)]))
+    slope = math.tan(math.radians(10))
+    points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.1, 0, 0.1)])
+    expected = slope * (points @ (right, ahead))
+    np.testing.assert_allclose(obs["heights"], [expected] * 2, atol=slope * CELL)
+    assert np.ptp(obs["heights"]) > 0.03
 
 
 def test_depth_of_a_robot_before_a_slope():
