@@ -128,7 +128,7 @@ class BallbotEnv(gym.Env):
       takes a first frame, whatever the clock says, and the next may then follow after fewer than 6 steps.
 
     ## Rewards
-    The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost - drift_cost + healthy_reward*:
+    The reward of a step is ***reward*** *=* *forward_reward - ctrl_cost + healthy_reward*:
 
     - *forward_reward*: `forward_reward_weight` (default 0.01) times the velocity towards the goal, in m/s: `vel` as
       observed, after clipping and without the noise of `randomization`, times the unit vector along `goal` (default
@@ -137,8 +137,6 @@ class BallbotEnv(gym.Env):
       teach little: the speeds that noise causes then cost more than following earns. The factor 8 makes up for
       commands being slower than the robot's top speed.
     - *ctrl_cost*: `ctrl_cost_weight` (default 0.0001) times the sum of the squares of the clipped action.
-    - *drift_cost*: `drift_cost_weight` (default 0) times the square of the velocity across `goal`, in m/s. It is 0 with
-      `goal="command"`, whose reward counts all errors.
     - *healthy_reward*: `healthy_reward` (default 0.02) in each step that does not end in termination.
 
     Standing still for 4000 steps returns 80. With `frame_skip` the rewards of all steps held are summed.
@@ -290,7 +288,7 @@ class BallbotEnv(gym.Env):
     and `terrain_amplitude` always, except on flat ground; the level is then a part of this factor.
 
     `step()` also returns the reward's terms, which add up to it: `reward_forward` (*forward_reward*), `reward_ctrl`
-    (-*ctrl_cost*), `reward_drift` (-*drift_cost*) and `reward_healthy` (*healthy_reward*), each a float.
+    (-*ctrl_cost*) and `reward_healthy` (*healthy_reward*), each a float.
 
     ## Saving and Copying
     `copy.deepcopy` and `pickle` copy an environment, with its wrappers, at any time, and the copy continues bit for
@@ -325,7 +323,6 @@ class BallbotEnv(gym.Env):
     | `goal`                  | **tuple**     | `(0, 1)`   |           | Direction (x, y) to go, or `"command"`     |
     | `forward_reward_weight` | **float**     | `0.01`     | s/m       | Weight of *forward_reward*                 |
     | `ctrl_cost_weight`      | **float**     | `0.0001`   |           | Weight of *ctrl_cost*                      |
-    | `drift_cost_weight`     | **float**     | `0.0`      | s²/m²     | Weight of *drift_cost*                     |
     | `healthy_reward`        | **float**     | `0.02`     |           | *healthy_reward* of a step                 |
     | `reward`                | **str, function, None** | `None` |  | A term of your own: see Rewards            |
     | `randomization`         | **dict, None** | `None`     |           | Strengths: see Domain randomization        |
@@ -533,7 +530,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         goal: Sequence[float] | str = (0.0, 1.0),
         forward_reward_weight: float = 0.01,
         ctrl_cost_weight: float = 0.0001,
-        drift_cost_weight: float = 0.0,
         healthy_reward: float = 0.02,
         reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
@@ -558,7 +554,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self._commands = Commands(num_envs) if isinstance(goal, str) else None
         self.commands = self._commands and self._commands.velocities  # m/s, (num_envs, 2)
         self.goal = None if self._commands else np.asarray(goal, dtype=float) / math.hypot(*goal)
-        self._reward_weights = forward_reward_weight, ctrl_cost_weight, drift_cost_weight, healthy_reward
+        self.forward_reward_weight, self.ctrl_cost_weight = forward_reward_weight, ctrl_cost_weight
+        self.healthy_reward = healthy_reward
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
         present = {"", "cameras" * cameras, "command" * (goal == "command"), "height_scan" * height_scan}
@@ -966,8 +963,10 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         """Rewards (num_envs,) of an action, and their terms: see `get_reward_terms`."""
         vel = self._observations["vel"]
         velocity = np.minimum(np.maximum(self.robots.substep_velocity(), vel.low), vel.high)
-        state = velocity, self.goal, self.commands, self.last_actions.astype(float), terminated, active
-        terms = get_reward_terms(*state, *self._reward_weights)
+        weights = self.forward_reward_weight, self.ctrl_cost_weight, self.healthy_reward
+        terms = get_reward_terms(
+            velocity, self.goal, self.commands, self.last_actions.astype(float), terminated, active, *weights
+        )
         if self._reward:
             terms[f"reward_{self._reward.__name__}"] = self._reward(self, self.last_actions) * active.sum(1)
         return sum(terms.values()), terms
@@ -1039,9 +1038,8 @@ def get_ends(robots, failed, steps, max_steps, max_sin2_half_tilt):
 
 
 def get_reward_terms(
-    velocity, goal, commands, actions, terminated, active,
-    forward_reward_weight, ctrl_cost_weight, drift_cost_weight, healthy_reward,
-):  # fmt: skip
+    velocity, goal, commands, actions, terminated, active, forward_reward_weight, ctrl_cost_weight, healthy_reward
+):
     """The terms of the rewards of an action, by name, summed over the physics steps that are `active`: (n,) each.
 
     A term is a name that starts with "reward_" and a sum; all of them are in `info`. All are NumPy arrays, or all
@@ -1050,15 +1048,12 @@ def get_reward_terms(
     """
     if commands is None:
         speed = velocity @ goal
-        drift = (velocity * velocity).sum(2) - speed * speed
     else:
         command, error = commands[:, None], velocity - commands[:, None]
         speed = 8 * ((command * command).sum(2) - (error * error).sum(2))
-        drift = 0 * speed
     return {
         "reward_forward": forward_reward_weight * (speed * active).sum(1),
         "reward_ctrl": -ctrl_cost_weight * (actions * actions).sum(1) * active.sum(1),
-        "reward_drift": -drift_cost_weight * (drift * active).sum(1),
         "reward_healthy": healthy_reward * (active & ~terminated).sum(1),
     }
 

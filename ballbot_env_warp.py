@@ -78,7 +78,6 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         goal: Sequence[float] | str = (0.0, 1.0),
         forward_reward_weight: float = 0.01,
         ctrl_cost_weight: float = 0.0001,
-        drift_cost_weight: float = 0.0,
         healthy_reward: float = 0.02,
         reward: Callable | str | None = None,
         randomization: Mapping[str, float] | None = None,
@@ -96,7 +95,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         limit = MAX_EPISODE_STEPS if max_episode_steps is None else max_episode_steps
         self.max_episode_steps = math.inf if limit == -1 else limit  # actions
         self._max_tilt, self._max_sin2_half_tilt = max_tilt, math.sin(math.radians(max_tilt) / 2) ** 2
-        self.reward_weights = forward_reward_weight, ctrl_cost_weight, drift_cost_weight, healthy_reward
+        self.reward_weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
         present = {"", "cameras" * cameras, "command" * (goal == "command")}

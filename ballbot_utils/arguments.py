@@ -47,7 +47,6 @@ ARGUMENTS = {
     "goal": (is_goal, 'a direction (x, y) other than (0, 0), or "command"'),
     "forward_reward_weight": (is_number, "a finite number"),
     "ctrl_cost_weight": (is_number, "a finite number"),
-    "drift_cost_weight": (is_number, "a finite number"),
     "healthy_reward": (is_number, "a finite number"),
     "reward": (lambda value: value is None or isinstance(value, str) or hasattr(value, "__name__"),
                "a function of environments and actions, or FILE.py:FUNCTION"),

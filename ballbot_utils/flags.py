@@ -38,7 +38,7 @@ Positive = Annotated[float, Field(gt=0, le=1e6)]
 LogScale = Annotated[float, Field(ge=-10, le=10)]
 
 # Flags of earlier versions, and the value with which they had no effect
-REMOVED_FLAGS = dict(spin_cost=0, heading_cost=0, bound_coef=0, log_std_lr_scale=1, norm_value=False)
+REMOVED_FLAGS = dict(spin_cost=0, drift_cost=0, heading_cost=0, bound_coef=0, log_std_lr_scale=1, norm_value=False)
 NOT_IN_CONFIG = "run_name", "config", "resume"  # flags that config.json leaves out
 
 
@@ -51,8 +51,7 @@ class BaseArgs:
 
     # The task: the defaults of the environment
     terrain, terrain_seed, eval_terrain_seed, randomization = "perlin", 0, 1_000_000, {}
-    cameras, wheel_damping, frame_skip, goal, drift_cost = True, 0.4, 1, "forward", 0.0
-    env_kwargs, reward, curriculum = (), "", False
+    cameras, wheel_damping, frame_skip, goal, env_kwargs, reward, curriculum = True, 0.4, 1, "forward", (), "", False
     # What a script does not do
     num_processes, cuda, track, capture_video, init_from, freeze_encoder = 1, False, False, False, "", False
     norm_adv, learning_rate, clip_coef, ent_coef, gamma, vf_coef, update_epochs = False, 1.0, 1.0, 1.0, 1.0, 1.0, 0
@@ -261,7 +260,6 @@ def ineffective_flags(args: Any) -> dict[str, str]:
         (not args.freeze_encoder, "encoder_path", "with --no-freeze-encoder, which trains an encoder from scratch"),
         (args.init_from, "encoder_path", "with --init-from, whose policy has its own encoder"),
         (args.init_from, "init_log_std", "with --init-from, whose policy has its own action noise"),
-        (args.goal == "command", "drift_cost", "with --goal command"),
         (args.gamma == 0, "gae_lambda", "with --gamma 0"),
         (args.vf_coef == 0, "clip_vloss", "with --vf-coef 0"),
         (args.update_epochs == 1 and schedules["lr"] != "kl", "target_kl", "with --update-epochs 1"),

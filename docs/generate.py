@@ -40,9 +40,7 @@ def row(args: object, name: str, comment: str) -> str:
         value = "on" if value else "off"
     elif isinstance(value, int):
         value = f"{value:_}" if value >= 10_000 else value
-    elif isinstance(value, (dict, tuple)):
-        value = " ".join(f"{key} {x:g}" for key, x in dict(value).items())
-    return f"| {usage} | {value} | {comment.replace('<', '&lt;')} |"
+    return f"| {usage} | {'' if value in ({}, ()) else value} | {comment.replace('<', '&lt;')} |"
 
 
 def table(args: object, comments: dict[str, str]) -> list[str]:

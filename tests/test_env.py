@@ -750,7 +750,6 @@ def test_observations_can_be_kept(copied):
 
 
 REWARDS = [{}, {"goal": (1, 0)}, {"goal": (-3, 4), "forward_reward_weight": 0.5, "ctrl_cost_weight": 0.1},
-           {"goal": (-3, 4), "drift_cost_weight": 0.02},
            {"healthy_reward": 1.0, "forward_reward_weight": 0.0}]  # fmt: skip
 
 
@@ -774,12 +773,10 @@ def test_reward(kwargs):
         falls += terminations.sum()
         fast += np.all(obs["vel"][0, :2] == 2)
         effort = np.sum(np.clip(action, -1, 1).astype(float) ** 2, 1)
-        across = obs["vel"][:, :2] @ (goal[1], -goal[0])
-        drift = -kwargs.get("drift_cost_weight", 0) * across**2
-        terms = forward * obs["vel"][:, :2] @ goal, -ctrl * effort, drift, healthy * ~terminations
+        terms = forward * obs["vel"][:, :2] @ goal, -ctrl * effort, healthy * ~terminations
         np.testing.assert_allclose(rewards, sum(terms), rtol=0, atol=1e-6 * max(forward, ctrl, 0.01))
         ended = terminations | truncations
-        for key, expected in zip(("reward_forward", "reward_ctrl", "reward_drift", "reward_healthy"), terms):
+        for key, expected in zip(("reward_forward", "reward_ctrl", "reward_healthy"), terms):
             final = infos["final_info"][key] if ended.any() else 0
             np.testing.assert_allclose(
                 np.where(ended, final, infos.get(key, 0)), expected, atol=1e-6 * max(forward, 0.01)

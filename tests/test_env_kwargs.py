@@ -11,7 +11,6 @@ import torch
 
 import ballbot_env
 import ppo_ballbot as ppo
-import ppo_ballbot_schedules as schedules
 from ballbot_utils import evaluate, export, flags
 from ballbot_utils.common import EvalSettings, eval_task
 
@@ -139,12 +138,3 @@ def test_a_goal_direction_and_flags_without_effect(monkeypatch):
             parse(given)
     assert parse("--terrain hills --terrain-seed 3 --preset tuned").terrain_seed == 3
     ballbot_env.BallbotVectorEnv(2, "ramp", cameras=False, randomization=parse("--preset robust").randomization).close()
-
-
-@pytest.mark.parametrize("script", [ppo, schedules])
-def test_the_drift_cost_is_for_training_only(script, monkeypatch):
-    args = script.Args(drift_cost=0.02)
-    assert [script.task(args, evaluation)["drift_cost_weight"] for evaluation in (False, True)] == [0.02, 0]
-    monkeypatch.setattr("sys.argv", ["ppo_ballbot.py", "--goal", "command", "--drift-cost", "0.02"])
-    with pytest.raises(SystemExit, match="--drift-cost has no effect with --goal command: leave it out"):
-        script.parse_args()
