@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, draw, make_table, read_lines, train_all
+from benchmark.records import Experiment, draw, group_lines, make_table, read_lines, train_all
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
 BASE = "--no-cameras --total-timesteps 3000000 --eval-interval 500000 --final-eval-episodes 32"
@@ -55,12 +55,11 @@ class Args:
     """hyperparameters to vary; empty: all"""
 
 
-def group_lines(name: str, lines: list[dict]) -> dict[str, list[dict]]:
+def group_values(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     """The lines of a hyperparameter by value, {value: lines of the seeds}, the default's too, in ascending order."""
     keys = {value: (name, value) for value in EXPERIMENTS[name]} | {DEFAULTS[name]: ("defaults", "")}
     order = sorted(keys, key=float) if DEFAULTS[name].replace(".", "").isdigit() else keys
-    groups = {value: [x for x in lines if (x["experiment"], x["value"]) == keys[value]] for value in order}
-    return {value: group for value, group in groups.items() if group}
+    return group_lines(lines, {value: keys[value] for value in order})
 
 
 def update_page(name: str, table: str) -> None:
@@ -85,7 +84,7 @@ def main(args: Args) -> None:
     train_all(FILE, list_runs(args.seeds, args.only), args.jobs)
     lines = read_lines(FILE)
     for name in DEFAULTS:
-        if len(groups := group_lines(name, lines)) > 1:
+        if len(groups := group_values(name, lines)) > 1:
             draw(FIGURES / f"{name.replace(' ', '_')}.png", name, groups, DEFAULTS[name])
             update_page(name, make_table(name, groups, DEFAULTS[name]))
 

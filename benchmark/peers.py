@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, draw, make_table, read_lines, train_all
+from benchmark.records import Experiment, draw, group_lines, make_table, read_lines, train_all
 
 FILE, OURS = Path("benchmark/peers/runs.jsonl"), "ppo_ballbot.py"
 SETTINGS = {
@@ -42,9 +42,7 @@ def main(args: Args) -> None:
     train_all(FILE, experiments, args.jobs)
     lines = read_lines(FILE)
     for setting in args.settings:
-        groups = {peer: [x for x in lines if (x["experiment"], x["value"]) == (setting, peer)] for peer in scripts}
-        groups = {peer: group for peer, group in groups.items() if group}
-        if groups:
+        if groups := group_lines(lines, {peer: (setting, peer) for peer in scripts}):
             draw(FILE.with_name(f"{setting}.png"), setting, groups, OURS)
             print(make_table(setting, groups, OURS))
 

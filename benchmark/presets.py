@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
-from benchmark.records import Experiment, read_lines, train_all
+from benchmark.records import Experiment, meets_targets, read_lines, train_all
 
 FILE = Path("benchmark/presets/runs.jsonl")
 
@@ -43,7 +42,7 @@ def format_table(lines: list[dict]) -> str:
             "that | third terrain: return | falls of 100 | speed (m/s) |", "| --- " * 9 + "|"]  # fmt: skip
     for line in sorted(lines, key=lambda line: (line["experiment"], line["seed"])):
         final, third, met, later = line["final"], line["third_terrain"], "never", ""
-        good = [row[2] > TARGET_RETURN and row[3] > TARGET_LENGTH for row in line["evaluations"]]
+        good = [meets_targets(row) for row in line["evaluations"]]
         if True in good:
             rest = line["evaluations"][good.index(True) :]
             met, later = f"{rest[0][0]:,}", f"{sum(row[4] > 0 for row in rest)} of {len(rest)}"

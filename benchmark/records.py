@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from itertools import pairwise
@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 from ballbot_utils import diagnose, plot
-from ballbot_utils.runs import read_metrics
+from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN, read_metrics
 
 CURVES = ("charts/episodic_return_mean100", "losses/approx_kl", "losses/clipfrac", "losses/policy_loss",
           "losses/value_loss", "losses/explained_variance", "charts/action_std", "SPS/train")  # fmt: skip
@@ -67,9 +67,10 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     """Train one experiment, or resume it. Returns its line, or None if a signal stopped it."""
     name = "_".join(f"{benchmark} {experiment.name} {experiment.value} {experiment.seed}".split())
     flags = shlex.split(f"{experiment.flags} --num-processes 1 --num-threads 1 --seed {experiment.seed}")
-    command, run = [*shlex.split(experiment.script), *flags, "--run-name", name], Path("runs") / name
+    script, run = shlex.split(experiment.script), Path("runs") / name
+    command = [*script, *flags, "--run-name", name]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    resumed = [*shlex.split(experiment.script), "--resume", str(run)] if (run / "last.pt").exists() else command
+    resumed = [*script, "--resume", str(run)] if (run / "last.pt").exists() else command
     print(f"{time.strftime('%H:%M')} python {shlex.join(resumed)}", flush=True)
     output = subprocess.run([sys.executable, *resumed], capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -108,6 +109,17 @@ def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, mean
     interval = stats.bootstrap((values,), lambda x, axis: stats.trim_mean(x, 0.25, axis), method="percentile", rng=0)
     return mean, *interval.confidence_interval
+
+
+def group_lines(lines: Sequence[dict], keys: Mapping[str, tuple[str, str]]) -> dict[str, list[dict]]:
+    """Lines by label, in the order of `keys`, {label: (experiment, value)}; labels without lines are left out."""
+    groups = {label: [x for x in lines if (x["experiment"], x["value"]) == key] for label, key in keys.items()}
+    return {label: group for label, group in groups.items() if group}
+
+
+def meets_targets(evaluation: Sequence[float]) -> bool:
+    """Whether a row of a line's evaluations meets the guide's targets."""
+    return evaluation[2] > TARGET_RETURN and evaluation[3] > TARGET_LENGTH
 
 
 def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) -> None:
@@ -152,7 +164,7 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
     for value, lines in groups.items():
         finals = [line["final"] for line in lines if line["final"]]
         mean, low, high = interquartile_mean([final["episodic_return"] for final in finals])
-        met = [next((row[0] for row in line["evaluations"] if row[2] > 100 and row[3] > 3000), None) for line in lines]
+        met = [next((row[0] for row in line["evaluations"] if meets_targets(row)), None) for line in lines]
         met = sorted(step for step in met if step)
         first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " * (len(met) > 0) + f"{len(met)} of {len(lines)}"
         kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])

@@ -100,7 +100,8 @@ def test_training_resuming_evaluation_and_export_use_them(capsys, folder):
     (dict(env_kwargs=("max_tilt=200",)), "--env-kwargs: max_tilt is 200: give an angle between 0 and 90 degrees"),
     (dict(env_kwargs=("max_tilt",)), "give each argument once, as NAME=VALUE"),
     (dict(env_kwargs=("max_tilt=2", "max_tilt=3")), "give each argument once"),
-    (dict(env_kwargs=("tilt=2",)), "'tilt', which the environment lacks: it has camera_size, camera_pitch"),
+    (dict(env_kwargs=("tilt=2",)), "'tilt', which the environment lacks: it has camera_size, camera_pitch, "
+     "camera_rate, height_scan, max_tilt"),
     (dict(env_kwargs=("frame_skip=2",)), "--env-kwargs cannot set frame_skip: use --frame-skip"),
     (dict(env_kwargs=("goal=command",)), "--env-kwargs cannot set goal: use --goal"),
     (dict(env_kwargs=("num_threads=2",)), "--env-kwargs cannot set num_threads"),

@@ -31,7 +31,7 @@ def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
     lines = [make_line("defaults", "", seed, [50, 90 + seed, 100 + seed]) for seed in (1, 2, 3)]
     lines += [make_line("clip range", "0.2", seed, [110 + seed, 20, 30]) for seed in (1, 2, 3)]
     lines += [make_line("epochs", "3", 1, [1, 2, 3])]
-    groups = guide.group_lines("clip range", lines)
+    groups = guide.group_values("clip range", lines)
     assert list(groups) == ["0.015", "0.2"]
     records.draw(tmp_path / "figures" / "clip_range.png", "clip range", groups, "0.015")
     guide.update_page("clip range", records.make_table("clip range", groups, "0.015"))
