@@ -4,14 +4,11 @@ Each run appends a line to benchmark/presets/runs.jsonl, with an evaluation on a
 nothing else. Runs whose line exists are skipped, interrupted ones are resumed. It ends with a table of all lines.
 """
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, meets_targets, read_lines, train_all
+from benchmark.records import Experiment, evaluate, meets_targets, read_lines, train_all
 
 FILE = Path("benchmark/presets/runs.jsonl")
 
@@ -28,12 +25,7 @@ class Args:
 
 def evaluate_elsewhere(run: Path) -> dict:
     """Return, its interval and falls of the last policy on terrain seed 3,000,000, in 100 episodes."""
-    if not (run / "last.pt").exists():
-        return {}
-    command = [sys.executable, "-m", "ballbot_utils.evaluate", str(run / "last.pt"), "--terrain-seed", "3000000",
-               "--no-gap", "--num-threads", "1", "--json", "-"]  # fmt: skip
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {"third_terrain": json.loads(output.stdout)[0]["summary"]}
+    return {"third_terrain": evaluate(run, "--terrain-seed", "3000000", "--no-gap").get("summary")}
 
 
 def format_table(lines: list[dict]) -> str:

@@ -95,6 +95,15 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     } | extra(run)  # fmt: skip
 
 
+def evaluate(run: Path, *flags: str) -> dict:
+    """What `python -m ballbot_utils.evaluate` says about the last policy of a run; {} if the run has none."""
+    if not (run / "last.pt").exists():
+        return {}
+    command = [sys.executable, "-m", "ballbot_utils.evaluate", str(run / "last.pt"), *flags, "--num-threads", "1"]
+    output = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
+    return json.loads(output.stdout)[0]
+
+
 def medians(curve: plot.Curve, low: float, high: float) -> float | None:
     """The median of a curve's values between two steps, with three digits."""
     steps, _, values = curve
@@ -156,10 +165,10 @@ def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) ->
 
 
 def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
-    """A Markdown table with a row for each value of `label`."""
+    """A Markdown table with a row for each value of `label`; the gap is training terrain minus unseen terrain."""
     rows = [
-        f"| {label} | return at the end | falls | first return > 100 | KL | clipped | steps/s | seeds |",
-        "| --- " * 8 + "|",
+        f"| {label} | return at the end | falls | gap | targets first met | KL | clipped | steps/s | seeds |",
+        "| --- " * 9 + "|",
     ]
     for value, lines in groups.items():
         finals = [line["final"] for line in lines if line["final"]]
@@ -169,8 +178,10 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
         first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " * (len(met) > 0) + f"{len(met)} of {len(lines)}"
         kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])
                               for tag in ("losses/approx_kl", "losses/clipfrac", "SPS/train"))  # fmt: skip
+        gaps = [line["gap"]["mean"] for line in lines if line.get("gap")]
+        gap = f"{np.mean(gaps):+.1f}" if gaps else ""
         name = f"**{value}**" if value == default else value
         rows.append(f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
-                    f"{100 * np.mean([final['falls'] for final in finals]):.0f} % | {first} | {kl:.2g} | "
+                    f"{100 * np.mean([final['falls'] for final in finals]):.0f} % | {gap} | {first} | {kl:.2g} | "
                     f"{100 * clipped:.0f} % | {speed:,.0f} | {len(lines)} |")  # fmt: skip
     return "\n".join(rows)

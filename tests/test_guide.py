@@ -21,7 +21,7 @@ def make_line(name, value, seed, returns):
         "SPS/train": [1000, 1234, 2000],
     }
     return {"experiment": name, "value": value, "seed": seed, "evaluations": evaluations, "curves": curves,
-            "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}}  # fmt: skip
+            "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}, "gap": {"mean": 0.5 * seed}}  # fmt: skip
 
 
 def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
@@ -37,9 +37,16 @@ def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
     guide.update_page("clip range", records.make_table("clip range", groups, "0.015"))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
-    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
+    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | +1.0 | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
+    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | +1.0 | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
     assert (tmp_path / "figures" / "clip_range.png").stat().st_size > 10_000
+
+
+def test_a_row_can_be_a_run_of_another_hyperparameter():
+    lines = [make_line("defaults", "", 1, [90]), make_line("learning rate", "1e-5", 1, [40])]
+    groups = guide.group_values("not learning", lines)
+    assert groups == {"learning rate 1e-5": lines[1:], "defaults": lines[:1]}
+    assert "learning rate 1e-5" not in [run.value for run in guide.list_runs((1,), ())]  # it is not trained twice
 
 
 def test_interquartile_mean_ignores_outliers():
