@@ -61,11 +61,11 @@ PRESETS = {
     "balanced": dict(clip_coef=0.015, ent_coef=0.001),
     "paper": dict(clip_coef=0.015, ent_coef=0.001, frame_skip=1, num_steps=2048, norm_obs=False,
                   privileged_critic=False, wheel_damping=0.8, small_encoder=False),
-    "tuned": dict(num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.03, vf_coef=1.0,
-                  ent_coef=0.0, num_envs=64, num_steps=16, update_epochs=4, gamma=0.994, gae_lambda=0.96, norm_adv=True,
-                  target_kl=0.04, weight_decay=0.0, pi_layers=3, vf_layers=3, init_log_std=-0.5, depth_scale=0.1,
-                  terrain_amplitude=0.15, randomization=dict(push=0.5), max_episode_steps=1000,
-                  total_timesteps=3_000_000),
+    "tuned": dict(num_processes=2, body_frame=True, learning_rate=9e-4, anneal_lr=True, clip_coef=0.1, vf_coef=1.0,
+                  ent_coef=0.0, num_envs=64, num_steps=32, minibatch_size=512, update_epochs=4, gamma=0.994,
+                  gae_lambda=0.96, norm_adv=True, target_kl=0.04, weight_decay=0.0, pi_layers=3, vf_layers=3,
+                  init_log_std=-0.5, depth_scale=0.1, terrain_amplitude=0.15, randomization=dict(push=0.5),
+                  max_episode_steps=1000, total_timesteps=4_000_000),
 }  # fmt: skip
 PRESETS["robust"] = PRESETS["tuned"] | dict(max_episode_steps=4000, terrain_amplitude=0.2)
 PRESETS["robust"]["randomization"] = dict(terrain_amplitude=0.75, mass=0.1, friction=0.2, wheel_damping=0.2, latency=2,
