@@ -45,7 +45,7 @@ def format_table(lines: list[dict]) -> str:
 
 
 def main(args: Args) -> None:
-    experiments = [Experiment(preset, "", f"--preset {preset}", seed) for preset in args.presets for seed in args.seeds]
+    experiments = [Experiment(preset, "", f"--preset {preset}", seed) for seed in args.seeds for preset in args.presets]
     train_all(FILE, experiments, args.jobs, evaluate_elsewhere)
     print(format_table(read_lines(FILE)))
 
