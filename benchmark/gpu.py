@@ -85,14 +85,14 @@ def agreement(args):
 
 
 def policies(args):
-    """The LQR at 0.6 m/s, and benchmark/tuned__9.pt, on unseen terrain; their CPU results are in README.md."""
+    """The LQR at 0.6 m/s, and benchmark/tuned__1.pt, on unseen terrain; their CPU results are in README.md."""
     from ballbot_utils import lqr
 
-    policy, task = gpu.ppo_ballbot.load_policy(Path("benchmark/tuned__9.pt")), None
+    policy, task = gpu.ppo_ballbot.load_policy(Path("benchmark/tuned__1.pt")), None
     policy.agent.to(args.device)
     policy.args.cuda = args.device != "cpu"
     envs = gpu.make_envs(policy.args, 100, evaluation=True)
-    yield dict(policy="tuned__9.pt") | gpu.evaluate(envs, policy.agent, policy.args, 100)
+    yield dict(policy="tuned__1.pt") | gpu.evaluate(envs, policy.agent, policy.args, 100)
     gain, feedforward = lqr.design_regulator(0.4)
     task = dict(terrain_seed=1_000_000, cameras=False, frame_skip=lqr.FRAME_SKIP)
     envs = gym.make_vec("BallbotWarp-v0", num_envs=32, device=args.device, **task)

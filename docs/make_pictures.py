@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppo_ballbot
 
-POLICY = ROOT / "benchmark" / "tuned__9.pt"
+POLICY = ROOT / "benchmark" / "tuned__1.pt"
 BLUE, RED, GREY = "#2a6fbb", "#c0392b", "#e8ecf1"
 
 

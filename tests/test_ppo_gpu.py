@@ -104,7 +104,7 @@ def test_it_trains_from_the_command_line_and_the_programs_accept_its_policy(tmp_
 
 
 def test_a_trained_policy_drives_on_warp_as_it_does_on_mujoco():
-    policy = ppo_ballbot.load_policy(ROOT / "benchmark/tuned__9.pt")
+    policy = ppo_ballbot.load_policy(ROOT / "benchmark/tuned__1.pt")
     results = []
     for make in (gpu.make_envs, ppo_ballbot.make_envs):
         envs = make(policy.args, 4, evaluation=True)
