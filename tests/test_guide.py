@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import guide, records
+from benchmark import guide, records, terrain
 from benchmark.records import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,19 @@ def test_a_row_can_be_a_run_of_another_hyperparameter():
     groups = guide.group_values("not learning", lines)
     assert groups == {"learning rate 1e-5": lines[1:], "defaults": lines[:1]}
     assert "learning rate 1e-5" not in [run.value for run in guide.list_runs((1,), ())]  # it is not trained twice
+
+
+def test_table_of_terrain_is_made_from_the_lines():
+    def line(label, seed, value, falls):
+        summary = {"return": {"mean": value}, "speed": {"mean": 0.1 * seed}, "falls": falls, "episodes": 100}
+        return {"experiment": "steps", "value": label, "seed": seed, "there": {"--terrain steps:height=0.02": summary}}
+
+    lines = [line("blind", 2, 50.0, 30), line("blind", 1, 40.0, 20), line("cameras", 1, 90.0, 0)]
+    rows = terrain.make_table("steps", lines).splitlines()
+    assert rows[2:] == [
+        "| cameras | `--terrain steps:height=0.02` | 90.0 [90.0, 90.0] | 0 of 100 | 0.10 | 90.0 |",
+        "| blind | `--terrain steps:height=0.02` | 45.0 [40.0, 50.0] | 50 of 200 | 0.15 | 40.0, 50.0 |",
+    ]
 
 
 def test_interquartile_mean_ignores_outliers():
