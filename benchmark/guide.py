@@ -108,7 +108,7 @@ def list_runs(seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Experiment]
 
 def measure_gap(run: Path) -> dict:
     """The return of the last policy on the training terrain minus that on unseen terrain, and its 95 % interval."""
-    return {"gap": evaluate(run, "--episodes", "32").get("gap")}
+    return {"gap": evaluate(run, "--episodes", "32")["gap"]}
 
 
 def main(args: Args) -> None:

@@ -47,7 +47,8 @@ def train_all(
 ) -> None:
     """Train `jobs` experiments at a time, one core each, and append a line to `file` when one ends.
 
-    Those whose line exists are skipped; those with a checkpoint are resumed. `extra` gives more data on a run's folder.
+    Those whose line exists are skipped; those with a checkpoint are resumed. `extra` gives more data on the folder of a
+    run that has a last.pt.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {(line["experiment"], line["value"], line["seed"]) for line in read_lines(file)}
@@ -92,13 +93,11 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
         "final": next((entry for entry in metrics if entry["kind"] == "final"), None),
         "curves": {tag: [medians(curve, *part) for part in pairwise(edges)] for tag, curve in curves.items()},
         "findings": [finding[0] for finding in diagnose.diagnose(*diagnose.read_run(run))],
-    } | extra(run)  # fmt: skip
+    } | (extra(run) if (run / "last.pt").exists() else {})  # fmt: skip
 
 
 def evaluate(run: Path, *flags: str) -> dict:
-    """What `python -m ballbot_utils.evaluate` says about the last policy of a run; {} if the run has none."""
-    if not (run / "last.pt").exists():
-        return {}
+    """What `python -m ballbot_utils.evaluate` says about the last policy of a run."""
     command = [sys.executable, "-m", "ballbot_utils.evaluate", str(run / "last.pt"), *flags, "--num-threads", "1"]
     output = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
     return json.loads(output.stdout)[0]

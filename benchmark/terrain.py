@@ -52,14 +52,9 @@ def make_table(kind: str, lines: list[dict]) -> str:
             mean, low, high = interquartile_mean(returns)
             falls, episodes = (sum(result[key] for result in results) for key in ("falls", "episodes"))
             speed = sum(result["speed"]["mean"] for result in results) / len(results)
-            cells = [
-                label,
-                f"`{flags}`",
-                f"{mean:.1f} [{low:.1f}, {high:.1f}]",
-                f"{falls} of {episodes}",
-                f"{speed:.2f}",
-            ]
-            rows.append("| " + " | ".join([*cells, ", ".join(f"{x:.1f}" for x in returns)]) + " |")
+            seeds = ", ".join(f"{value:.1f}" for value in returns)
+            rows.append(f"| {label} | `{flags}` | {mean:.1f} [{low:.1f}, {high:.1f}] | {falls} of {episodes} | "
+                        f"{speed:.2f} | {seeds} |")  # fmt: skip
     return "\n".join(rows)
 
 
@@ -69,8 +64,9 @@ def main(args: Args) -> None:
         for seed in args.seeds for kind in args.kinds for label, flags in EXPERIMENTS[kind].items()
     ]  # fmt: skip
     train_all(FILE, experiments, args.jobs, evaluate_there)
+    lines = read_lines(FILE)
     for kind in args.kinds:
-        print(make_table(kind, read_lines(FILE)))
+        print(make_table(kind, lines))
 
 
 if __name__ == "__main__":
