@@ -93,8 +93,8 @@ class Args:
     terrain: str = "perlin"  # ground: a kind, such as ramp or ramp:angle=15, or a file; docs/terrain.md lists them
     terrain_seed: Seed = 0  # the training terrain
     terrain_amplitude: Positive = 0.1  # height of the training terrain's Perlin hills, m; evaluations use 0.1
-    # domain randomization in training; names and strengths, such as push 1.0 mass 0.1. Starts at up to 0.6 m/s teach the
-    # robot not to drive faster than it can
+    # domain randomization in training; names and strengths, such as push 1.0 mass 0.1. Starts at up to 0.6 m/s teach
+    # the robot not to drive faster than it can
     randomization: MutableMapping[str, float] = field(default_factory=lambda: {"velocity": 0.6})
     curriculum: bool = False  # hills and pushes grow with each robot's success; docs/randomization.md says how
     eval_terrain_seed: Seed = 1_000_000  # the terrain of evaluations, never used in training
