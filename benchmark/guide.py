@@ -11,11 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, draw, evaluate, group_lines, make_table, read_lines, train_all
+from benchmark import records
+from benchmark.records import Experiment, evaluate, interquartile_mean
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
-BASE = "--no-cameras --total-timesteps 3000000 --eval-interval 500000 --final-eval-episodes 32"
+BASE = "--no-cameras --total-timesteps 4000000 --eval-interval 500000 --final-eval-episodes 32"
 SCHEDULES = "--lr-schedule guide --ent-schedule {} --clip-schedule {}"
 UNSTABLE = "--learning-rate {} --clip-coef {} --vf-coef {}"
 # {hyperparameter: {value: flags}}; a pair is the value of another hyperparameter. The defaults have the value in
@@ -85,7 +88,7 @@ def group_values(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     keys = {value: x if isinstance(x, tuple) else (name, value) for value, x in EXPERIMENTS[name].items()}
     keys[DEFAULTS[name]] = ("defaults", "")
     order = sorted(keys, key=float) if DEFAULTS[name].replace(".", "").isdigit() else keys
-    return group_lines(lines, {value: keys[value] for value in order})
+    return records.group_lines(lines, {value: keys[value] for value in order})
 
 
 def update_page(name: str, table: str) -> None:
@@ -95,6 +98,27 @@ def update_page(name: str, table: str) -> None:
     text = PAGE.read_text()
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     PAGE.write_text(re.sub(pattern, lambda _: f"{begin}\n{table}\n\n{figure}\n{end}", text, flags=re.DOTALL))
+
+
+def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
+    """Draw the returns at the end of all hyperparameters, {name: {value: lines}}: a line each, its values on it."""
+    figure, ax = plt.subplots(figsize=(9, 0.5 + 0.45 * len(groups)), layout="constrained")
+    for row, (name, values) in enumerate(groups.items()):
+        finals = {value: records.final_returns(lines) for value, lines in values.items()}
+        means = {value: interquartile_mean(returns)[0] for value, returns in finals.items() if returns}
+        ax.plot([min(means.values()), max(means.values())], [row, row], color="0.8", zorder=0)
+        for k, (value, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
+            color = "black" if value == DEFAULTS[name] else "#0072B2"
+            ax.plot(mean, row, "o", ms=5, color=color)
+            ax.annotate(value, (mean, row), (0, 5 if k % 2 else -12), textcoords="offset points", ha="center",
+                        fontsize=7, color=color)  # fmt: skip
+    ax.set(xlabel="return at the end, unseen terrain, interquartile mean of the seeds; black: the default")
+    ax.set_yticks(range(len(groups)), groups)
+    ax.axvline(100, color="0.7", lw=1, ls="--", zorder=0)
+    ax.invert_yaxis()
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def list_runs(seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Experiment]:
@@ -112,12 +136,13 @@ def measure_gap(run: Path) -> dict:
 
 
 def main(args: Args) -> None:
-    train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
-    lines = read_lines(FILE)
-    for name in DEFAULTS:
-        if len(groups := group_values(name, lines)) > 1:
-            draw(FIGURES / f"{name.replace(' ', '_')}.png", name, groups, DEFAULTS[name])
-            update_page(name, make_table(name, groups, DEFAULTS[name]))
+    records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
+    lines = records.read_lines(FILE)
+    groups = {name: group for name in DEFAULTS if len(group := group_values(name, lines)) > 1}
+    for name, group in groups.items():
+        records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
+        update_page(name, records.make_table(name, group, DEFAULTS[name]))
+    draw_all(FIGURES / "all.png", {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"})
 
 
 if __name__ == "__main__":

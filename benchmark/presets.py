@@ -2,6 +2,7 @@
 
 Each run appends a line to benchmark/presets/runs.jsonl, with an evaluation on a third terrain, which is used for
 nothing else. Runs whose line exists are skipped, interrupted ones are resumed. It ends with a table of all lines.
+`--flags="--no-body-frame --no-cameras"` trains with other flags.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ class Args:
     """names of presets; balanced is the default"""
     seeds: tuple[int, ...] = tuple(range(1, 11))
     """seeds of each preset"""
+    flags: str = ""
+    """flags that replace the preset's"""
     jobs: int = 1
     """runs at a time, one core each"""
 
@@ -32,20 +35,24 @@ def format_table(lines: list[dict]) -> str:
     """A Markdown table with a row for each run."""
     rows = ["| preset | seed | return | falls of 100 | both targets first met (steps) | evaluations with falls after "
             "that | third terrain: return | falls of 100 | speed (m/s) |", "| --- " * 9 + "|"]  # fmt: skip
-    for line in sorted(lines, key=lambda line: (line["experiment"], line["seed"])):
+    for line in sorted(lines, key=lambda line: (line["experiment"], line["value"], line["seed"])):
         final, third, met, later = line["final"], line["third_terrain"], "never", ""
         good = [meets_targets(row) for row in line["evaluations"]]
         if True in good:
             rest = line["evaluations"][good.index(True) :]
             met, later = f"{rest[0][0]:,}", f"{sum(row[4] > 0 for row in rest)} of {len(rest)}"
-        cells = [line["experiment"], line["seed"], f"{final['episodic_return']:.1f}", f"{100 * final['falls']:.0f}"]
-        cells += [met, later, f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]
+        cells = [f"{line['experiment']} {line['value']}".strip(), line["seed"], f"{final['episodic_return']:.1f}"]
+        cells += [f"{100 * final['falls']:.0f}", met, later]
+        cells += [f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
 
 def main(args: Args) -> None:
-    experiments = [Experiment(preset, "", f"--preset {preset}", seed) for seed in args.seeds for preset in args.presets]
+    experiments = [
+        Experiment(preset, args.flags, f"--preset {preset} {args.flags}", seed)
+        for seed in args.seeds for preset in args.presets
+    ]  # fmt: skip
     train_all(FILE, experiments, args.jobs, evaluate_elsewhere)
     print(format_table(read_lines(FILE)))
 

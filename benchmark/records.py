@@ -125,6 +125,11 @@ def group_lines(lines: Sequence[dict], keys: Mapping[str, tuple[str, str]]) -> d
     return {label: group for label, group in groups.items() if group}
 
 
+def final_returns(lines: Sequence[dict]) -> list[float]:
+    """The return of each run that trained to the end; one whose losses became infinite did not."""
+    return [line["final"]["episodic_return"] for line in lines if line["final"]]
+
+
 def meets_targets(evaluation: Sequence[float]) -> bool:
     """Whether a row of a line's evaluations meets the guide's targets."""
     return evaluation[2] > TARGET_RETURN and evaluation[3] > TARGET_LENGTH
@@ -140,11 +145,12 @@ def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) ->
     for k, ((value, lines), color) in enumerate(zip(groups.items(), colors)):
         color = "black" if value == default else color
         shared = min(len(line["evaluations"]) for line in lines)
-        steps, returns = np.moveaxis([np.array(line["evaluations"])[:shared, [0, 2]] for line in lines], 2, 0)
-        curves.plot(steps[0], returns.mean(0), "o-", ms=3, color=color, label=value)
-        curves.fill_between(steps[0], returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
-        finals = [line["final"]["episodic_return"] for line in lines if line["final"]]
-        mean, low, high = interquartile_mean(finals)
+        rows = np.array([line["evaluations"][:shared] for line in lines]).reshape(len(lines), shared, 5)
+        steps, returns = rows[0, :, 0], rows[:, :, 2]
+        curves.plot(steps, returns.mean(0), "o-", ms=3, color=color, label=value)
+        curves.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
+        finals = final_returns(lines)
+        mean, low, high = interquartile_mean(finals) if finals else [np.nan] * 3
         ends.plot([k] * len(finals), finals, "o", ms=4, color=color, alpha=0.5)
         ends.plot([k, k], [low, high], "-", color=color, lw=1)
         ends.plot([k - 0.25, k + 0.25], [mean, mean], "-", color=color, lw=2)
@@ -170,17 +176,21 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
         "| --- " * 9 + "|",
     ]
     for value, lines in groups.items():
-        finals = [line["final"] for line in lines if line["final"]]
-        mean, low, high = interquartile_mean([final["episodic_return"] for final in finals])
+        result = "none: the losses became infinite | "
+        if returns := final_returns(lines):
+            mean, low, high = interquartile_mean(returns)
+            falls = 100 * np.mean([line["final"]["falls"] for line in lines if line["final"]])
+            result = f"{mean:.1f} [{low:.1f}, {high:.1f}] | {falls:.0f} %"
         met = [next((row[0] for row in line["evaluations"] if meets_targets(row)), None) for line in lines]
         met = sorted(step for step in met if step)
-        first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " * (len(met) > 0) + f"{len(met)} of {len(lines)}"
+        first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " if met else ""
+        first += f"{len(met)} of {len(lines)}"
         kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])
                               for tag in ("losses/approx_kl", "losses/clipfrac", "SPS/train"))  # fmt: skip
         gaps = [line["gap"]["mean"] for line in lines if line.get("gap")]
         gap = f"{np.mean(gaps):+.1f}" if gaps else ""
         name = f"**{value}**" if value == default else value
-        rows.append(f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
-                    f"{100 * np.mean([final['falls'] for final in finals]):.0f} % | {gap} | {first} | {kl:.2g} | "
-                    f"{100 * clipped:.0f} % | {speed:,.0f} | {len(lines)} |")  # fmt: skip
+        seeds = f"{len(returns)} of {len(lines)}" if len(returns) < len(lines) else len(lines)
+        rows.append(f"| {name} | {result} | {gap} | {first} | {kl:.2g} | {100 * clipped:.0f} % | {speed:,.0f} | "
+                    f"{seeds} |")  # fmt: skip
     return "\n".join(rows)

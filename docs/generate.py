@@ -40,7 +40,9 @@ def row(args: object, name: str, comment: str) -> str:
         value = "on" if value else "off"
     elif isinstance(value, int):
         value = f"{value:_}" if value >= 10_000 else value
-    return f"| {usage} | {'' if value in ({}, ()) else value} | {comment.replace('<', '&lt;')} |"
+    elif isinstance(value, dict):
+        value = " ".join(f"{key} {each:g}" for key, each in value.items())
+    return f"| {usage} | {'' if value == () else value} | {comment.replace('<', '&lt;')} |"
 
 
 def table(args: object, comments: dict[str, str]) -> list[str]:

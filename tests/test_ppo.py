@@ -541,6 +541,8 @@ def test_every_flag_is_documented_with_its_default(script, monkeypatch, capsys):
             assert ("on" if default else "off") in shown, flag
         elif isinstance(default, (int, float)):
             assert default in map(float, shown), flag
+        elif isinstance(default, dict):
+            assert " ".join(f"{key} {value}" for key, value in default.items()) in shown, flag
         elif name != "exp_name":
             assert str(default or "") in shown, flag
 
@@ -641,7 +643,7 @@ def test_lengths_of_episodes_are_rounded_up_to_whole_actions(frame_skip, actions
 def test_steps_are_physics_steps_at_any_frame_skip(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = replace(SMALL, cameras=False, frame_skip=4, num_steps=50, minibatch_size=50, total_timesteps=1700,
-                   eval_interval=800, body_frame=True)  # fmt: skip
+                   eval_interval=800, body_frame=True, randomization={})  # fmt: skip
     run = ppo.train(args)
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     assert checkpoint["global_step"] == 1600
