@@ -17,8 +17,8 @@ from benchmark import other_ppo
 
 ARGS = ppo_ballbot.Args(  # one gradient step on one minibatch; robots fall and episodes are truncated
     cameras=False, privileged_critic=False, norm_obs=False, terrain="flat", env_kwargs=("max_tilt=1.5",),
-    randomization={}, max_episode_steps=80, num_threads=1, num_envs=4, num_steps=64, minibatch_size=256, update_epochs=1,
-    total_timesteps=1024, hidden_size=32, init_log_std=-0.5, ent_coef=0.01, max_grad_norm=1e6,
+    randomization={}, max_episode_steps=80, num_threads=1, num_envs=4, num_steps=64, minibatch_size=256,
+    update_epochs=1, total_timesteps=1024, hidden_size=32, init_log_std=-0.5, ent_coef=0.01, max_grad_norm=1e6,
 )  # fmt: skip
 LOGGED = {"policy_loss": "policy_gradient_loss", "value_loss": "value_loss", "entropy": "entropy_loss",
           "approx_kl": "approx_kl", "clipfrac": "clip_fraction"}  # fmt: skip
