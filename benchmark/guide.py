@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from ballbot_utils.common import run_program
 from benchmark import records
-from benchmark.records import Experiment, evaluate, interquartile_mean
+from benchmark.records import Experiment
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
 BASE = "--no-cameras --total-timesteps 4000000 --eval-interval 500000 --final-eval-episodes 32"
@@ -104,8 +104,8 @@ def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
     """Draw the returns at the end of all hyperparameters, {name: {value: lines}}: a line each, its values on it."""
     figure, ax = plt.subplots(figsize=(9, 0.5 + 0.45 * len(groups)), layout="constrained")
     for row, (name, values) in enumerate(groups.items()):
-        finals = {value: records.final_returns(lines) for value, lines in values.items()}
-        means = {value: interquartile_mean(returns)[0] for value, returns in finals.items() if returns}
+        finals = {value: records.final_values(lines) for value, lines in values.items()}
+        means = {value: records.interquartile_mean(returns)[0] for value, returns in finals.items() if returns}
         ax.plot([min(means.values()), max(means.values())], [row, row], color="0.8", zorder=0)
         for k, (value, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
             color = "black" if value == DEFAULTS[name] else "#0072B2"
@@ -132,7 +132,7 @@ def list_runs(seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Experiment]
 
 def measure_gap(run: Path) -> dict:
     """The return of the last policy on the training terrain minus that on unseen terrain, and its 95 % interval."""
-    return {"gap": evaluate(run, "--episodes", "32")["gap"]}
+    return {"gap": records.evaluate(run, "--episodes", "32")["gap"]}
 
 
 def main(args: Args) -> None:
@@ -142,7 +142,8 @@ def main(args: Args) -> None:
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
         update_page(name, records.make_table(name, group, DEFAULTS[name]))
-    draw_all(FIGURES / "all.png", {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"})
+    if varied := {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"}:
+        draw_all(FIGURES / "all.png", varied)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,9 @@ def group_lines(lines: Sequence[dict], keys: Mapping[str, tuple[str, str]]) -> d
     return {label: group for label, group in groups.items() if group}
 
 
-def final_returns(lines: Sequence[dict]) -> list[float]:
-    """The return of each run that trained to the end; one whose losses became infinite did not."""
-    return [line["final"]["episodic_return"] for line in lines if line["final"]]
+def final_values(lines: Sequence[dict], key: str = "episodic_return") -> list[float]:
+    """A result of each run that trained to the end; one whose losses became infinite did not."""
+    return [line["final"][key] for line in lines if line["final"]]
 
 
 def meets_targets(evaluation: Sequence[float]) -> bool:
@@ -149,7 +149,7 @@ def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) ->
         steps, returns = rows[0, :, 0], rows[:, :, 2]
         curves.plot(steps, returns.mean(0), "o-", ms=3, color=color, label=value)
         curves.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
-        finals = final_returns(lines)
+        finals = final_values(lines)
         mean, low, high = interquartile_mean(finals) if finals else [np.nan] * 3
         ends.plot([k] * len(finals), finals, "o", ms=4, color=color, alpha=0.5)
         ends.plot([k, k], [low, high], "-", color=color, lw=1)
@@ -177,9 +177,9 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
     ]
     for value, lines in groups.items():
         result = "none: the losses became infinite | "
-        if returns := final_returns(lines):
+        if returns := final_values(lines):
             mean, low, high = interquartile_mean(returns)
-            falls = 100 * np.mean([line["final"]["falls"] for line in lines if line["final"]])
+            falls = 100 * np.mean(final_values(lines, "falls"))
             result = f"{mean:.1f} [{low:.1f}, {high:.1f}] | {falls:.0f} %"
         met = [next((row[0] for row in line["evaluations"] if meets_targets(row)), None) for line in lines]
         met = sorted(step for step in met if step)
