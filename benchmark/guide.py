@@ -91,13 +91,20 @@ def group_values(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     return records.group_lines(lines, {value: keys[value] for value in order})
 
 
-def update_page(name: str, table: str) -> None:
-    """Replace the table and figure of a hyperparameter between its marks in docs/guide.md."""
-    begin, end = f"<!-- results: {name} -->", "<!-- end -->"
-    figure = f"![{name}](img/guide/{name.replace(' ', '_')}.png)"
-    text = PAGE.read_text()
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    PAGE.write_text(re.sub(pattern, lambda _: f"{begin}\n{table}\n\n{figure}\n{end}", text, flags=re.DOTALL))
+def update_page(page: str, groups: dict[str, dict[str, list[dict]]]) -> str:
+    """docs/guide.md with the tables and figures of {hyperparameter: {value: lines}} between their marks."""
+    for name, group in groups.items():
+        begin, end = f"<!-- results: {name} -->", "<!-- end -->"
+        table = records.make_table(name, group, DEFAULTS[name])
+        results = f"{begin}\n{table}\n\n![{name}](img/guide/{name.replace(' ', '_')}.png)\n{end}"
+        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", results, page, flags=re.DOTALL)
+    return page
+
+
+def group_all(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """The lines of the hyperparameters that were varied, {hyperparameter: {value: lines}}."""
+    groups = {name: group_values(name, lines) for name in DEFAULTS}
+    return {name: group for name, group in groups.items() if len(group) > 1}
 
 
 def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
@@ -137,11 +144,10 @@ def measure_gap(run: Path) -> dict:
 
 def main(args: Args) -> None:
     records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
-    lines = records.read_lines(FILE)
-    groups = {name: group for name in DEFAULTS if len(group := group_values(name, lines)) > 1}
+    groups = group_all(records.read_lines(FILE))
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
-        update_page(name, records.make_table(name, group, DEFAULTS[name]))
+    PAGE.write_text(update_page(PAGE.read_text(), groups))
     if varied := {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"}:
         draw_all(FIGURES / "all.png", varied)
 

@@ -24,10 +24,7 @@ def make_line(name, value, seed, returns):
             "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}, "gap": {"mean": 0.5 * seed}}  # fmt: skip
 
 
-def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
-    page = tmp_path / "guide.md"
-    page.write_text("before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(guide, "PAGE", page)
+def test_table_and_figure_are_made_from_the_lines(tmp_path):
     lines = [make_line("defaults", "", seed, [50, 90 + seed, 100 + seed]) for seed in (1, 2, 3)]
     lines += [make_line("clip range", "0.2", seed, [110 + seed, 20, 30]) for seed in (1, 2, 3)]
     lines += [make_line("epochs", "3", 1, [1, 2, 3])]
@@ -36,14 +33,19 @@ def test_table_and_figure_are_made_from_the_lines(tmp_path, monkeypatch):
     groups = guide.group_values("clip range", lines)
     assert list(groups) == ["0.015", "0.2", "0.3"]
     records.draw(tmp_path / "figures" / "clip_range.png", "clip range", groups, "0.015")
-    guide.update_page("clip range", records.make_table("clip range", groups, "0.015"))
-    text = page.read_text()
+    page = "before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n"
+    text = guide.update_page(page, {"clip range": groups})
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | +1.0 | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
     assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | +1.0 | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
     assert "| 0.3 | none: the losses became infinite |  |  | 0 of 1 | 0.02 | 20 % | 1,234 | 0 of 1 |" in text
     guide.draw_all(tmp_path / "figures" / "all.png", {"clip range": groups})
     assert all((tmp_path / "figures" / name).stat().st_size > 10_000 for name in ("clip_range.png", "all.png"))
+
+
+def test_page_has_the_tables_of_the_raw_lines():
+    text = (ROOT / guide.PAGE).read_text()
+    assert guide.update_page(text, guide.group_all(records.read_lines(ROOT / guide.FILE))) == text
 
 
 def test_a_row_can_be_a_run_of_another_hyperparameter():

@@ -2,7 +2,7 @@
 
 A line of it is `NUMBER | median GLOB | PATTERN`: the median of the numbers that follow PATTERN, a regular expression,
 the last one in each file below benchmark/ that matches GLOB; or `NUMBER | - | REASON`. The test finds numbers with a
-decimal point or a thousands separator, and times in minutes, outside code, formulas and generated pages.
+decimal point or a thousands separator, and times in minutes, outside code, formulas, generated pages and tables.
 """
 
 import re
@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 LINES = (ROOT / "benchmark" / "sources.txt").read_text().splitlines()
 SOURCES = [tuple(line.split(" | ", 2)) for line in LINES if line and not line.startswith("#")]
 NUMBER = r"\d+ min(?: \d+ s)?|\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+"
-NO_RESULTS = (r"<!-- Below this line.*|^( *)```.*?^\1```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|https?://\S+"
+NO_RESULTS = (r"<!-- Below this line.*|<!-- results: .*?<!-- end -->|^( *)```.*?^\1```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|https?://\S+"
               r"|arXiv [\d.]+")  # fmt: skip
 FUNCTIONS = {"median": statistics.median, "mean": statistics.mean, "min": min, "max": max}
 
