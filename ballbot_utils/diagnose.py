@@ -35,11 +35,11 @@ from ppo_ballbot import PRESETS
 
 RETURN, LENGTH = "charts/episodic_return_mean100", "charts/episodic_length_mean100"
 EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS = "eval/episodic_return", "eval/episodic_length", "eval/falls"
-KL, VALUE_LOSS, EXPLAINED = "losses/approx_kl", "losses/value_loss", "losses/explained_variance"
+KL, EXPLAINED = "losses/approx_kl", "losses/explained_variance"
 STD = "charts/action_std"
-TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS, KL, VALUE_LOSS, EXPLAINED, STD)
+TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS, KL, EXPLAINED, STD)
 # Logged in each iteration of PPO, and flags that its remedies change: a run of another algorithm is not diagnosed
-PPO_TAGS, PPO_FLAGS = (KL, VALUE_LOSS, EXPLAINED, STD), ("clip_coef", "learning_rate", "num_envs", "frame_skip")
+PPO_TAGS, PPO_FLAGS = (KL, EXPLAINED, STD), ("clip_coef", "learning_rate", "num_envs", "frame_skip")
 WINDOW = 10  # iterations whose median smooths a curve
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -117,13 +117,14 @@ def evaluations_flat(steps: np.ndarray, returns: np.ndarray) -> str | None:
             f"{steps[-1]:,.0f}")  # fmt: skip
 
 
-# In healthy runs the mean of 100 training episodes decreases by up to 20 % for a while, and evaluations by 7 %. Their
-# value loss after 60,000 steps is at most 5 times the lowest one. Runs that diverge exceed these by far.
-RETURN_DROP, VALUE_LOSS_GROWTH, VALUE_LOSS_AFTER = 0.25, 10, 60_000
+# In healthy runs the mean of 100 training episodes decreases by up to 20 % for a while, and evaluations by 7 %. The
+# guide also names a policy loss that oscillates and a value loss that rises, but good runs have both: the value loss of
+# one `conservative` that met the targets rose to 36 times its lowest, and that of one `aggressive` that failed to 6.
+RETURN_DROP = 0.25
 
 
 def return_falling(steps: np.ndarray, returns: np.ndarray, whose: str = "") -> str | None:
-    """The return is below its best. (The guide also mentions an oscillating policy loss, but good runs have it too.)"""
+    """The return is below its best."""
     if not len(steps) or returns.max() <= 0:
         return None
     best = returns.argmax()
@@ -132,15 +133,6 @@ def return_falling(steps: np.ndarray, returns: np.ndarray, whose: str = "") -> s
         return None
     return (f"{whose}return {returns[best]:.1f} at {steps[best]:,.0f} steps, {returns[-1]:.1f} at {steps[-1]:,.0f}: "
             f"{100 * drop:.0f} % down")  # fmt: skip
-
-
-def value_loss_rising(steps: np.ndarray, losses: np.ndarray) -> str | None:
-    """The value loss has risen from its minimum."""
-    steps, losses = smooth(steps, losses)
-    if not len(steps) or steps[-1] < VALUE_LOSS_AFTER or losses[-1] < VALUE_LOSS_GROWTH * losses.min():
-        return None
-    return (f"value loss {losses.min():.2g} at {steps[losses.argmin()]:,.0f} steps, {losses[-1]:.2g} at "
-            f"{steps[-1]:,.0f}")  # fmt: skip
 
 
 # The reference reaches 85.5 in 8e6 steps (arXiv 2505.18417, figure 6): 10.7 in 1e6; less than half of that is slow.
@@ -342,10 +334,8 @@ def diagnose(flags: dict[str, Any], curves: dict[str, Curve]) -> list[tuple[str,
     if meets_targets(last_result(curves, evaluations_only)):
         return []
     training, evaluations, kls, stds = (curves[tag] for tag in (RETURN, EVAL_RETURN, KL, STD))
-    unstable = "; ".join(filter(None, (
-        None if evaluations_only else return_falling(*smooth(*training)),
-        return_falling(*evaluations, "evaluations "), value_loss_rising(*curves[VALUE_LOSS]),
-    )))  # fmt: skip
+    curve = (*evaluations, "evaluations ") if evaluations_only else smooth(*training)
+    unstable = return_falling(*curve)
     stuck = not_learning(*training)
     if evaluations_only:
         stuck = stuck and evaluations_flat(*evaluations)

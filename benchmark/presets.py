@@ -41,7 +41,8 @@ def format_table(lines: list[dict]) -> str:
         if True in good:
             rest = line["evaluations"][good.index(True) :]
             met, later = f"{rest[0][0]:,}", f"{sum(row[4] > 0 for row in rest)} of {len(rest)}"
-        cells = [f"{line['experiment']} {line['value']}".strip(), line["seed"], f"{final['episodic_return']:.1f}"]
+        name = f"`{line['experiment']} {line['value']}`" if line["value"] else line["experiment"]
+        cells = [name, line["seed"], f"{final['episodic_return']:.1f}"]
         cells += [f"{100 * final['falls']:.0f}", met, later]
         cells += [f"{third['return']['mean']:.1f}", third["falls"], f"{third['speed']['mean']:.2f}"]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
