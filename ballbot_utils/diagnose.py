@@ -7,9 +7,9 @@ paste. Then it applies the guide's rule for when to stop, over all seeds: runs t
 group. Reads the same logs as `python -m ballbot_utils.plot`, also of runs that are still being trained.
 
 Evaluations alone count as soon as a run has two. Training acts with noise: a robot that learns to drive faster may
-fall more often in training, and never in evaluations. Training returns say nothing at all if training episodes are
-shorter than the task's, or if the run started from a policy (--init-from). A run that meets the targets has no
-findings. A run of another algorithm than PPO is rejected.
+fall more often in training, and never in evaluations. Training returns say nothing if training episodes are shorter
+than the task's, or if the run started from a policy (--init-from). A run that meets the targets has no findings. A run
+of another algorithm than PPO is rejected.
 
 Each finding is a function of a curve's steps and values, with its threshold above it. Where the guide gives no number,
 the threshold comes from runs of this project, with a margin to healthy ones.
@@ -334,11 +334,12 @@ def diagnose(flags: dict[str, Any], curves: dict[str, Curve]) -> list[tuple[str,
     if meets_targets(last_result(curves, evaluations_only)):
         return []
     training, evaluations, kls, stds = (curves[tag] for tag in (RETURN, EVAL_RETURN, KL, STD))
-    curve = (*evaluations, "evaluations ") if evaluations_only else smooth(*training)
-    unstable = return_falling(*curve)
     stuck = not_learning(*training)
     if evaluations_only:
+        unstable = return_falling(*evaluations, "evaluations ")
         stuck = stuck and evaluations_flat(*evaluations)
+    else:
+        unstable = return_falling(*smooth(*training))
     limit = min(flags.get("max_episode_steps", plot.EVAL_STEPS), plot.EVAL_STEPS)
     evidence = {
         "unstable": unstable,
