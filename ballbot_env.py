@@ -60,8 +60,8 @@ class BallbotEnv(gym.Env):
     The task is that of Salehi, ["Reinforcement Learning for Ballbot Navigation in Uneven
     Terrain"](https://arxiv.org/abs/2505.18417), in stock MuJoCo instead of a patched one. It differs from the paper:
 
-    - The wheels' damping is 0.4 N·m·s/rad instead of 0.8. With 0.8 the motors cannot drive faster than 0.46 m/s, and no
-      episode of 4000 steps can return more than 98.5. With 0.4 the top speed is 0.93 m/s and the bound is 117.
+    - The wheels' damping is 0.4 N·m·s/rad instead of 0.8. With 0.8 the motors cannot drive faster than 0.46 m/s at
+      heading 0, and no episode of 4000 steps returns more than 98.5. With 0.4 these are 0.93 m/s and 117.
       `wheel_damping=0.8` is the paper's setting. Compare returns only at the same damping.
     - There is one terrain, 40 m square, fixed by `terrain_seed`, and each episode starts at a random place of it. The
       paper makes a new terrain for each episode, 10 m square, and starts in its middle. By default ours is cubed
@@ -187,9 +187,10 @@ class BallbotEnv(gym.Env):
 
     ## Starting State
     The robot stands upright, still, facing +y. Its x and y are uniform in [-10, 10] m, around the middle of the
-    terrain; on kinds other than `flat` and `perlin` only where no slope within 13 cm is above 0.15, or where the
-    gentlest tenth of the ground is, if that is steeper. Nothing else is random. The ball's centre starts 0.12 m and the
-    base's origin 0.24 m above the highest point of the terrain under the ball: the robot first drops by about 3 cm.
+    terrain. On kinds other than `flat` and `perlin` it starts only where no slope within 13 cm is above 0.15; if less
+    than a tenth of the ground is so gentle, on the gentlest tenth. Nothing else is random. The ball's centre starts
+    0.12 m and the base's origin 0.24 m above the highest point of the terrain under the ball: the robot first drops by
+    about 3 cm.
 
     `reset(seed=...)` fixes all starts that follow. It does not change the terrain, which `terrain_seed` does.
     `reset(options={...})` changes one start:
@@ -234,8 +235,8 @@ class BallbotEnv(gym.Env):
     U(a, b) is uniform. The environment's own generator samples everything: noise and pushes during the episode, the
     rest at its reset. An option of `reset()` replaces what would be sampled.
 
-    - `latency`: in each physics step the motors get the command of so many physics steps before, and 0 in the first
-      ones. `actions` and *ctrl_cost* use the last command all the same.
+    - `latency`: each command reaches the motors this many physics steps later. Until the first one arrives they get
+      0. `actions` and *ctrl_cost* use the command without delay.
     - `push`: a force on the base's centre of mass for 20 ms, or for the actions that last so long, at least one. It
       replaces the force of `apply_force()`. 1 N·s changes the speed of the robot by some 0.26 m/s.
     - `obs_noise`: sampled for each observation on `orientation`, `angular_vel`, `vel` and `motor_state`, and with each

@@ -16,6 +16,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import torch
@@ -62,6 +63,8 @@ PRESETS = {name: preset | LARGE_BATCH for name, preset in ppo_ballbot.PRESETS.it
 @dataclass
 class Args(ppo_ballbot.Args):
     exp_name: str = Path(__file__).stem  # name of the experiment; a part of the default run name
+    # configuration to start from: tuned is the fastest reliable one, robust is tuned with randomization
+    preset: Literal["", *PRESETS] = ""
     cuda: bool = True  # simulate, render and learn on GPUs, one per process; else on the CPU, slowly
     num_envs: Count = 2048  # parallel environments, over all processes
     minibatch_size: Count = 2048  # samples per gradient step, over all processes; must divide num_envs * num_steps
@@ -256,7 +259,10 @@ def evaluate(envs, agent, args, episodes):
 
 def train(args: Args, started: float | None = None) -> Path:
     """Train by `args`; logs and checkpoints go to runs/<run name>. Returns the run's folder."""
-    check_argument(not args.curriculum, "--curriculum needs ppo_ballbot.py: BallbotWarp-v0 has no levels")
+    missing = [("--curriculum", args.curriculum), ("--capture-video", args.capture_video),
+               ("--no-freeze-encoder", args.cameras and not args.freeze_encoder)]  # fmt: skip
+    for flag, given in missing:
+        check_argument(not given, f"{flag} needs ppo_ballbot.py: ppo_ballbot_gpu.py does not have it")
     scans = any(pair.startswith("height_scan=") for pair in args.env_kwargs)
     check_argument(not scans, "height_scan needs ppo_ballbot.py: BallbotWarp-v0 has none")
     run = runs.prepare_run(args, started or STARTED, in_rank=started is not None)

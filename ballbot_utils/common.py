@@ -118,7 +118,7 @@ def check_terrain(args: EvalSettings, terrain: str, policy: str | Path = "") -> 
     return task
 
 
-def require_packages(purpose: str, *packages: str, requirements: str = "requirements-dev.txt") -> None:
+def require_packages(purpose: str, *packages: str, requirements: str = "requirements-tune.txt") -> None:
     """Exit with one line if a package cannot be imported. `purpose` names what needs it."""
     for package in packages:
         try:

@@ -85,7 +85,7 @@ def draw(terrains: list[Terrain], titles: list[str], path: Path) -> None:
 
 def main(args: Args) -> None:
     require_writable("output", args.output, args.overwrite, ".png")
-    require_packages("the gallery", "matplotlib", requirements="requirements-tune.txt")
+    require_packages("the gallery", "matplotlib")
     try:
         terrains = [Terrain(name, args.terrain_seed) for name in args.terrains]
     except (ValueError, OSError) as error:

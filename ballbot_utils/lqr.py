@@ -159,7 +159,7 @@ def design_regulator(wheel_damping: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(args: Args) -> None:
-    require_packages("the regulator", "scipy")
+    require_packages("the regulator", "scipy", requirements="requirements-dev.txt")
     commanded = args.goal == "command"
     check_argument(not commanded or args.speed == Args.speed, "--speed has no effect with --goal command: leave it out")
     evaluate.check_args(args)

@@ -159,7 +159,8 @@ def render(
 
 def check_video(path: Path, flag: str = "--video") -> None:
     """Exit with one line, which names the `flag`, if a video needs a missing package or OpenGL."""
-    require_packages(flag, "PIL", *["imageio.v2", "imageio_ffmpeg"] * (path.suffix == ".mp4"))
+    packages = ["imageio.v2", "imageio_ffmpeg"] * (path.suffix == ".mp4")
+    require_packages(flag, *packages, requirements="requirements-dev.txt")
     advice = ("install libosmesa6 and put MUJOCO_GL=osmesa before the command, or libegl1 and libgl1-mesa-dri and "
               "MUJOCO_GL=egl (Debian: apt-get install ...)")  # fmt: skip
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")

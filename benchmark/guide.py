@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from ballbot_utils.common import run_program
+from ballbot_utils.diagnose import stalled_for
 from benchmark import records
 from benchmark.records import Experiment
 
@@ -91,20 +93,66 @@ def group_values(name: str, lines: list[dict]) -> dict[str, list[dict]]:
     return records.group_lines(lines, {value: keys[value] for value in order})
 
 
-def update_page(page: str, groups: dict[str, dict[str, list[dict]]]) -> str:
-    """docs/guide.md with the tables and figures of {hyperparameter: {value: lines}} between their marks."""
-    for name, group in groups.items():
-        begin, end = f"<!-- results: {name} -->", "<!-- end -->"
-        table = records.make_table(name, group, DEFAULTS[name])
-        results = f"{begin}\n{table}\n\n![{name}](img/guide/{name.replace(' ', '_')}.png)\n{end}"
-        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", results, page, flags=re.DOTALL)
-    return page
-
-
 def group_all(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """The lines of the hyperparameters that were varied, {hyperparameter: {value: lines}}."""
     groups = {name: group_values(name, lines) for name in DEFAULTS}
     return {name: group for name, group in groups.items() if len(group) > 1}
+
+
+def make_metrics_table(lines: list[dict]) -> str:
+    """A Markdown table: in how many runs each metric behaves as the guide says, in the best and worst third of them."""
+    lines = sorted((line for line in lines if line["final"]), key=lambda line: line["final"]["episodic_return"])
+    third = len(lines) // 3
+
+    def change(line, tag):
+        values = [value for value in line["curves"][tag] if value is not None]
+        return values[-1] - values[0]
+
+    def settles(line):
+        parts = np.array_split([value for value in line["curves"]["losses/policy_loss"] if value is not None], 3)
+        return np.ptp(parts[-1]) < np.ptp(parts[0])
+
+    claims = {
+        "return in training rises": lambda line: change(line, "charts/episodic_return_mean100") > 0,
+        "length in evaluations rises, or is 4000": lambda line: (
+            line["evaluations"][-1][3] > min(line["evaluations"][0][3], 3999)
+        ),
+        "value loss falls": lambda line: change(line, "losses/value_loss") < 0,
+        "policy loss settles: its range in the last third is smaller than in the first": settles,
+        "entropy falls": lambda line: change(line, "charts/action_std") < 0,
+    }
+    rows = [f"| from start to end | best third of {len(lines)} runs | worst third |", "| --- | --- | --- |"]
+    for claim, holds in claims.items():
+        best, worst = (sum(map(holds, part)) for part in (lines[-third:], lines[:third]))
+        rows.append(f"| {claim} | {best} of {third} | {worst} of {third} |")
+    return "\n".join(rows)
+
+
+def make_stopping_table(lines: list[dict]) -> str:
+    """A Markdown table: what runs gained after they had not improved for some steps, by `diagnose`'s rule."""
+    rows = ["| no improvement for | runs | gained 5 or more later | largest gain |", "| --- " * 4 + "|"]
+    for wait in (500_000, 1_000_000, 1_500_000, 2_000_000):
+        gains = []
+        for line in lines:
+            steps, _, returns, *_ = np.array(line["evaluations"]).reshape(-1, 5).T
+            stop = next((k for k in range(1, len(steps)) if stalled_for(steps[:k], returns[:k]) >= wait), None)
+            if stop:
+                gains.append(returns.max() - returns[:stop].max())
+        largest = f"{max(gains):.1f}" if gains else ""
+        rows.append(f"| {wait:,} steps | {len(gains)} of {len(lines)} | {sum(g >= 5 for g in gains)} | {largest} |")
+    return "\n".join(rows)
+
+
+def update_page(page: str, lines: list[dict]) -> str:
+    """docs/guide.md with the tables and figures of the lines between their marks."""
+    results = {"metrics": make_metrics_table(lines), "when to stop": make_stopping_table(lines)}
+    for name, group in group_all(lines).items():
+        figure = f"![{name}](img/guide/{name.replace(' ', '_')}.png)"
+        results[name] = f"{records.make_table(name, group, DEFAULTS[name])}\n\n{figure}"
+    for name, text in results.items():
+        begin, end = f"<!-- results: {name} -->", "<!-- end -->"
+        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+    return page
 
 
 def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
@@ -144,10 +192,11 @@ def measure_gap(run: Path) -> dict:
 
 def main(args: Args) -> None:
     records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
-    groups = group_all(records.read_lines(FILE))
+    lines = records.read_lines(FILE)
+    groups = group_all(lines)
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
-    PAGE.write_text(update_page(PAGE.read_text(), groups))
+    PAGE.write_text(update_page(PAGE.read_text(), lines))
     if varied := {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"}:
         draw_all(FIGURES / "all.png", varied)
 

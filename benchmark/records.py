@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN, read_metrics
 
 CURVES = ("charts/episodic_return_mean100", "losses/approx_kl", "losses/clipfrac", "losses/policy_loss",
           "losses/value_loss", "losses/explained_variance", "charts/action_std", "SPS/train")  # fmt: skip
+EVALUATION = ("global_step", "seconds", "episodic_return", "episodic_length", "falls")  # of a line's evaluations
 PARTS = 12  # of a training, with a median of each curve
 
 
@@ -81,7 +83,6 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
         raise RuntimeError(output.stderr)
     parameters, curves = plot.read_run(run, CURVES)
     metrics = read_metrics(run)
-    keys = "global_step", "seconds", "episodic_return", "episodic_length", "falls"
     edges = np.linspace(0, parameters["total_timesteps"], PARTS + 1)
     return {
         "experiment": experiment.name, "value": experiment.value, "seed": experiment.seed,
@@ -89,7 +90,7 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "mujoco", "gymnasium", "numpy")},
         "error": output.stderr.strip().splitlines()[-1] if output.returncode else "",
-        "evaluations": [[entry[key] for key in keys] for entry in metrics if entry["kind"] == "evaluation"],
+        "evaluations": [[entry[key] for key in EVALUATION] for entry in metrics if entry["kind"] == "evaluation"],
         "final": next((entry for entry in metrics if entry["kind"] == "final"), None),
         "curves": {tag: [medians(curve, *part) for part in pairwise(edges)] for tag, curve in curves.items()},
         "findings": [finding[0] for finding in diagnose.diagnose(*diagnose.read_run(run))],
@@ -135,6 +136,12 @@ def meets_targets(evaluation: Sequence[float]) -> bool:
     return evaluation[2] > TARGET_RETURN and evaluation[3] > TARGET_LENGTH
 
 
+def first_met(line: dict) -> float | None:
+    """The step at which a run first met the targets, in an evaluation or at its end."""
+    final = [[line["final"][key] for key in EVALUATION]] if line["final"] else []
+    return next((row[0] for row in line["evaluations"] + final if meets_targets(row)), None)
+
+
 def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) -> None:
     """Draw evaluations against steps, and final returns: a dot for each seed, their interquartile mean and interval.
 
@@ -171,18 +178,15 @@ def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) ->
 
 def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
     """A Markdown table with a row for each value of `label`; the gap is training terrain minus unseen terrain."""
-    rows = [
-        f"| {label} | return at the end | falls | gap | targets first met | KL | clipped | steps/s | seeds |",
-        "| --- " * 9 + "|",
-    ]
+    columns = "return at the end | falls | gap | targets first met | KL | clipped | steps/s | `diagnose` finds"
+    rows = [f"| {label} | {columns} |", "| --- " * 9 + "|"]
     for value, lines in groups.items():
-        result = "none: the losses became infinite | "
+        result = " | "
         if returns := final_values(lines):
             mean, low, high = interquartile_mean(returns)
             falls = 100 * np.mean(final_values(lines, "falls"))
             result = f"{mean:.1f} [{low:.1f}, {high:.1f}] | {falls:.0f} %"
-        met = [next((row[0] for row in line["evaluations"] if meets_targets(row)), None) for line in lines]
-        met = sorted(step for step in met if step)
+        met = sorted(filter(None, map(first_met, lines)))
         first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " if met else ""
         first += f"{len(met)} of {len(lines)}"
         kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])
@@ -190,7 +194,8 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
         gaps = [line["gap"]["mean"] for line in lines if line.get("gap")]
         gap = f"{np.mean(gaps):+.1f}" if gaps else ""
         name = f"**{value}**" if value == default else value
-        seeds = f"{len(returns)} of {len(lines)}" if len(returns) < len(lines) else len(lines)
+        found = Counter(name for line in lines for name in line["findings"] + ["infinite losses"] * bool(line["error"]))
+        found = ", ".join(f"{name} ({count})" for name, count in found.most_common())
         rows.append(f"| {name} | {result} | {gap} | {first} | {kl:.2g} | {100 * clipped:.0f} % | {speed:,.0f} | "
-                    f"{seeds} |")  # fmt: skip
+                    f"{found} |")  # fmt: skip
     return "\n".join(rows)

@@ -19,33 +19,47 @@ def make_line(name, value, seed, returns):
         "losses/approx_kl": [0.01, None, 0.03],
         "losses/clipfrac": [0.1, 0.2, 0.3],
         "SPS/train": [1000, 1234, 2000],
+        "losses/value_loss": [0.2, None, 0.1],
+        "losses/policy_loss": [0.1, -0.1, 0.1, -0.1, 0.1, 0.09],
+        "charts/action_std": [1, 0.9],
+        "charts/episodic_return_mean100": [1, returns[-1] - returns[0]],
     }
     return {"experiment": name, "value": value, "seed": seed, "evaluations": evaluations, "curves": curves,
-            "final": {"episodic_return": returns[-1], "falls": 0.01 * seed}, "gap": {"mean": 0.5 * seed}}  # fmt: skip
+            "final": dict(zip(records.EVALUATION, [4e6, 300.0, returns[-1], 4000.0, 0.01 * seed])), "findings": [],
+            "error": "", "gap": {"mean": 0.5 * seed}}  # fmt: skip
 
 
 def test_table_and_figure_are_made_from_the_lines(tmp_path):
     lines = [make_line("defaults", "", seed, [50, 90 + seed, 100 + seed]) for seed in (1, 2, 3)]
     lines += [make_line("clip range", "0.2", seed, [110 + seed, 20, 30]) for seed in (1, 2, 3)]
     lines += [make_line("epochs", "3", 1, [1, 2, 3])]
-    diverged = make_line("clip range", "0.3", 1, [30])
+    diverged = make_line("clip range", "0.3", 1, [30]) | {"error": "infinite", "findings": ["KL too large"]}
     lines += [diverged | {"final": None, "gap": None, "evaluations": []}]
     groups = guide.group_values("clip range", lines)
     assert list(groups) == ["0.015", "0.2", "0.3"]
     records.draw(tmp_path / "figures" / "clip_range.png", "clip range", groups, "0.015")
     page = "before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n"
-    text = guide.update_page(page, {"clip range": groups})
+    text = guide.update_page(page, lines)
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | +1.0 | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
-    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | +1.0 | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 | 3 |" in text
-    assert "| 0.3 | none: the losses became infinite |  |  | 0 of 1 | 0.02 | 20 % | 1,234 | 0 of 1 |" in text
+    assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | +1.0 | 1.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 |  |" in text
+    assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | +1.0 | 0.5e6 steps, 3 of 3 | 0.02 | 20 % | 1,234 |  |" in text
+    assert "| 0.3 |  |  |  | 0 of 1 | 0.02 | 20 % | 1,234 | KL too large (1), infinite losses (1) |" in text
     guide.draw_all(tmp_path / "figures" / "all.png", {"clip range": groups})
     assert all((tmp_path / "figures" / name).stat().st_size > 10_000 for name in ("clip_range.png", "all.png"))
 
 
+def test_tables_of_metrics_and_of_when_to_stop_are_made_from_the_lines():
+    lines = [make_line("epochs", "3", 1, [50, 60, 70]), make_line("epochs", "3", 2, [50, 20, 10, 58]),
+             make_line("epochs", "3", 3, [50, 40, 40])]  # fmt: skip
+    page = guide.update_page("<!-- results: metrics --><!-- end --><!-- results: when to stop --><!-- end -->", lines)
+    assert "| return in training rises | 1 of 1 | 0 of 1 |" in page and "| entropy falls | 1 of 1 | 1 of 1 |" in page
+    assert "| 500,000 steps | 2 of 3 | 1 | 8.0 |" in page and "| 2,000,000 steps | 0 of 3 | 0 |  |" in page
+
+
 def test_page_has_the_tables_of_the_raw_lines():
     text = (ROOT / guide.PAGE).read_text()
-    assert guide.update_page(text, guide.group_all(records.read_lines(ROOT / guide.FILE))) == text
+    lines = records.read_lines(ROOT / guide.FILE)
+    assert guide.update_page(text, lines) == text
 
 
 def test_a_row_can_be_a_run_of_another_hyperparameter():

@@ -226,7 +226,7 @@ def test_bad_input(tmp_path, monkeypatch):
         assert str(exit_.value).startswith("error: ") and message in str(exit_.value)
         assert "\n" not in str(exit_.value)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"pip install -r requirements-dev\.txt"):
+    with pytest.raises(SystemExit, match=r"pip install -r requirements-tune\.txt"):
         plot.main(plot.Args((run,), tmp_path / "curves.png"))
     assert not list(tmp_path.glob("curves.*"))
 
