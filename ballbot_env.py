@@ -9,7 +9,6 @@ scene.py and geometry.py.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -35,6 +34,7 @@ except (AttributeError, OSError, RuntimeError) as error:  # from OpenGL, which o
 from ballbot_utils.arguments import check_arguments, check_options
 from ballbot_utils.checks import check_value, find_mismatch
 from ballbot_utils.commands import Commands
+from ballbot_utils.console import has_display
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
 from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
@@ -251,7 +251,7 @@ class BallbotEnv(gym.Env):
     1e-5 of its height) and no push acts. Robots start at level 0 after `reset(seed=...)`. A success raises the level by
     1 for the next episode, any other end of an episode lowers it by 1. An episode is a success if the robot did not
     fall and went at 0.3 m/s or more along `goal` on average; with `goal="command"` if it did not fall. A reset in the
-    middle of an episode leaves the level as it is.
+    middle of an episode ends it; that of a vector environment leaves the level as it is.
 
     ## Episode End
     ### Termination
@@ -388,10 +388,14 @@ class BallbotEnv(gym.Env):
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
+        self._running = False
 
     def reset(self, *, seed: int | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start an episode. Returns `(observation, info)`. `options`: see Starting State."""
         super().reset(seed=seed)
+        if self._running and self._envs.levels is not None:  # a wrapper, such as TimeLimit, ended the episode
+            self._envs._randomization.change_levels(np.ones(1, bool), self._envs._is_fast())
+        self._running = True
         obs, info = self._envs._reset_all([self.np_random], np.array([seed is not None]), options)
         if self.render_mode == "human":
             self.render()
@@ -406,6 +410,7 @@ class BallbotEnv(gym.Env):
         if self.render_mode == "human" and self._envs._clock[0] % 8 < self._envs.frame_skip:
             self.render()
         ends = bool(terminations[0]), bool(truncations[0])
+        self._running = not any(ends)
         return self._first(obs), float(rewards[0]), *ends, unbatch_infos(infos)
 
     def apply_force(self, force: ArrayLike) -> None:
@@ -435,7 +440,7 @@ class BallbotEnv(gym.Env):
         if self._viewer is None:
             import mujoco.viewer
 
-            if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            if not has_display():
                 raise RuntimeError('render_mode="human" needs a display: use "rgb_array" without one')
             self._viewer = mujoco.viewer.launch_passive(self.model, self._data)
         self._viewer.user_scn.ngeom = 0
@@ -450,6 +455,7 @@ class BallbotEnv(gym.Env):
     def set_state(self, state: dict) -> None:
         """Continue, bit for bit, from a `get_state` of an environment made with the same arguments; else ValueError."""
         self._envs.set_state(state)
+        self._running = True
         self.np_random = self._envs._rngs[0]
 
     def __getstate__(self):
@@ -559,7 +565,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         self.healthy_reward = healthy_reward
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
-        present = {"", "cameras" * cameras, "command" * (goal == "command"), "height_scan" * height_scan}
+        present = {"", "cameras" * cameras, "command" * isinstance(goal, str), "height_scan" * height_scan}
         table = make_observations(camera_size, self.frame_interval)
         self._observations = {name: row for name, row in table.items() if row.needs in present}
         self.single_observation_space = make_space(self._observations)

@@ -98,7 +98,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
         self.reward_weights = forward_reward_weight, ctrl_cost_weight, healthy_reward
         self.frame_interval = math.ceil(1 / (camera_rate * TIMESTEP) - 1e-9)
 
-        present = {"", "cameras" * cameras, "command" * (goal == "command")}
+        present = {"", "cameras" * cameras, "command" * isinstance(goal, str)}
         table = make_observations(camera_size, self.frame_interval)
         self._observations = {name: row for name, row in table.items() if row.needs in present}
         self.single_observation_space = make_space(self._observations)

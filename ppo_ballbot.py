@@ -138,7 +138,7 @@ class Args:
     init_log_std: LogScale = 0.0  # initial logarithm of the actions' standard deviation
     freeze_encoder: bool = True  # keep the pretrained depth encoder; otherwise train one from scratch
     small_encoder: bool = True  # features of the paper's encoder from a small network; 16 times faster
-    encoder_path: str = ""  # pretrained depth encoder; relative to this file; empty: the one in assets/
+    encoder_path: str = ""  # pretrained depth encoder; relative to the folder of assets/; empty: the one in assets/
 
     # Evaluation
     eval_interval: Count = 500_000  # steps between deterministic evaluations
@@ -218,9 +218,10 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
-    An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame and two with
-    commands, and `depth` (n, 40), the encoder's features of both cameras' frames. Without cameras `depth` is (n, 0).
-    With --privileged-critic the critic sees `slopes` (n, 6) of the ground as well, which are (n, 0) without.
+    An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame, two with
+    commands and 18 with height_scan, and `depth` (n, 40), the encoder's features of both cameras' frames. Without
+    cameras `depth` is (n, 0). With --privileged-critic the critic sees `slopes` (n, 6) of the ground as well, which are
+    (n, 0) without.
     """
 
     def __init__(self, args):
@@ -307,7 +308,7 @@ def make_envs(args, num_envs, evaluation=False):
 
 
 def proprioception(obs, agent):
-    """Proprioception (n, 15 to 19), in the parts that `Agent` names, of a batch of observations."""
+    """Proprioception (n, num_proprio), in the parts that `Agent` names, of a batch of observations."""
     obs = obs | to_body_frame(obs) if agent.body_frame else obs
     parts = [obs[key] for key in agent.keys]
     return torch.from_numpy(np.concatenate(parts, 1, dtype=np.float32)).to(agent.log_std.device)

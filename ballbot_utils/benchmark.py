@@ -29,7 +29,7 @@ import tyro
 import ppo_ballbot
 from ballbot_utils.checkpoints import read_checkpoint
 from ballbot_utils.common import check_flags, progress, require_packages, require_writable, run_program, write
-from ballbot_utils.console import check_argument
+from ballbot_utils.console import check_argument, print_rank0
 from ballbot_utils.flags import Count
 from ballbot_utils.model import MAX_TORQUE
 from ballbot_utils.terrain import TERRAIN_EXTENT
@@ -99,7 +99,8 @@ def lower_bounds(args: ppo_ballbot.Args, steps: int) -> dict[str, float]:
     of the depth renderer and the matrix products of the networks, forward and backward.
     """
     torch.set_num_threads(1)
-    envs = ppo_ballbot.make_envs(replace(args, num_threads=1, num_processes=1), args.num_envs // args.num_processes)
+    alone = replace(args, num_threads=1, num_processes=1, cuda=False)
+    envs = ppo_ballbot.make_envs(alone, args.num_envs // args.num_processes)
     envs.reset(seed=0)
     batch, start = envs.batch, envs.batch.state.copy()
     controls, limit = batch.bind("ctrl")[:, :3], MAX_TORQUE
@@ -127,9 +128,9 @@ def lower_bounds(args: ppo_ballbot.Args, steps: int) -> dict[str, float]:
         "infer": time_of(products(envs.num_envs, "x")) * actions / envs.num_envs,
         "learn": time_of(products(samples, "xwg")) * args.update_epochs * actions / samples,
     }
-    if args.cameras:
+    if args.cameras and envs.renderer.heights is not None:  # not on flat ground
         renderer, images = envs.renderer, 2 * min(envs.num_envs, envs.renderer.chunk)
-        sides = [64] + [len(renderer.coarse_pixels)] * (renderer.coarse_steps + 2)
+        sides = [renderer.size] + [len(renderer.coarse_pixels)] * (renderer.coarse_steps + 2)
         # Points that images show, about a meter across, of robots at random positions
         positions = torch.rand(2, images, 1, 1) - 0.5
         grids = [positions + (torch.rand(2, images, side, side) - 0.5) / TERRAIN_EXTENT for side in sides]
@@ -203,7 +204,7 @@ def main(args: Args) -> None:
         speed = records[-1]["steps"] / sum(records[-1]["seconds"].values())
         progress(f"{flags or 'defaults'}: {speed:,.0f} steps/s", done / len(runs))
     text = machine + "\n\n" + format_tables(records)
-    print("\n" + text)
+    print_rank0("\n" + text)
     settings = {key: value for key, value in asdict(args).items() if key not in ("output", "overwrite")}
     results = json.dumps({"machine": machine, "settings": settings, "records": records}, indent=1) + "\n"
     write(files[0], lambda part: draw_figure(records).savefig(part, dpi=150))

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import io
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -35,7 +36,7 @@ REQUIRED_FLAGS = ("cameras", "hidden_size", "pi_layers", "vf_layers", "terrain",
                   "wheel_damping", "frame_skip")  # fmt: skip
 FORMER_VALUES = {"small_encoder": False}  # of flags that older checkpoints do not name
 REMOVED_BUFFERS = {"value_moments", "value_count", "value_mean", "value_std"}  # of critics in earlier versions
-INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py")
+INSTALLED_SCRIPTS = ("ppo_ballbot.py", "ppo_ballbot_schedules.py", "ppo_ballbot_gpu.py")
 
 
 def save_checkpoint(path: Path, content: Any) -> None:
@@ -151,7 +152,8 @@ def load_encoder(encoder_path: str, agent: nn.Module) -> dict[str, torch.Tensor]
         agent.encoder.load_state_dict(weights)  # checks names and shapes
         return {f"encoder.{name}": value for name, value in weights.items()}
     except (ValueError, OSError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        problem = error if isinstance(error, ValueError) else "is not a depth encoder for images of this size"
+        other = "is not a depth encoder for images of this size and this --[no-]small-encoder"
+        problem = error if isinstance(error, ValueError) else other
     exit_with_error(f"{path} {problem}: restore it, create it by python -m ballbot_utils.pretrain_encoder, or train "
                     "one with --no-freeze-encoder")  # fmt: skip
 
@@ -174,7 +176,7 @@ def find_script(name: Any) -> Path | None:
 
     A checkpoint can hold any name: no name leads out of the working directory, also not through a link.
     """
-    if not isinstance(name, str) or not name.endswith(".py") or not name[:-3].isidentifier():
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+\.py", name):
         return None
     path = Path(name).resolve()
     if path.is_file() and path.is_relative_to(Path.cwd().resolve()):

@@ -26,26 +26,15 @@ def is_whole(value: Any, low: int) -> bool:
 def find_mismatch(value: Any, like: Any, name: str = "content") -> str:
     """The name of the first part of `value` whose structure differs from `like`, or "".
 
-    Both are dicts, lists and tuples of tensors, numbers, strings and None. The structures are equal if keys, lengths
-    and types are, and of tensors shapes, strides and dtypes. All numbers in `value` must be finite. In `like`, a list
-    that ends in ... stands for any number of its first element, and ... stands for anything.
+    Both are dicts of tensors, strings and dicts. The structures are equal if keys and types are, and of tensors shapes,
+    strides and dtypes. All numbers in `value` must be finite.
     """
-    if like is ...:
-        return ""
-    if isinstance(like, torch.Tensor):
-        equal = type(value) is torch.Tensor and value.layout == like.layout and not value.requires_grad
-        equal = equal and (value.shape, value.stride(), value.dtype) == (like.shape, like.stride(), like.dtype)
-        return "" if equal and (not value.is_floating_point() or value.isfinite().all()) else name
     if isinstance(like, dict):
         if not isinstance(value, dict) or value.keys() != like.keys():
             return name
         return next(filter(None, (find_mismatch(value[key], like[key], f"{name} {key}") for key in like)), "")
-    if type(value) is not type(like) or (isinstance(value, float) and not math.isfinite(value)):
-        return name
-    if isinstance(like, (list, tuple)):
-        like = [like[0]] * len(value) if like and like[-1] is ... else like
-        if len(value) != len(like):
-            return name
-        parts = enumerate(zip(value, like))
-        return next(filter(None, (find_mismatch(v, w, f"{name} {i}") for i, (v, w) in parts)), "")
-    return ""
+    if not isinstance(like, torch.Tensor):
+        return "" if type(value) is type(like) else name
+    equal = type(value) is torch.Tensor and value.layout == like.layout and not value.requires_grad
+    equal = equal and (value.shape, value.stride(), value.dtype) == (like.shape, like.stride(), like.dtype)
+    return "" if equal and (not value.is_floating_point() or value.isfinite().all()) else name

@@ -224,14 +224,14 @@ def eval_task(args: EvalSettings, train_args: Any, policy: str | Path) -> dict[s
 def reset_for_horizon(envs: BallbotVectorEnv, seeds: list[int], horizon: int) -> tuple[dict, dict]:
     """`envs.reset(seed=seeds)`, but long episodes start at lower y, so that they do not end at the terrain's edge.
 
-    Nothing changes up to a `horizon` of 4000 steps, nor with commands, which lead in any direction. For longer episodes
-    the starts are moved towards y = -18 m: a robot at TOP_SPEED does not reach the far edge. From 18,000 steps on the
+    Nothing changes up to a `horizon` of 4000 steps, nor with commands or another goal than +y. For longer episodes the
+    starts are moved towards y = -18 m: a robot at TOP_SPEED does not reach the far edge. From 18,000 steps on the
     terrain is too small for this.
     """
     obs, info = envs.reset(seed=seeds)
     limit = TERRAIN_EXTENT - 2 * TERRAIN_MARGIN
     latest = max(limit - TOP_SPEED * horizon * TIMESTEP, -limit)
-    if latest < START_EXTENT and envs.commands is None:
+    if latest < START_EXTENT and np.array_equal(envs.goal, (0, 1)):  # with commands it is None
         x, y = info["position"][:, :2].T
         share = (y + START_EXTENT) / (2 * START_EXTENT)
         y = -limit + share * (latest + limit)

@@ -25,6 +25,11 @@ def print_rank0(text: str, file: Any = None) -> None:
         print(text, file=file, flush=True)
 
 
+def has_display() -> bool:
+    """Whether a window can be opened."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 def exit_with_error(message: str | Exception, code: int = 1) -> NoReturn:
     """Exit with one line on stderr. All ranks call it: the first prints."""
     message = "".join(c if c.isprintable() else "?" for c in f"error: {message}")

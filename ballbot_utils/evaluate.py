@@ -46,7 +46,7 @@ from ballbot_utils.common import (
     step_policy,
     write,
 )
-from ballbot_utils.console import check_argument
+from ballbot_utils.console import check_argument, print_rank0
 from ballbot_utils.flags import Count, format_flags
 from ballbot_utils.model import TIMESTEP
 from ballbot_utils.runs import TARGET_LENGTH, TARGET_RETURN
@@ -266,7 +266,8 @@ def format_notes(args: EvalArgs, results: list[dict[str, Any]]) -> str:
         lines.append(f"The targets are for 4000 steps without disturbances; here: {format_flags(changed)}.")
     if args.episodes < 100:
         lines.append("The targets are for the mean over 100 episodes.")
-    constant = any(r["task"]["terrain"] == "flat" and not r["stochastic"] for r in results)
+    constant = any(r["task"]["terrain"] == "flat" and r["task"].get("goal") != "command" and not r["stochastic"]
+                   for r in results)  # fmt: skip
     if constant and not (args.push or args.obs_noise):
         lines.append("On flat ground, without disturbances, all episodes with mean actions are the same: their "
                      "intervals say nothing.")  # fmt: skip
@@ -317,7 +318,7 @@ def print_results(args: EvalArgs, results: list[dict[str, Any]]) -> None:
     """Print the table and its notes, and write --json."""
     width = shutil.get_terminal_size((160, 24)).columns
     text = format_table(results, width) + "\n" + format_notes(args, results)
-    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
+    print_rank0(text, sys.stderr if args.json == "-" else None)
     if args.json == "-":
         print(json.dumps(results, indent=1))
     elif args.json:

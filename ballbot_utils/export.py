@@ -28,7 +28,7 @@ from ballbot_utils.common import (
     run_program,
     write,
 )
-from ballbot_utils.console import check_argument
+from ballbot_utils.console import check_argument, print_rank0
 from ballbot_utils.model import CAMERAS, TIMESTEP
 from ballbot_utils.observations import to_body_frame
 
@@ -124,7 +124,8 @@ def main(args: Args) -> None:
         check_argument(
             worst <= TOLERANCE, f"{args.output} is not written: actions differ from PyTorch's by {worst:.1e}"
         )
-        print(f"wrote {args.output}: {actions:,} actions of an episode differ from PyTorch's by at most {worst:.1e}")
+        print_rank0(f"wrote {args.output}: {actions:,} actions of an episode differ from PyTorch's by at most "
+                    f"{worst:.1e}")  # fmt: skip
 
     write(args.output, save_checked)
 

@@ -198,7 +198,8 @@ def env_kwargs(args: Any) -> dict[str, Any]:
             raise ValueError(f"--env-kwargs has {pair!r}: give each argument once, as NAME=VALUE")
         with contextlib.suppress(ValueError, SyntaxError):  # what is no literal is a string
             value = ast.literal_eval(value)
-        if name in SET_BY_SCRIPT or (hasattr(args, name) and (name != "goal" or isinstance(value, str))):
+        direction = name == "goal" and not isinstance(value, str) and getattr(args, name, "") != "command"
+        if name in SET_BY_SCRIPT or (hasattr(args, name) and not direction):
             flag = f"use --{name.replace('_', '-')}" if hasattr(args, name) else "the script sets it"
             raise ValueError(f"--env-kwargs cannot set {name}: {flag}")
         if name not in ARGUMENTS:

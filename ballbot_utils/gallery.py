@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from ballbot_utils.common import require_packages, require_writable, run_program, write
-from ballbot_utils.console import exit_with_error
+from ballbot_utils.common import check_flags, require_packages, require_writable, run_program, write
+from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.flags import Seed
 from ballbot_utils.terrain import CELL, TERRAIN_EXTENT, TERRAINS, Terrain, cell_slopes, find_function
 
@@ -84,6 +84,8 @@ def draw(terrains: list[Terrain], titles: list[str], path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    check_flags(args)
+    check_argument(args.terrains, "--terrains is empty: give kinds or files")
     require_writable("output", args.output, args.overwrite, ".png")
     require_packages("the gallery", "matplotlib")
     try:

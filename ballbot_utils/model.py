@@ -20,10 +20,6 @@ BASE_START = 0.24  # m, base origin above the ground at the start
 BALL_START = 0.12  # m, ball centre above the ground at the start
 CAMERAS = ("depth_0", "depth_1")  # depth cameras of the model, right and left: also the keys of their observations
 
-# rad: going to +y, wheels 1 and 2 then turn at 0.87 of the ball's rim speed and wheel 0 rests. At heading 0 wheel 1
-# turns at 0.95 of it, and its torque is exhausted first
-OPTIMAL_HEADING = 0.22
-
 
 def load_spec() -> mujoco.MjSpec:
     """The MjSpec of assets/ballbot.xml, on a plane. Raises FileNotFoundError without the file."""

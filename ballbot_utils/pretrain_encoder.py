@@ -317,10 +317,15 @@ def pretrain_small(args: Args) -> dict[str, Any]:
     result = {"r2": r2.tolist(), "rmse": error.mean().sqrt().item(), "seconds": seconds}
     print(f"R² of the 20 features on held-out terrain: {r2.min():.4f} to {r2.max():.4f}, median {r2.median():.4f}; "
           f"mean error {result['rmse']:.4f} of features with a standard deviation of {expected.std():.2f}")  # fmt: skip
+    return save(args, encoder, result)
+
+
+def save(args: Args, encoder: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
+    """Write an encoder and what was measured. Returns the content of the file."""
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
     content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
     write(args.output, lambda part: torch.save(content, part))
-    print(f"{args.output}: trained in {seconds:.0f} s")
+    print(f"{args.output}: trained in {result['seconds']:.0f} s")
     return content
 
 
@@ -389,10 +394,7 @@ def pretrain(args: Args) -> dict[str, Any]:
         scores = result["probes"][name] = dict(zip(names, probe_all(a, targets, b, val_targets, noise)))
         print(f"{name:30}" + "  ".join(f"{score:{len(n)}.3f}" for n, score in scores.items()))
 
-    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "picture")}
-    content = {"encoder": encoder.state_dict(), "seed": args.seed, "args": flags} | result
-    write(args.output, lambda part: torch.save(content, part))
-    print(f"{args.output}: trained in {seconds:.0f} s")
+    content = save(args, encoder, result)
     if args.picture is not None:
         write(args.picture, lambda part: save_picture(part, val_frames, reconstruction, mean))
     return content

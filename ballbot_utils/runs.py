@@ -61,7 +61,7 @@ from ballbot_utils.flags import (
 TARGET_RETURN, TARGET_LENGTH = 100, 3000  # the guide's targets: means over 100 episodes
 # Flags that must be the same for a policy and for the run that starts from it
 NETWORK_FLAGS = ("cameras", "goal", "body_frame", "hidden_size", "pi_layers", "vf_layers", "norm_obs",
-                 "privileged_critic", "depth_scale")  # fmt: skip
+                 "privileged_critic", "depth_scale", "small_encoder")  # fmt: skip
 
 
 @dataclass
@@ -177,8 +177,9 @@ class Run:
         spent = sum(seconds.values())
         losses = {key: value for key, value in scalars.items() if key.endswith(("_loss", "grad_norm"))}
         if not all(map(np.isfinite, losses.values())):
-            exit_with_error(f"losses are not finite after step {start}: lower --learning-rate or --max-grad-norm; "
-                            f"{self.dir}/last.pt is an earlier policy ({losses})")  # fmt: skip
+            saved = f"; {self.dir}/last.pt is an earlier policy" if (self.dir / "last.pt").is_file() else ""
+            exit_with_error(f"losses are not finite after step {start}: lower --learning-rate or --max-grad-norm"
+                            f"{saved} ({losses})")  # fmt: skip
         self.training += spent
         for name, part in seconds.items():
             self.parts[name] = self.parts.get(name, 0.0) + part
@@ -353,8 +354,8 @@ def prepare_run(args: Any, started: float, in_rank: bool) -> Run:
         policy, content = load_policy(Path(args.init_from), module=module)
         names = [name for name in NETWORK_FLAGS if name not in ineffective_flags(args)]
         different = [n for n in names if getattr(args, n, None) != getattr(policy.args, n, None)]
-        sizes = [env_kwargs(a).get("camera_size") for a in (args, policy.args)]
-        different = ", ".join(different + ["camera_size"] * (sizes[0] != sizes[1]))
+        ours, theirs = ({"camera_size": 64, "height_scan": False} | env_kwargs(a) for a in (args, policy.args))
+        different = ", ".join(different + [n for n in ("camera_size", "height_scan") if ours[n] != theirs[n]])
         check_argument(not different, f"--init-from {args.init_from}: use the same {different} as in its training")
         if content.get("script", "") not in ("", describe_script(cls)["script"]) and not in_rank:
             print_rank0(f"warning: {content['script']} trained {args.init_from}: its networks must be the same as here")

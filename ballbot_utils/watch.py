@@ -9,7 +9,6 @@ caption; it needs OpenGL and the packages of requirements-dev.txt. Arrows show t
 
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from ctypes.util import find_library
@@ -23,7 +22,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from ballbot_utils.console import check_argument, exit_with_error
+from ballbot_utils.console import check_argument, exit_with_error, has_display, print_rank0
 
 try:
     from ballbot_env import BallbotVectorEnv, spawn_seeds
@@ -106,7 +105,7 @@ def run_episode(
 
 def check_display(what: str = "--render", instead: str = "write a --video instead") -> None:
     """Exit with one line if no window can be opened. MuJoCo's viewer would end the process with its own message."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if not has_display():
         exit_with_error(f"{what} needs a display (DISPLAY is not set): {instead}")
 
 
@@ -157,21 +156,20 @@ def render(
             viewer.close()
 
 
-def check_video(path: Path, flag: str = "--video") -> None:
-    """Exit with one line, which names the `flag`, if a video needs a missing package or OpenGL."""
+def check_video(path: Path) -> None:
+    """Exit with one line if a video needs a missing package or OpenGL."""
     packages = ["imageio.v2", "imageio_ffmpeg"] * (path.suffix == ".mp4")
-    require_packages(flag, *packages, requirements="requirements-dev.txt")
+    require_packages("--video", *packages, requirements="requirements-dev.txt")
     advice = ("install libosmesa6 and put MUJOCO_GL=osmesa before the command, or libegl1 and libgl1-mesa-dri and "
               "MUJOCO_GL=egl (Debian: apt-get install ...)")  # fmt: skip
-    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if sys.platform == "linux" and not (display or os.environ.get("MUJOCO_GL")):
+    if not (has_display() or os.environ.get("MUJOCO_GL")):
         present = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if find_library(library)]
         advice = f"put MUJOCO_GL={' or MUJOCO_GL='.join(present)} before the command" if present else advice
-        exit_with_error(f"{flag} needs OpenGL, and there is no display: {advice}")
+        exit_with_error(f"--video needs OpenGL, and there is no display: {advice}")
     try:
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).close()
     except Exception as error:  # whatever the platform's OpenGL raises
-        exit_with_error(f"{flag} needs OpenGL, which does not start ({error}): {advice}")
+        exit_with_error(f"--video needs OpenGL, which does not start ({error}): {advice}")
 
 
 def write_video(policy: PolicyFactory, args: Args, task: dict[str, Any]) -> None:
@@ -207,7 +205,7 @@ def write_video(policy: PolicyFactory, args: Args, task: dict[str, Any]) -> None
 
     write(args.video, lambda part: encode_video(render_images(), part, fps))
     renderer.close()
-    print(f"{args.video}: return {total:.1f}, {step} steps, {end}")
+    print_rank0(f"{args.video}: return {total:.1f}, {step} steps, {end}")
 
 
 def compose_image(pixels: np.ndarray, frames: np.ndarray | None, caption: str) -> "Image.Image":

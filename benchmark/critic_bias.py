@@ -41,7 +41,7 @@ def main(flags: Args) -> None:
     length = sum(episode[1] for episode in episodes) / max(1, len(episodes))
     print(f"{flags.checkpoint}: {len(episodes)} episodes ended, of {length:.0f} "
           f"steps; values {(batch['values'] - returns)[:USED_ACTIONS].mean():+.2f} off returns")  # fmt: skip
-    for name, steps, gae_lambda in (("16 actions, lambda 0.96", 16, 0.96), ("64 actions, lambda 0.98", 64, 0.98),
+    for name, steps, gae_lambda in (("32 actions, lambda 0.96", 32, 0.96), ("64 actions, lambda 0.98", 64, 0.98),
                                     ("lambda 0.99", ACTIONS, 0.99), ("Monte Carlo", ACTIONS, 1.0)):  # fmt: skip
         parts = zip(*(x.split(steps) for x in transitions))
         advantages = torch.cat([ppo_ballbot.gae(*part, args.gamma, gae_lambda) for part in parts])[:USED_ACTIONS]

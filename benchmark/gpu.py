@@ -88,7 +88,7 @@ def policies(args):
     """The LQR at 0.6 m/s, and benchmark/tuned__1.pt, on unseen terrain; their CPU results are in README.md."""
     from ballbot_utils import lqr
 
-    policy, task = gpu.ppo_ballbot.load_policy(Path("benchmark/tuned__1.pt")), None
+    policy = gpu.ppo_ballbot.load_policy("benchmark/tuned__1.pt")
     policy.agent.to(args.device)
     policy.args.cuda = args.device != "cpu"
     envs = gpu.make_envs(policy.args, 100, evaluation=True)

@@ -42,7 +42,7 @@ def main(args: Args) -> None:
     train_all(FILE, experiments, args.jobs)
     lines = read_lines(FILE)
     for setting in args.settings:
-        if groups := group_lines(lines, {peer: (setting, peer) for peer in scripts}):
+        if groups := group_lines(lines, {peer: (setting, peer) for peer in (OURS, "Stable-Baselines3", "CleanRL")}):
             draw(FILE.with_name(f"{setting}.png"), setting, groups, OURS)
             print(make_table(setting, groups, OURS))
 

@@ -36,6 +36,9 @@ def format_table(lines: list[dict]) -> str:
     rows = ["| preset | seed | return | falls of 100 | both targets first met (steps) | evaluations with falls after "
             "that | third terrain: return | falls of 100 | speed (m/s) |", "| --- " * 9 + "|"]  # fmt: skip
     for line in sorted(lines, key=lambda line: (line["experiment"], line["value"], line["seed"])):
+        if line["error"]:
+            rows.append(f"| {line['experiment']} {line['value']} | {line['seed']} | {line['error']} " + "| " * 6 + "|")
+            continue
         final, third, met, later = line["final"], line["third_terrain"], "never", ""
         good = [meets_targets(row) for row in line["evaluations"]]
         if True in good:

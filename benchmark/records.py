@@ -56,7 +56,8 @@ def train_all(
     done = {(line["experiment"], line["value"], line["seed"]) for line in read_lines(file)}
     left = [each for each in experiments if (each.name, each.value, each.seed) not in done]
     print(f"{len(experiments)} runs, {len(left)} of them are left", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         futures = [pool.submit(train, file.parent.name, each, extra) for each in left]
         for number, future in enumerate(as_completed(futures), 1):
             if line := future.result():
@@ -64,10 +65,12 @@ def train_all(
                     lines.write(json.dumps(line) + "\n")
                 print(f"{time.strftime('%H:%M')} {number} of {len(left)}: {line['command']}: "
                       f"{line['error'] or line['final']}", flush=True)  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or a failed run no other starts
 
 
 def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict]) -> dict | None:
-    """Train one experiment, or resume it. Returns its line, or None if a signal stopped it."""
+    """Train one experiment, or resume it. Returns its line, or None if it was killed."""
     name = "_".join(f"{benchmark} {experiment.name} {experiment.value} {experiment.seed}".split())
     flags = shlex.split(f"{experiment.flags} --num-processes 1 --num-threads 1 --seed {experiment.seed}")
     script, run = shlex.split(experiment.script), Path("runs") / name

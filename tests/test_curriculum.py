@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,16 @@ def test_levels_rise_fall_and_stay_in_their_bounds(mode):
     assert envs.levels.tolist() == expected.tolist()
     envs.reset(seed=0)
     assert not envs.levels.any()
+
+
+def test_an_episode_that_a_wrapper_ends_is_a_success_too():
+    env = gym.make("Ballbot-v0", terrain="flat", cameras=False, goal="command", randomization=PUSHES, curriculum=True,
+                   max_episode_steps=2)  # fmt: skip
+    levels = [env.reset(seed=0)[1]["randomization"]["level"]]
+    for _ in range(3):
+        assert [env.step(np.zeros(3))[3] for _ in range(2)] == [False, True]  # by TimeLimit
+        levels.append(env.reset()[1]["randomization"]["level"])
+    assert levels == [0, 1, 2, 3] and env.reset(seed=0)[1]["randomization"]["level"] == 0
 
 
 def test_a_fall_is_a_failure_at_any_speed():

@@ -917,7 +917,7 @@ def test_a_copy_of_a_subclass():
 
 
 def test_goal_changes_the_reward_alone():
-    a, b = make(2, max_tilt=5.0), make(2, max_tilt=5.0, goal=(1, 0))
+    a, b = make(2, max_tilt=5.0), make(2, max_tilt=5.0, goal=np.array([1.0, 0.0]))
     a.reset(seed=0), b.reset(seed=0)
     for action in random_actions(50, 2, 0.5):
         obs, rewards, *_ = a.step(action)

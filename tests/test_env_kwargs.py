@@ -104,6 +104,7 @@ def test_training_resuming_evaluation_and_export_use_them(capsys, folder):
      "camera_rate, height_scan, max_tilt"),
     (dict(env_kwargs=("frame_skip=2",)), "--env-kwargs cannot set frame_skip: use --frame-skip"),
     (dict(env_kwargs=("goal=command",)), "--env-kwargs cannot set goal: use --goal"),
+    (dict(goal="command", env_kwargs=("goal=(1, 0)",)), "--env-kwargs cannot set goal: use --goal"),
     (dict(env_kwargs=("num_threads=2",)), "--env-kwargs cannot set num_threads"),
     (dict(env_kwargs=("device='cuda'",)), "--env-kwargs cannot set device: the script sets it"),
     (dict(env_kwargs=("healthy_reward=much",)), "healthy_reward is 'much'"),

@@ -1,6 +1,7 @@
 """The benchmark of the guide: raw data of runs, and the tables and figures made from them."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_runs_leave_a_line_each_and_are_not_repeated(tmp_path, monkeypatch, caps
     assert 0 < max(x or 0 for x in line["curves"]["SPS/train"])
     records.train_all(file, experiments, 1)
     assert len(file.read_text().splitlines()) == 1 and "0 of them are left" in capsys.readouterr().out
+
+
+def test_after_a_failed_run_no_other_starts(tmp_path, monkeypatch):
+    started = []
+
+    def train(benchmark, experiment, extra):
+        started.append(experiment.seed)
+        time.sleep(0.1)
+        raise RuntimeError("failed")
+
+    monkeypatch.setattr(records, "train", train)
+    with pytest.raises(RuntimeError, match="failed"):
+        records.train_all(tmp_path / "runs.jsonl", [Experiment("a", "", "", seed) for seed in range(9)], 1)
+    assert len(started) <= 2
 
 
 @pytest.mark.slow

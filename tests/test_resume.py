@@ -309,6 +309,9 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
         ppo.train(replace(args, init_from="runs/first", run_name="third", cameras=False, hidden_size=16))
     with pytest.raises(SystemExit, match="use the same privileged_critic, depth_scale as"):
         ppo.train(replace(args, init_from="runs/first", run_name="third", privileged_critic=False, depth_scale=0.1))
+    with pytest.raises(SystemExit, match="use the same small_encoder, height_scan as"):
+        ppo.train(replace(args, init_from="runs/first", run_name="third", small_encoder=False,
+                          env_kwargs=("height_scan=True", "camera_size=64")))  # fmt: skip
     assert not Path("runs/third").exists()
 
 

@@ -29,12 +29,12 @@ def train(module, **flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with my_ppo.py, a copy whose networks differ, and a run of it; and the copy's module."""
+    """A folder with my-ppo.py, a copy whose networks differ, and a run of it; and the copy's module."""
     folder = tmp_path_factory.mktemp("copy")
-    (folder / "my_ppo.py").write_text((ROOT / "ppo_ballbot.py").read_text().replace(LEAKY, TANH))
+    (folder / "my-ppo.py").write_text((ROOT / "ppo_ballbot.py").read_text().replace(LEAKY, TANH))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        copy = import_script(folder / "my_ppo.py")
+        copy = import_script(folder / "my-ppo.py")
         train(copy, run_name="mine")
     return folder, copy
 
@@ -44,9 +44,9 @@ def copy(trained, monkeypatch):
     """The copy's module, in its folder; the script's text is restored afterwards."""
     folder, module = trained
     monkeypatch.chdir(folder)
-    text = (folder / "my_ppo.py").read_text()
+    text = (folder / "my-ppo.py").read_text()
     yield module
-    (folder / "my_ppo.py").write_text(text)
+    (folder / "my-ppo.py").write_text(text)
 
 
 def error_of(function, *args, **kwargs):
@@ -58,10 +58,10 @@ def error_of(function, *args, **kwargs):
 
 
 def test_a_run_names_its_script(copy, monkeypatch):
-    digest = hashlib.sha256(Path("my_ppo.py").read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path("my-ppo.py").read_bytes()).hexdigest()
     config = json.loads(Path("runs/mine/config.json").read_text())
     for content in (config, *(read_checkpoint(Path("runs/mine", name)) for name in ("last.pt", "best.pt"))):
-        assert (content["script"], content["script_sha256"]) == ("my_ppo.py", digest)
+        assert (content["script"], content["script_sha256"]) == ("my-ppo.py", digest)
     monkeypatch.setattr(sys, "argv", "ppo_ballbot.py --config runs/mine/config.json".split())
     assert ppo.parse_args().hidden_size == 8
 
@@ -84,21 +84,21 @@ def test_programs_use_the_networks_of_a_changed_copy(copy, capsys):
 
 
 def test_a_script_that_changed_or_is_missing(copy, capsys, tmp_path, monkeypatch):
-    script, best = Path("my_ppo.py"), Path("runs/mine/best.pt").resolve()
+    script, best = Path("my-ppo.py"), Path("runs/mine/best.pt").resolve()
     common.load(best)
     assert not capsys.readouterr().err
     script.write_text(script.read_text() + "\n# changed\n")
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, copy.__name__)  # as in another process, which imports the new text
         common.load(best)
-    assert capsys.readouterr().err == f"warning: my_ppo.py has changed since it trained {best}\n"
+    assert capsys.readouterr().err == f"warning: my-ppo.py has changed since it trained {best}\n"
     assert "error: --script is no.py: there is no such file" == error_of(common.load, best, Path("no.py"))
     monkeypatch.chdir(tmp_path)
-    missing = f"error: {best} was trained by 'my_ppo.py', which is no script in the working directory: put it there, or"
+    missing = f"error: {best} was trained by 'my-ppo.py', which is no script in the working directory: put it there, or"
     assert error_of(common.load, best) == error_of(ppo.load_policy, best) == f"{missing} give --script"
-    assert type(common.load(best, best.parents[2] / "my_ppo.py")[0]) is copy.Policy
+    assert type(common.load(best, best.parents[2] / "my-ppo.py")[0]) is copy.Policy
     for text, problem in (("1 +", "cannot be imported: SyntaxError"), ("x = 1", "Args and Agent and Policy, which")):
-        Path("my_ppo.py").write_text(text)
+        Path("my-ppo.py").write_text(text)
         assert problem in error_of(common.load, best)
 
 
@@ -134,9 +134,9 @@ def test_a_checkpoint_imports_nothing_outside_the_working_directory(copy, name, 
 @pytest.mark.slow
 def test_runs_resume_by_their_own_script(copy, capsys):
     message = error_of(ppo.train, ppo.Args(resume="runs/mine"))
-    assert message.endswith("last.pt was trained by 'my_ppo.py', not by ppo_ballbot.py: use that to --resume it")
+    assert message.endswith("last.pt was trained by 'my-ppo.py', not by ppo_ballbot.py: use that to --resume it")
     train(ppo, init_from="runs/mine", run_name="other")
-    assert "warning: my_ppo.py trained runs/mine: its networks must be the same as here" in capsys.readouterr().out
+    assert "warning: my-ppo.py trained runs/mine: its networks must be the same as here" in capsys.readouterr().out
     train(ppo, run_name="first")
     train(schedules, init_from="runs/first", run_name="second")  # its networks are the same
     capsys.readouterr()

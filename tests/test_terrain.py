@@ -382,3 +382,7 @@ def test_gallery(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "terrain.png").size[0] > 1000
     with pytest.raises(SystemExit, match="terrain is 'moon'"):
         gallery.main(gallery.Args(tmp_path / "other.png", ("moon",)))
+    with pytest.raises(SystemExit, match="--terrain-seed is -1"):
+        gallery.main(gallery.Args(tmp_path / "other.png", terrain_seed=-1))
+    with pytest.raises(SystemExit, match="--terrains is empty"):
+        gallery.main(gallery.Args(tmp_path / "other.png", ()))

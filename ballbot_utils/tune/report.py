@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ballbot_utils import diagnose, plot
 from ballbot_utils.common import write
+from ballbot_utils.console import print_rank0
 from ballbot_utils.flags import config_json
 from ballbot_utils.tune import Search
-from ballbot_utils.tune.study import attempts, best_trial, finished, print_line, valid_trials
+from ballbot_utils.tune.study import attempts, best_trial, finished, valid_trials
 from ballbot_utils.tune.trial import format_value
 
 
@@ -37,7 +38,7 @@ def report_trial(study: optuna.Study, trial: FrozenTrial, search: Search) -> Non
     """Print a finished trial, log it for TensorBoard's HParams tab, and save it if it is the best."""
     from torch.utils.tensorboard import SummaryWriter
 
-    print_line(describe(trial, search))
+    print_rank0(describe(trial, search))
     if trial.value is not None:
         with SummaryWriter(search.folder / "hparams" / f"trial-{trial.number}") as writer:
             writer.add_hparams(dict(trial.params), {f"tune/{search.args.objective}": trial.value}, run_name=".")
@@ -94,7 +95,7 @@ def conclude(study: optuna.Study, search: Search) -> None:
     """Write and print what a study found, and the findings of `diagnose` on its best and worst trial."""
     trials, best = finished(valid_trials(study)), best_trial(study)
     states = [trial.state for trial in trials]
-    print_line(f"{search.folder}: {len(trials)} of {search.num_trials} trials, {states.count(TrialState.PRUNED)} "
+    print_rank0(f"{search.folder}: {len(trials)} of {search.num_trials} trials, {states.count(TrialState.PRUNED)} "
                f"pruned, {states.count(TrialState.FAIL)} failed")  # fmt: skip
     if len(trials) == len(search.combinations or ()):
         print(f"all {len(trials)} combinations of --space are tried")

@@ -235,8 +235,3 @@ def configure_process() -> None:
     warnings.filterwarnings("ignore", "The reported value is ignored")
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, interrupt_once)
-
-
-def print_line(text: str) -> None:
-    """Print a line where the live line was."""
-    print(text, flush=True)
