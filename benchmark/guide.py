@@ -16,7 +16,7 @@ import numpy as np
 
 from ballbot_utils.common import run_program
 from ballbot_utils.diagnose import stalled_for
-from benchmark import records
+from benchmark import presets, records
 from benchmark.records import Experiment
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
@@ -143,9 +143,10 @@ def make_stopping_table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def update_page(page: str, lines: list[dict]) -> str:
-    """docs/guide.md with the tables and figures of the lines between their marks."""
-    results = {"metrics": make_metrics_table(lines), "when to stop": make_stopping_table(lines)}
+def update_page(page: str, lines: list[dict], presets: list[dict]) -> str:
+    """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, those of presets too."""
+    runs = lines + presets
+    results = {"metrics": make_metrics_table(runs), "when to stop": make_stopping_table(runs)}
     for name, group in group_all(lines).items():
         figure = f"![{name}](img/guide/{name.replace(' ', '_')}.png)"
         results[name] = f"{records.make_table(name, group, DEFAULTS[name])}\n\n{figure}"
@@ -196,7 +197,7 @@ def main(args: Args) -> None:
     groups = group_all(lines)
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
-    PAGE.write_text(update_page(PAGE.read_text(), lines))
+    PAGE.write_text(update_page(PAGE.read_text(), lines, records.read_lines(presets.FILE)))
     if varied := {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"}:
         draw_all(FIGURES / "all.png", varied)
 
