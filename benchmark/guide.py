@@ -67,7 +67,7 @@ EXPERIMENTS = {
     },
 }  # fmt: skip
 DEFAULTS = {
-    "learning rate": "1e-4 → 5e-5 → 1e-5", "clip range": "0.015", "n_steps": "2048", "epochs": "5", "batch size": "256",
+    "learning rate": "scheduled", "clip range": "0.015", "n_steps": "2048", "epochs": "5", "batch size": "256",
     "entropy coefficient": "0.001", "value coefficient": "2", "advantage normalization": "off", "hidden size": "128",
     "layers": "4", "weight decay": "0.01", "environments": "10", "schedules": "learning rate",
     "configurations": "balanced", "not learning": "defaults", "unstable": "defaults", "slow": "defaults",
