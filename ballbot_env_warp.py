@@ -304,6 +304,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             self.robots.forces.masked_fill_(ends[:, None], 0)
             sampled = planar(self._random.uniform(0, strengths["push"]), self._random.uniform(0, 2 * math.pi))
             impulse.copy_(torch.where(begins[:, None], sampled, impulse))
+            self.robots.forces[:, 2].masked_fill_(begins, 0)
             pushed = self.robots.forces[:, :2]
             pushed.copy_(torch.where(begins[:, None], sampled / seconds, pushed))
             state["push_left"].masked_fill_(begins, num_actions)
@@ -322,7 +323,7 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
     def _after_physics(self):
         """Ends, rewards, observations and resets. Returns what a step returns."""
         state, robots = self._state, self.robots
-        failed = robots.replace_failed() | ~self._actions.isfinite().all(1)
+        failed = robots.replace_failed(self._actions.isnan().any(1))
         state["physics_errors"] += failed
         steps = state["steps"][:, None] + torch.arange(1, self.frame_skip + 1, device=self.device)
         max_steps = self.max_episode_steps * self.frame_skip
@@ -596,9 +597,9 @@ class WarpRobots:
             wp.copy(self._substep_qpos[k], self._data.qpos)
             wp.copy(self._substep_qvel[k], self._data.qvel)
 
-    def replace_failed(self) -> torch.Tensor:
-        """Put robots whose state is not finite into the initial state; bool (n,), where."""
-        failed = ~(self._all_qpos.isfinite().all(2) & self._all_qvel.isfinite().all(2)).all(0)
+    def replace_failed(self, failed: torch.Tensor) -> torch.Tensor:
+        """Put robots that `failed`, or whose state is not finite, into the initial state; bool (n,), where."""
+        failed = failed | ~(self._all_qpos.isfinite().all(2) & self._all_qvel.isfinite().all(2)).all(0)
         self._all_qpos.copy_(torch.where(failed[:, None], self._start, self._all_qpos))
         self._all_qvel.masked_fill_(failed[:, None], 0)
         return failed

@@ -144,7 +144,7 @@ class Pushes:
 
     def begin(self, i: int | slice, force: np.ndarray) -> None:
         """Push robot i, or a slice of them, by `force` (2,) or (n, 2), N: an impulse in N·s divided by `seconds`."""
-        self._forces[i, :2], self.actions_left[i] = force, self.num_actions
+        self._forces[i, :2], self._forces[i, 2], self.actions_left[i] = force, 0, self.num_actions
 
     def end_due(self) -> np.ndarray:
         """End the pushes that have lasted long enough; bool (n,), where. To be called before each action."""

@@ -109,7 +109,9 @@ def test_tracking_error_equals_a_plain_loop():
 
 
 def test_results_equal_those_of_the_training_script():
-    agent, train_args = make_agent(cameras=False)
+    """Both evaluate on the task: hills of 0.1 m and whole episodes without pushes, whatever the training has."""
+    agent, train_args = make_agent(cameras=False, terrain_amplitude=0.3, terrain_seed=3, eval_terrain_seed=1_000_000,
+                                   randomization={"push": 5.0}, curriculum=True, max_episode_steps=100)  # fmt: skip
     expected = ppo.evaluate(agent, train_args, 3)
     args = replace(ARGS, seed=1_000_000, horizon=4000)
     found = evaluate.evaluate_policy(
@@ -410,6 +412,7 @@ def test_bad_checkpoints(checkpoint, tmp_path):
     )
     assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"hidden_size": 32}})
     assert "does not fit its flags" in saved(**good | {"args": good["args"] | {"cameras": True}})
+    assert "does not fit its flags" in saved(**good | {"model": {}})
 
 
 @pytest.mark.parametrize("change, message", [

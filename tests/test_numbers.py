@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmark import presets, records
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 LINES = (ROOT / "benchmark" / "sources.txt").read_text().splitlines()
@@ -53,6 +55,25 @@ def test_raw_files_have_the_number(number, source, pattern):
     found = [re.findall(rf"{pattern}\s*({NUMBER}|\d+)", file.read_text()) for file in files]
     expected, error = parse(number)
     assert abs(FUNCTIONS[function]([parse(matches[-1])[0] for matches in found]) - expected) <= error * 1.0001
+
+
+RUNS = records.read_lines(ROOT / presets.FILE)
+
+
+@pytest.mark.parametrize("row, preset", [
+    ("`--preset tuned`", "tuned"), ("`python ppo_ballbot.py`", "balanced"), ("`--preset robust`", "robust"),
+])  # fmt: skip
+def test_the_readme_has_the_results_of_the_final_policies(row, preset):
+    finals = [run["final"] for run in RUNS if (run["experiment"], run["value"]) == (preset, "")]
+    returns, falls = [run["episodic_return"] for run in finals], sum(run["falls"] * 100 for run in finals)
+    median, lowest, highest = (f"{f(returns):.1f}" for f in (statistics.median, min, max))
+    (line,) = (line for line in PAGES[0].read_text().splitlines() if line.startswith(f"| {row}"))
+    assert f"| median {median} ({lowest} to {highest}) | {falls:.0f} of {100 * len(finals)}" in line
+    assert f"{lowest} to {highest}" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_tables_have_each_run():
+    assert presets.format_table(RUNS) in (ROOT / "benchmark" / "tables.md").read_text()
 
 
 def test_numbers_are_found():

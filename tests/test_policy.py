@@ -117,30 +117,3 @@ def test_sampled_actions(tmp_path):
     agent.log_std.data += 3
     actions = ppo.Policy(agent, None)(obs, deterministic=False)
     assert np.abs(actions).max() == 1 and (np.abs(actions) == 1).mean() < 0.9
-
-
-def test_files_without_a_policy(run, tmp_path):
-    content = torch.load(run[0] / "best.pt", weights_only=True)
-
-    def says(path, **changes):
-        if changes:
-            torch.save(content | changes, path)
-        with pytest.raises(SystemExit) as raised:
-            ppo.load_policy(path)
-        message = str(raised.value)
-        assert message.startswith(f"error: {path}") and "\n" not in message
-        return message
-
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"has no best\.pt"):
-        ppo.load_policy(tmp_path / "empty")
-    assert "is missing" in says(tmp_path / "no.pt")
-    bad = tmp_path / "bad.pt"
-    bad.write_bytes((run[0] / "best.pt").read_bytes()[:2000])
-    assert "damaged" in says(bad)
-    bad.write_text("a text")
-    assert "damaged" in says(bad)
-    assert "does not fit its flags" in says(bad, model={})
-    assert "does not fit its flags" in says(bad, args=content["args"] | {"hidden_size": 32})
-    old = {key: value for key, value in content["args"].items() if key != "frame_skip"}
-    assert "has no frame_skip in its args" in says(bad, args=old)

@@ -315,6 +315,8 @@ def test_frozen_encoder_stays_and_free_encoder_learns(run, tmp_path, monkeypatch
     start = ppo.Agent(SMALL).state_dict()
     end = torch.load(free / "last.pt", weights_only=True)["model"]
     assert not any(torch.equal(end[f"encoder.{key}"], start[f"encoder.{key}"]) for key in shipped)
+    near = [torch.allclose(end[f"encoder.{key}"], start[f"encoder.{key}"], atol=0.01) for key in shipped]
+    assert all(near)  # it started there, not from the file
 
 
 def test_end_to_end_update_starts_from_the_features_of_the_rollout():

@@ -172,6 +172,19 @@ def test_latency_delays_what_the_motors_do_and_nothing_else(frame_skip):
             assert_same(obs[key], seen[key], f"step {step}")
 
 
+def test_a_push_replaces_the_force_of_apply_force():
+    envs = BallbotVectorEnv(1, "flat", cameras=False, max_tilt=80, num_threads=1, randomization={"push": 0.5})
+    envs.reset(seed=0)
+    envs.apply_force([(5.0, 0.0, 2.0)])
+    pushed = []
+    while len(pushed) < 12:
+        push = envs.step(np.zeros((1, 3)))[4]["randomization"]["push"][0]
+        envs.robots.position[0], envs.robots.quaternion[0], envs.robots.velocities[0] = (0, 0, 1), (1, 0, 0, 0), 0
+        pushed += [(push, envs.forces[0].copy())] * bool(push.any() or pushed)
+    for k, (push, force) in enumerate(pushed):
+        np.testing.assert_allclose(force, np.append(push, 0) / 0.02 if k < 10 else 0)
+
+
 @pytest.mark.parametrize("frame_skip, lasts", [(1, 10), (4, 3), (25, 1)])
 def test_pushes_have_their_impulse_and_their_times(frame_skip, lasts):
     envs = BallbotVectorEnv(4, "flat", cameras=False, frame_skip=frame_skip, max_tilt=80, max_episode_steps=-1,

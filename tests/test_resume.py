@@ -315,6 +315,24 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path, monkeypatch):
     assert not Path("runs/third").exists()
 
 
+def test_a_run_whose_losses_are_not_finite_ends_with_its_last_good_policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SHORT, total_timesteps=512, save_interval=0.0, run_name="run")
+    update, calls = ppo.update, []
+
+    def diverge(*arguments):
+        calls.append(update(*arguments))
+        return calls[-1] | ({"value_loss": float("nan")} if len(calls) == 2 else {})
+
+    monkeypatch.setattr(ppo, "update", diverge)
+    with pytest.raises(
+        SystemExit, match=r"^error: losses are not finite after step (\d+): lower .*; runs/run/last\.pt is an"
+    ):
+        ppo.train(args)
+    step = args.num_envs * args.num_steps * args.frame_skip
+    assert read_checkpoint(Path("runs/run/last.pt"))["global_step"] == step
+
+
 @pytest.mark.slow
 def test_a_randomized_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -515,7 +533,8 @@ def test_steps_per_second_are_by_the_clock_and_checkpoints_by_the_interval(tmp_p
     monkeypatch.chdir(tmp_path)
     saves, save = [], runs.save_checkpoint
     monkeypatch.setattr(runs, "save_checkpoint", lambda path, content: (saves.append(path.name), save(path, content)))
-    monkeypatch.setattr(ppo, "evaluate", lambda *_: (time.sleep(3), RESULT)[1])
+    waits = iter([3])  # s
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: (time.sleep(next(waits, 0)), RESULT)[1])
     started = time.perf_counter()
     run = ppo.train(replace(SHORT, run_name="run", total_timesteps=512, eval_interval=256))
     log = EventAccumulator(str(run)).Reload()

@@ -1,5 +1,6 @@
 """Every kind of terrain: its arguments are true, robots start where they can drive, frames are what rays measure."""
 
+import itertools
 import math
 import pickle
 import re
@@ -156,6 +157,10 @@ def measure_mixed(patch=8):
     changes = np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0))
     ends = terrain.heights[:, [round(k * patch / CELL) for k in range(1, int(40 / patch))]]
     assert np.abs(ends - np.median(ends)).max() < 1e-3  # level at the borders
+    for x, y in itertools.product(range(-12, 20, patch), repeat=2):  # patches that are flat are called so
+        inside = tuple(slice(round((c + 20) / CELL) + 4, round((c + 20 + patch) / CELL) - 4) for c in (y, x))
+        name = terrain.kinds_at(np.array([[x + patch / 2, y + patch / 2]]))[0]
+        assert (np.ptp(terrain.heights[inside]) < 1e-6) == (name == "flat")
     return {"patch": np.diff(changes).mean() * CELL}
 
 
@@ -202,6 +207,8 @@ def test_robots_start_where_they_can_drive(kind):
 def test_a_steep_terrain_has_starts_too():
     starts = Terrain(lambda x, y: 0.3 * x).find_starts((-10, -10), (10, 10))
     assert len(starts) > 1000 and np.abs(starts).max() <= 10
+    starts = Terrain(lambda x, y: 0.2 * x + 0.01 * x * abs(x)).find_starts((-10, -10), (10, 10))  # gentlest at x = 0
+    assert len(starts) > 1000 and np.abs(starts[:, 0]).max() < 1.1
 
 
 STEEP = ["ramp:angle=20", "steps:height=0.02", "stairs:height=0.02", "ridges:angle=20", "blocks:height=0.03",

@@ -188,8 +188,8 @@ def test_wheel(tmp_path):
     """Installed from a wheel in a fresh environment, it is found from anywhere, with its assets."""
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_env.py",
-                 "ppo_ballbot.py", "ppo_ballbot_schedules.py", "ballbot_utils", "assets"):  # fmt: skip
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "ballbot_utils", "assets",
+                 *(path.name for path in ROOT.glob("*.py"))):  # fmt: skip
         (source / name).symlink_to(ROOT / name)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
@@ -199,7 +199,8 @@ def test_wheel(tmp_path):
     packages = next(venv.glob("lib/python*/site-packages"))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     code = (
-        "import gymnasium as gym, ppo_ballbot, ballbot_env\n"
+        "import gymnasium as gym, ppo_ballbot, ppo_ballbot_schedules, ppo_ballbot_gpu\n"
+        "import ballbot_env, ballbot_env_warp\n"
         "from ballbot_utils.model import ASSETS\n"
         "env = gym.make('ballbot_env:Ballbot-v0')\n"
         "assert env.reset(seed=1)[0]['depth_0'].shape == (1, 64, 64)\n"
