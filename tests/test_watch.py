@@ -1,5 +1,6 @@
 """The viewer and the video: what they show, and their errors on invalid input or without a display."""
 
+import copy
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import ppo_ballbot as ppo
-from ballbot_env import spawn_seeds
+from ballbot_env import BallbotEnv, spawn_seeds
 from ballbot_utils import watch
 
 REPOSITORY = Path(ppo.__file__).resolve().parent
@@ -88,14 +89,14 @@ def test_without_display_or_opengl(args, tmp_path, monkeypatch):
 class Window:
     """A viewer's window that its user closes after `steps` steps."""
 
-    synced = closed = False
+    synced, closed = 0, False
 
     def __init__(self, steps):
         self.steps, self.times = steps, []
         self.user_scn, self.cam = mujoco.MjvScene(), mujoco.MjvCamera()
 
     def sync(self):
-        self.synced = True
+        self.synced += 1
 
     def is_running(self):
         self.steps -= 1
@@ -115,6 +116,23 @@ def test_render_follows_the_clock_until_its_window_is_closed(args, monkeypatch, 
     assert 48 * 0.002 <= window.times[49] - window.times[0] < 1  # the first episode, in real time
     assert window.synced and window.closed and window.steps == 0
     assert capsys.readouterr().out.count("50 steps, did not fall") == 1  # the second episode does not end
+
+
+def test_an_environment_shows_itself_in_a_window(monkeypatch):
+    viewer = pytest.importorskip("mujoco.viewer")
+    window, env = Window(steps=99), BallbotEnv("flat", cameras=False, render_mode="human")
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(RuntimeError, match='needs a display: use "rgb_array"'):
+        env.reset(seed=0)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(viewer, "launch_passive", lambda model, data: window)
+    env.reset(seed=0)
+    for _ in range(16):
+        env.step(np.zeros(3))
+    assert window.synced == 3 and copy.deepcopy(env)._viewer is None  # at the reset and every 8 steps
+    env.close()
+    assert window.closed
 
 
 @pytest.mark.slow
