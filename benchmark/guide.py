@@ -1,10 +1,10 @@
 """Test the claims of the guide: `python -m benchmark.guide --jobs 2` trains, then makes tables and figures.
 
-An experiment changes one hyperparameter of the defaults, over the guide's range. All runs have equal steps and no
-cameras. Each run appends a line to benchmark/guide/runs.jsonl: command, commit, versions, machine, seed, evaluations,
-curves, what `diagnose` finds, and the gap between the training terrain and unseen terrain. Runs whose line exists are
-skipped, interrupted ones are resumed. The seeds come one after the other: seed 1 of all experiments, then seed 2.
-`--seeds` without values only makes the tables and figures.
+An experiment changes one hyperparameter of the defaults, over the guide's range. All runs have equal steps. Only
+those of "cameras" have cameras. Each run appends a line to benchmark/guide/runs.jsonl: command, commit, versions,
+machine, seed, evaluations, curves, what `diagnose` finds, and the gap between the training terrain and unseen terrain.
+Runs whose line exists are skipped, interrupted ones are resumed. The seeds come one after the other: seed 1 of all
+experiments, then seed 2. `--seeds` without values only makes the tables and figures.
 """
 
 import re
@@ -20,7 +20,7 @@ from benchmark import presets, records
 from benchmark.records import Experiment
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
-BASE = "--no-cameras --total-timesteps 4000000 --eval-interval 500000 --final-eval-episodes 32"
+BASE = "--total-timesteps 4000000 --eval-interval 500000 --final-eval-episodes 32"
 SCHEDULES = "--lr-schedule guide --ent-schedule {} --clip-schedule {}"
 UNSTABLE = "--learning-rate {} --clip-coef {} --vf-coef {}"
 # {hyperparameter: {value: flags}}; a pair is the value of another hyperparameter. The defaults have the value in
@@ -42,6 +42,9 @@ EXPERIMENTS = {
     "schedules": {
         "entropy": SCHEDULES.format("linear --ent-coef 0.01 --ent-end 0", "constant --clip-coef 0.015"),
         "clip range": SCHEDULES.format("constant --ent-coef 0.001", "linear --clip-coef 0.04 --clip-end 0.01"),
+    },
+    "cameras": {
+        "on": "", "learning rate 3e-4": "--learning-rate 3e-4", "clip range 0.2": "--clip-coef 0.2",
     },
     "configurations": {x: f"--preset {x}" for x in ("aggressive", "conservative")},
     "not learning": {
@@ -70,8 +73,8 @@ DEFAULTS = {
     "learning rate": "scheduled", "clip range": "0.015", "n_steps": "2048", "epochs": "5", "batch size": "256",
     "entropy coefficient": "0.001", "value coefficient": "2", "advantage normalization": "off", "hidden size": "128",
     "layers": "4", "weight decay": "0.01", "environments": "10", "schedules": "learning rate",
-    "configurations": "balanced", "not learning": "defaults", "unstable": "defaults", "slow": "defaults",
-    "overfitting": "defaults",
+    "cameras": "off", "configurations": "balanced", "not learning": "defaults", "unstable": "defaults",
+    "slow": "defaults", "overfitting": "defaults",
 }  # fmt: skip
 
 
@@ -180,7 +183,8 @@ def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
 def list_runs(seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Experiment]:
     """All runs, seed by seed."""
     return [
-        Experiment(name, value, f"{flags} {BASE}", seed, f"ppo_ballbot{'_schedules' * (name == 'schedules')}.py")
+        Experiment(name, value, f"{flags} {'--no-cameras ' * (name != 'cameras')}{BASE}".strip(), seed,
+                   f"ppo_ballbot{'_schedules' * (name == 'schedules')}.py")
         for seed in seeds for name, values in EXPERIMENTS.items()
         for value, flags in values.items() if isinstance(flags, str) and (not only or name in only)
     ]  # fmt: skip
@@ -193,11 +197,11 @@ def measure_gap(run: Path) -> dict:
 
 def main(args: Args) -> None:
     records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
-    lines = records.read_lines(FILE)
-    groups = group_all(lines)
+    lines, page = records.read_lines(FILE), PAGE.read_text()
+    PAGE.write_text(update_page(page, lines, records.read_lines(presets.FILE)))
+    groups = {name: group for name, group in group_all(lines).items() if f"<!-- results: {name} -->" in page}
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])
-    PAGE.write_text(update_page(PAGE.read_text(), lines, records.read_lines(presets.FILE)))
     if varied := {name: group for name, group in groups.items() if DEFAULTS[name] != "defaults"}:
         draw_all(FIGURES / "all.png", varied)
 
