@@ -189,7 +189,8 @@ def test_remedies_of_the_guide():
     """The steps of its troubleshooting section, from its values."""
     remedies = diagnose.remedies(ppo.Args())
     assert remedies["not learning"] == {"learning_rate": 0.001, "ent_coef": 0.01, "clip_coef": 0.02}
-    assert remedies["KL too small"]["learning_rate"] == 3e-4
+    assert remedies["KL too small"] == {"clip_coef": 0.1}
+    assert diagnose.remedies(ppo.Args(clip_coef=0.1))["KL too small"] == {"learning_rate": 3e-4}
     assert remedies["slow learning"] == {"num_steps": 1024, "update_epochs": 10, "num_envs": 16}
     assert remedies["overfitting"] == {"weight_decay": 0.05, "ent_coef": 0.01, "hidden_size": 64}
     remedies = diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.02, vf_coef=1.0))
