@@ -23,4 +23,6 @@ def on_page_markdown(markdown, page, config, files):
     """In the book the pages of docs/ are beside the repository's other files."""
     if page.file.src_uri == "README.md":
         return markdown.replace("](docs/", "](")
-    return re.sub(r"\]\(\.\./(?!\.)", "](", markdown) if "/" not in page.file.src_uri else markdown
+    if "/" in page.file.src_uri:  # benchmark/...
+        return markdown.replace("](../docs/", "](../")
+    return re.sub(r"\]\(\.\./(?!\.)", "](", markdown)
