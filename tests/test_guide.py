@@ -1,6 +1,7 @@
 """The benchmark of the guide: raw data of runs, and the tables and figures made from them."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_page_has_the_tables_of_the_raw_lines():
     text = (ROOT / guide.PAGE).read_text()
     lines, runs = (records.read_lines(ROOT / file) for file in (guide.FILE, presets.FILE))
     assert guide.update_page(text, lines, runs) == text
+    assert {"metrics", "when to stop", "learning rate", "clip range"} <= {*re.findall("<!-- results: (.*?) -->", text)}
 
 
 def test_a_row_can_be_a_run_of_another_hyperparameter():
