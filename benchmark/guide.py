@@ -160,21 +160,25 @@ def update_page(page: str, lines: list[dict], presets: list[dict]) -> str:
 
 
 def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
-    """Draw the returns at the end of all hyperparameters, {name: {value: lines}}: a line each, its values on it."""
+    """Draw the returns at the end of all hyperparameters, {name: {value: lines}}: a line each, its values on it.
+
+    Returns below 70 are drawn there, with their number.
+    """
     figure, ax = plt.subplots(figsize=(9, 0.5 + 0.45 * len(groups)), layout="constrained")
     for row, (name, values) in enumerate(groups.items()):
         finals = {value: records.final_values(lines) for value, lines in values.items()}
         means = {value: records.interquartile_mean(returns)[0] for value, returns in finals.items() if returns}
-        ax.plot([min(means.values()), max(means.values())], [row, row], color="0.8", zorder=0)
+        ax.plot([max(70, min(means.values())), max(means.values())], [row, row], color="0.8", zorder=0)
         for k, (value, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
             color = "black" if value == DEFAULTS[name] else "#0072B2"
-            ax.plot(mean, row, "o", ms=5, color=color)
-            ax.annotate(value, (mean, row), (0, 5 if k % 2 else -12), textcoords="offset points", ha="center",
+            at, text = max(70, mean), value if mean >= 70 else f"{value}: {mean:.0f}"
+            ax.plot(at, row, "o", ms=5, color=color)
+            ax.annotate(text, (at, row), (0, 5 if k % 2 else -12), textcoords="offset points", ha="center",
                         fontsize=7, color=color)  # fmt: skip
     ax.set(xlabel="return at the end, unseen terrain, interquartile mean of the seeds; black: the default")
     ax.set_yticks(range(len(groups)), groups)
     ax.axvline(100, color="0.7", lw=1, ls="--", zorder=0)
-    ax.invert_yaxis()
+    ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
