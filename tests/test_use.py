@@ -53,7 +53,7 @@ def exported(tmp_path_factory):
     make_run(folder / "run", body_frame=True, norm_obs=True, depth_scale=5.0, frame_skip=2)
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr(export, "print", said.append, raising=False)
+        patch.setattr(export, "print_rank0", said.append)
         export.main(export.Args(folder / "run", folder / "policy.onnx"))
     return folder, said
 
@@ -210,7 +210,7 @@ def test_wheel(tmp_path):
     )
     where = dict(cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, text=True)
     done = subprocess.run([venv / "bin" / "python", "-c", code], capture_output=True, **where)
-    assert not done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith("Warp ")] == []  # Warp misses a GPU
     assert all(line.startswith(str(packages)) for line in done.stdout.split()), done.stdout
     assert not (packages / "assets").exists()
     done = subprocess.run([venv / "bin" / "ballbot-evaluate", "--help"], stdout=subprocess.PIPE, **where)
