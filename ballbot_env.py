@@ -388,14 +388,13 @@ class BallbotEnv(gym.Env):
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._viewer = self._data = None
-        self._running = False
 
     def reset(self, *, seed: int | None = None, options: Mapping | None = None) -> tuple[dict, dict]:
         """Start an episode. Returns `(observation, info)`. `options`: see Starting State."""
         super().reset(seed=seed)
-        if self._running and self._envs.levels is not None:  # a wrapper, such as TimeLimit, ended the episode
+        running = not (self._envs._needs_reset or self._envs._ended[0])
+        if running and self._envs.levels is not None:  # a wrapper, such as TimeLimit, ended the episode
             self._envs._randomization.change_levels(np.ones(1, bool), self._envs._is_fast())
-        self._running = True
         obs, info = self._envs._reset_all([self.np_random], np.array([seed is not None]), options)
         if self.render_mode == "human":
             self.render()
@@ -409,8 +408,8 @@ class BallbotEnv(gym.Env):
         obs, rewards, terminations, truncations, infos = self._envs._step_physics(action[None])
         if self.render_mode == "human" and self._envs._clock[0] % 8 < self._envs.frame_skip:
             self.render()
+        self._envs._ended = terminations | truncations
         ends = bool(terminations[0]), bool(truncations[0])
-        self._running = not any(ends)
         return self._first(obs), float(rewards[0]), *ends, unbatch_infos(infos)
 
     def apply_force(self, force: ArrayLike) -> None:
@@ -455,7 +454,6 @@ class BallbotEnv(gym.Env):
     def set_state(self, state: dict) -> None:
         """Continue, bit for bit, from a `get_state` of an environment made with the same arguments; else ValueError."""
         self._envs.set_state(state)
-        self._running = True
         self.np_random = self._envs._rngs[0]
 
     def __getstate__(self):

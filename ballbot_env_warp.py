@@ -304,9 +304,8 @@ class BallbotWarpEnv(gym.vector.VectorEnv):
             self.robots.forces.masked_fill_(ends[:, None], 0)
             sampled = planar(self._random.uniform(0, strengths["push"]), self._random.uniform(0, 2 * math.pi))
             impulse.copy_(torch.where(begins[:, None], sampled, impulse))
-            self.robots.forces[:, 2].masked_fill_(begins, 0)
-            pushed = self.robots.forces[:, :2]
-            pushed.copy_(torch.where(begins[:, None], sampled / seconds, pushed))
+            force = torch.nn.functional.pad(sampled / seconds, (0, 1))
+            self.robots.forces.copy_(torch.where(begins[:, None], force, self.robots.forces))
             state["push_left"].masked_fill_(begins, num_actions)
             state["next_push"].copy_(torch.where(begins, self._actions_to_next_push() - 1, state["next_push"]))
         commands = self.last_actions.expand(self.frame_skip, -1, -1)  # (frame_skip, num_envs, 3)

@@ -21,6 +21,7 @@ from benchmark.records import Experiment
 
 FILE, FIGURES, PAGE = Path("benchmark/guide/runs.jsonl"), Path("docs/img/guide"), Path("docs/guide.md")
 BASE = "--total-timesteps 4000000 --eval-interval 500000 --final-eval-episodes 32"
+LOWEST = 70  # return in the figure of all values
 SCHEDULES = "--lr-schedule guide --ent-schedule {} --clip-schedule {}"
 UNSTABLE = "--learning-rate {} --clip-coef {} --vf-coef {}"
 # {hyperparameter: {value: flags}}; a pair is the value of another hyperparameter. The defaults have the value in
@@ -146,9 +147,9 @@ def make_stopping_table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def update_page(page: str, lines: list[dict], presets: list[dict]) -> str:
-    """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, those of presets too."""
-    runs = lines + presets
+def update_page(page: str, lines: list[dict], others: list[dict]) -> str:
+    """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, `others` too."""
+    runs = lines + others
     results = {"metrics": make_metrics_table(runs), "when to stop": make_stopping_table(runs)}
     for name, group in group_all(lines).items():
         figure = f"![{name}](img/guide/{name.replace(' ', '_')}.png)"
@@ -162,16 +163,16 @@ def update_page(page: str, lines: list[dict], presets: list[dict]) -> str:
 def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:
     """Draw the returns at the end of all hyperparameters, {name: {value: lines}}: a line each, its values on it.
 
-    Returns below 70 are drawn there, with their number.
+    A return below LOWEST is shown at LOWEST, with its number.
     """
     figure, ax = plt.subplots(figsize=(9, 0.5 + 0.45 * len(groups)), layout="constrained")
     for row, (name, values) in enumerate(groups.items()):
         finals = {value: records.final_values(lines) for value, lines in values.items()}
         means = {value: records.interquartile_mean(returns)[0] for value, returns in finals.items() if returns}
-        ax.plot([max(70, min(means.values())), max(means.values())], [row, row], color="0.8", zorder=0)
+        ax.plot([max(LOWEST, min(means.values())), max(means.values())], [row, row], color="0.8", zorder=0)
         for k, (value, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
             color = "black" if value == DEFAULTS[name] else "#0072B2"
-            at, text = max(70, mean), value if mean >= 70 else f"{value}: {mean:.0f}"
+            at, text = max(LOWEST, mean), value if mean >= LOWEST else f"{value}: {mean:.0f}"
             ax.plot(at, row, "o", ms=5, color=color)
             ax.annotate(text, (at, row), (0, 5 if k % 2 else -12), textcoords="offset points", ha="center",
                         fontsize=7, color=color)  # fmt: skip

@@ -74,6 +74,15 @@ def test_an_episode_that_a_wrapper_ends_is_a_success_too():
     assert levels == [0, 1, 2, 3] and env.reset(seed=0)[1]["randomization"]["level"] == 0
 
 
+def test_an_episode_that_has_ended_is_not_counted_again_in_a_copy():
+    env = BallbotEnv("flat", cameras=False, goal="command", randomization=PUSHES, curriculum=True)
+    env.reset(seed=0, options=dict(tilt=(np.radians(19.9), 0)))
+    while not env.step(np.zeros(3))[2]:
+        pass
+    env.set_state(env.get_state())
+    assert env.reset()[1]["randomization"]["level"] == 0
+
+
 def test_a_fall_is_a_failure_at_any_speed():
     envs = make(max_tilt=10.0)
     envs.reset(seed=0)

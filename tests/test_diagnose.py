@@ -215,7 +215,7 @@ def configurations():
     for kind in ("constant", "linear", "cosine", "kl"):
         for rate in ("-1", "1e-3", "1e-5"):
             yield schedules, f"--lr-schedule {kind} --learning-rate {rate} --ent-coef 0"
-            yield schedules, f"--preset tuned --lr-schedule {kind} --learning-rate {rate}" * (kind != "guide")
+            yield schedules, f"--preset tuned --lr-schedule {kind} --learning-rate {rate}"
 
 
 @pytest.mark.slow

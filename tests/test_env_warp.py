@@ -118,9 +118,8 @@ def test_failed_physics_end_the_episode_as_on_the_cpu():
         _, _, terminations, _, infos = envs.step(torch.tensor(actions) if envs is warp else actions)
         assert terminations.tolist() == [False, False, True, True]
         assert infos["physics_errors"].tolist() == [0, 0, 1, 1]
-        np.testing.assert_allclose(
-            infos["final_info"]["position"][2:], [(0, 0, 0.24)] * 2, atol=1e-6
-        )  # the initial pose
+        start = [(0, 0, 0.24)] * 2  # the initial pose
+        np.testing.assert_allclose(infos["final_info"]["position"][2:], start, atol=1e-6)
 
 
 def test_robots_near_the_edge_are_truncated():
