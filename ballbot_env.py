@@ -103,15 +103,15 @@ class BallbotEnv(gym.Env):
     | `depth_0`                  | all     | planar depth, right camera: (1, row, column)      | 0   | 1    | m        |
     | `depth_1`                  | all     | planar depth, left camera: (1, row, column)       | 0   | 1    | m        |
     | `relative_image_timestamp` | 0       | time since the two frames were taken              | 0   | 0.01 | s        |
-    | `heights`                  | all     | ground ahead, above that under the ball: 18 points | -0.5 | 0.5 | m       |
+    | `heights`                  | all     | ground ahead, above that under the ball: 30 points | -0.5 | 0.5 | m       |
     | `command`                  | 0, 1    | commanded velocity, in the world                  | -2  | 2    | m/s      |
 
     Indices are x, y and z, or wheels 0, 1 and 2. Values beyond Min and Max are clipped. Depth and its timestamp are
     absent with `cameras=False`, `heights` without `height_scan=True`, and `command` without `goal="command"` (see
     Commands). Position, and a goal that is a direction, are not observed. The images' shape is (1, `camera_size`,
     `camera_size`), by default (1, 64, 64). The maximum of `relative_image_timestamp` depends on `camera_rate`; 0.01 s
-    belongs to the default. `heights` are the terrain's own, at 0.1, 0.2 to 0.6 m ahead, and there 0.1 m to the left, 0
-    and 0.1 m to the right. No sensor measures them: they show what cameras could help at most.
+    belongs to the default. `heights` are the terrain's own, at 0.1, 0.2 to 0.6 m ahead, and there from 0.2 m to the
+    left to 0.2 m to the right, 0.1 m apart. No sensor measures them: they show what cameras could help at most.
 
     ### Cameras
     - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
@@ -742,7 +742,7 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         return slopes.reshape(self.num_envs, 6).astype(np.float32)
 
     def scan_heights(self) -> np.ndarray:
-        """The observation `heights`, float32 (num_envs, 18), m."""
+        """The observation `heights`, float32 (num_envs, 30), m."""
         y = self._directions()  # (2,) or (num_envs, 2)
         axes = np.stack([np.stack([y[..., 1], -y[..., 0]], -1), y], -2)  # rows: to the right, ahead
         places = self.robots.ball_position[:, None, :2] + np.concatenate([np.zeros((1, 2)), SCAN]) @ axes

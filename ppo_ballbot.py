@@ -219,7 +219,7 @@ class Agent(nn.Module):
     """Gaussian actor and critic on the same features.
 
     An observation is split in `proprio` (n, 15), one more with the frames' age, one with --body-frame, two with
-    commands and 18 with height_scan, and `depth` (n, 40), the encoder's features of both cameras' frames. Without
+    commands and 30 with height_scan, and `depth` (n, 40), the encoder's features of both cameras' frames. Without
     cameras `depth` is (n, 0). With --privileged-critic the critic sees `slopes` (n, 6) of the ground as well, which are
     (n, 0) without.
     """
@@ -232,7 +232,8 @@ class Agent(nn.Module):
         heights = ("heights",) * kwargs.get("height_scan", False)
         self.keys = PROPRIOCEPTION + commands + heights + frame_ages
         observations = make_observations()
-        self.num_proprio = args.body_frame + sum(observations[key].shape[0] for key in self.keys)
+        widths = {key: observations[key].shape[0] + (args.body_frame and key == "orientation") for key in self.keys}
+        self.num_proprio = sum(widths.values())
         self.num_depth = len(CAMERAS) * DepthEncoder.num_features if args.cameras else 0
         self.body_frame, self.depth_scale, self.norm_obs = args.body_frame, args.depth_scale, args.norm_obs
         self.encoder = None
@@ -246,9 +247,10 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(self.num_proprio))
         self.register_buffer("obs_var", torch.ones(self.num_proprio))
         self.register_buffer("obs_count", torch.zeros(()))
-        # The frames' age, the last, counts for no more than what they show
-        scale = [1.0] * (self.num_proprio - 1) + [args.depth_scale if args.cameras else 1.0]
-        self.register_buffer("obs_scale", torch.tensor(scale), persistent=False)
+        # The frames' age counts for no more than what they show. Most heights are near 0 and a few far from it
+        scales = {"heights": 0.25, "relative_image_timestamp": args.depth_scale}
+        scales = [scales.get(key, 1.0) for key, width in widths.items() for _ in range(width)]
+        self.register_buffer("obs_scale", torch.tensor(scales), persistent=False)
 
     def encode(self, frames):
         """Frames (n, 2, size, size) to depth features (n, 40)."""

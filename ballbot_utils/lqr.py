@@ -3,13 +3,15 @@
 A linear-quadratic regulator drives the robot along the goal. A linear model is fitted to random motion, the
 discrete-time Riccati equation gives the feedback, and the table of `python -m ballbot_utils.evaluate` shows the results
 on unseen terrain. Its settings and disturbances are flags here too, with the defaults of ppo_ballbot.py's training. The
-regulator observes proprioception only.
+regulator observes proprioception only. With --steer it also observes the true heights of the ground ahead, and goes
+around what is too high or too deep: the most that sight can give to a simple controller.
 
 The state (n, 8) consists of the lean (x, y of the upward direction in the robot's frame), the heading (rad), the
 angular velocity (rad/s), and x and y of the velocity in the robot's frame (m/s). The wheels do not slip: their speeds
 follow from these.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +24,7 @@ from ballbot_utils.common import PolicyFactory, eval_task, require_packages, run
 from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.geometry import in_body_frame
 from ballbot_utils.model import TIMESTEP
+from ballbot_utils.observations import SCAN
 from ppo_ballbot import Args as TrainArgs
 
 FRAME_SKIP = 2  # steps per action
@@ -31,6 +34,9 @@ STATE_COST = np.diag([100, 100, 1, 0.1, 0.1, 0.1, 30, 30, 5, 5.0])
 ACTION_COST = 0.05 * np.eye(3)
 RAMP = 0.8  # s to reach the speed
 ACCELERATION = 0.75  # m/s², of the target velocity after a command changes
+# With --steer
+OBSTACLE = 0.02  # m, a point so much higher or lower than the ground under the ball is one
+CLEARANCE = 0.15  # m, to either side of the way
 
 
 @dataclass
@@ -41,6 +47,8 @@ class Args(evaluate.EvalArgs):
     """heading to keep while driving, rad; 0 faces the goal"""
     goal: Literal["forward", "command"] = "forward"
     """drive along the goal, or follow the commands that policies of --goal command follow"""
+    steer: bool = False
+    """go around obstacles, by the true heights ahead"""
 
 
 def read_state(obs: dict[str, np.ndarray]) -> np.ndarray:
@@ -98,10 +106,23 @@ def solve_feedback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.solve(ACTION_COST + b.T @ cost @ b, b.T @ cost @ a)
 
 
+def steer_around(heights: np.ndarray, speed: float) -> np.ndarray:
+    """Velocities (n, 2), m/s, towards the clearest way by the heights ahead (n, points of SCAN), m."""
+    right, ahead = SCAN.T
+    obstacles = (np.abs(heights) > OBSTACLE) * (0.7 - ahead)  # near ones count more
+    ways = np.unique(right)
+    cost = np.stack([obstacles[:, np.abs(right - way) < CLEARANCE].sum(1) + 0.3 * abs(way) for way in ways], 1)
+    return np.stack([2 * ways[cost.argmin(1)], np.full(len(heights), speed)], 1)
+
+
 def regulator_factory(
-    gain: np.ndarray, feedforward: np.ndarray, goals: ArrayLike | None, heading: float = 0.0
+    gain: np.ndarray,
+    feedforward: np.ndarray,
+    goals: ArrayLike | Callable[[dict[str, np.ndarray]], np.ndarray],
+    heading: float = 0.0,
 ) -> PolicyFactory:
-    """A policy for `common.step_policy`: drives at velocities `goals`, m/s, (2,) or (n, 2), or if None at the commands.
+    """A policy for `common.step_policy`: drives at velocities `goals`, m/s, (2,) or (n, 2), or a function of the
+    observations that returns them.
 
     `feedforward` (3, 2) maps the velocity in the robot's frame to the action of a steady drive.
     """
@@ -113,8 +134,8 @@ def regulator_factory(
             nonlocal integrals, target, actions
             ramp = min(1, actions * PERIOD / RAMP)
             actions += 1
-            if goals is None:
-                change = obs["command"] - target
+            if callable(goals):
+                change = goals(obs) - target
                 distance = np.linalg.norm(change, axis=1, keepdims=True)
                 target = target + change * np.minimum(1, ACCELERATION * PERIOD / np.maximum(distance, 1e-9))
             else:
@@ -163,10 +184,18 @@ def main(args: Args) -> None:
     commanded = args.goal == "command"
     check_argument(not commanded or args.speed == Args.speed, "--speed has no effect with --goal command: leave it out")
     evaluate.check_args(args)
-    task = eval_task(args, replace(TrainArgs(), cameras=False, frame_skip=FRAME_SKIP, goal=args.goal), "LQR")
+    check_argument(not args.steer or not commanded, "--steer has no effect with --goal command: leave it out")
+    env_kwargs = ("height_scan=True",) * args.steer
+    settings = replace(TrainArgs(), cameras=False, frame_skip=FRAME_SKIP, goal=args.goal, env_kwargs=env_kwargs)
+    task = eval_task(args, settings, "LQR")
     gain, feedforward = design_regulator(task["wheel_damping"])
-    policy = regulator_factory(gain, feedforward, None if commanded else (0.0, args.speed), args.heading)
-    label = "LQR, " + ("commands" if commanded else f"{args.speed:g} m/s")
+    goals = (0.0, args.speed)
+    if commanded:
+        goals = lambda obs: obs["command"]  # noqa: E731
+    elif args.steer:
+        goals = lambda obs: steer_around(obs["heights"], args.speed)  # noqa: E731
+    policy = regulator_factory(gain, feedforward, goals, args.heading)
+    label = "LQR, " + ("commands" if commanded else f"{args.speed:g} m/s") + ", steers" * args.steer
     label += f", heading {args.heading:g}" if args.heading else ""
     episodes = evaluate.evaluate_policy(policy, args, task, label)
     evaluate.print_results(args, [evaluate.make_column(label, args, task, episodes)])

@@ -14,7 +14,7 @@ from ballbot_utils.geometry import Array, in_body_frame, namespace, rotation_vec
 from ballbot_utils.model import CAMERAS, TIMESTEP
 
 # Points of the height scan around the ball's contact, m: to the right of the goal's direction, and along it
-SCAN = np.array([(right, ahead) for ahead in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for right in (-0.1, 0.0, 0.1)])
+SCAN = np.array([(right, ahead) for ahead in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for right in (-0.2, -0.1, 0.0, 0.1, 0.2)])
 
 
 class Observation(NamedTuple):

@@ -1,10 +1,14 @@
 """Pretrain the depth encoder as half of an autoencoder: `python -m ballbot_utils.pretrain_encoder --overwrite`.
 
-With --small a small encoder learns the features of the one in assets/.
+With --small a small encoder learns the features of the one in assets/. With --heights it learns features that tell how
+high the ground ahead is, which a robot needs to steer around obstacles:
 
-Frames are rendered at random poses on Perlin terrains that neither training nor evaluation uses by default. The encoder
-of ppo_ballbot.py learns features from which a decoder reconstructs the frame; the decoder is not saved. Linear probes
-on held-out terrains measure the quality of the features. Needs no display and no GPU.
+    python -m ballbot_utils.pretrain_encoder --heights --terrain potholes:depth=0.1 --camera-pitch 25 --output see.pt
+    python ppo_ballbot.py --terrain potholes:depth=0.1 --env-kwargs camera_pitch=25 --encoder-path see.pt
+
+Frames are rendered at random poses on terrains that neither training nor evaluation uses by default. The encoder of
+ppo_ballbot.py learns features from which a decoder reconstructs the frame; the decoder is not saved. Linear probes on
+held-out terrains measure the quality of the features. Needs no display and no GPU.
 """
 
 import contextlib
@@ -26,11 +30,11 @@ from ballbot_utils.console import check_argument, exit_with_error
 from ballbot_utils.depth import DepthRenderer
 from ballbot_utils.flags import Count, NonNegative, Positive, Seed
 from ballbot_utils.model import ASSETS, BALL_RADIUS, BASE_OVER_BALL, make_model
+from ballbot_utils.observations import SCAN
 from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
 from ppo_ballbot import DepthEncoder, SmallDepthEncoder
 
 SIZE = 64  # pixels a side, fixed by the encoder's last layer
-TERRAIN_AMPLITUDE = 0.1  # m, the environment's default
 TRAIN_TERRAIN_SEED, VAL_TERRAIN_SEED = 2_000_000, 3_000_000  # the first of each; 0 and 1,000,000 are ppo_ballbot's
 MAX_TILT = np.radians(20.0)  # beyond it an episode ends
 NOISE_FLOOR = 0.002  # m, added to a pixel's standard deviation in the loss
@@ -43,6 +47,14 @@ class Args:
     """file to write; default: assets/depth_encoder.pt, or assets/depth_encoder_small.pt"""
     small: bool = False
     """train a small encoder to have the features of assets/depth_encoder.pt"""
+    heights: bool = False
+    """train a small encoder to tell the heights ahead, those of height_scan in the robot's frame"""
+    terrain: str = "perlin"
+    """ground, as in ppo_ballbot.py"""
+    terrain_amplitude: Positive = 0.1
+    """height of Perlin hills, m"""
+    camera_pitch: Annotated[float, Field(ge=-90, le=90)] = 0.0
+    """how far the cameras are turned up, degrees; train policies with --env-kwargs camera_pitch=..."""
     picture: Path | None = None
     """PNG of held-out frames and their reconstructions (needs matplotlib)"""
     overwrite: bool = False
@@ -79,11 +91,12 @@ def height_at(heights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and the probes' targets (n, 4).
+    """Poses of a robot on its ball on the terrain: position (n, 3), quaternion (n, 4), and targets (n, 4 + points).
 
     Tilts are up to 20° in any direction, and half of them below 5°. Yaw is near 0, as at the start of an episode. One
     robot in twenty is up to 3 cm higher, as at the start. Targets are the tilts about the robot's x and y axes, rad,
-    and the terrain's slopes along these axes, in the frame rotated by the yaw only.
+    the terrain's slopes along these axes, and the heights at the points of SCAN over that under the ball, m, all in
+    the frame rotated by the yaw only.
     """
     x, y = rng.uniform(TERRAIN_MARGIN - TERRAIN_EXTENT, TERRAIN_EXTENT - TERRAIN_MARGIN, (2, n))
     yaw = rng.normal(0, 0.5, n)
@@ -112,16 +125,22 @@ def random_poses(rng: np.random.Generator, heights: np.ndarray, n: int) -> tuple
     for angle in (yaw, yaw + np.pi / 2):
         dx, dy = reach * np.cos(angle), reach * np.sin(angle)
         slopes.append((height_at(heights, x + dx, y + dy) - height_at(heights, x - dx, y - dy)) / (2 * reach))
-    return position, quaternion, np.stack([tilt_x, tilt_y, *slopes], 1)
+    right, ahead = np.concatenate([np.zeros((1, 2)), SCAN]).T
+    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
+    scan = height_at(heights, x[:, None] + cos * right - sin * ahead, y[:, None] + sin * right + cos * ahead)
+    return position, quaternion, np.column_stack([tilt_x, tilt_y, *slopes, scan[:, 1:] - scan[:, :1]])
 
 
-def make_frames(rng: np.random.Generator, terrain_seeds: Sequence[int], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, 4)."""
-    model = make_model()
+def make_frames(
+    args: Args, rng: np.random.Generator, terrain_seeds: Sequence[int], n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (n, 2, 64, 64), m, of both cameras at n random poses spread over the terrains, and targets (n, ...)."""
+    model = make_model(camera_pitch=args.camera_pitch)
     frames, targets = torch.empty(n, 2, SIZE, SIZE), []
     for seed, share in zip(terrain_seeds, np.array_split(np.arange(n), len(terrain_seeds))):
-        heights = Terrain("perlin", seed, TERRAIN_AMPLITUDE).heights
-        renderer = DepthRenderer(model, SIZE, heights)
+        terrain = Terrain(args.terrain, seed, args.terrain_amplitude)
+        heights = terrain.heights
+        renderer = DepthRenderer(model, SIZE, heights, precise=terrain.has_edges or args.camera_pitch != 0)
         position, quaternion, target = random_poses(rng, heights, len(share))
         targets.append(target)
         for i in range(0, len(share), 64):
@@ -189,20 +208,20 @@ def fit(args: Args, frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor)
     return encoder.to(memory_format=torch.contiguous_format), decoder
 
 
-def distill(args: Args, frames: torch.Tensor, teacher: DepthEncoder) -> SmallDepthEncoder:
-    """Train a small encoder on frames (n, 2, 64, 64) to have the features of the teacher."""
+def fit_small(args: Args, images: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> SmallDepthEncoder:
+    """Train a small encoder on images (n, k, 64, 64): `head` makes targets (n, m) of their features (n, 20 k)."""
     encoder = SmallDepthEncoder()
-    flat, features = frames.flatten(0, 1)[:, None], encode(teacher, frames).view(-1, DepthEncoder.num_features)
     pool, first = encoder.layers[0], encoder.layers[2]
-    pooled = torch.cat([pool(part).flatten(1) for part in flat.split(1024)])
-    mean, std = pooled.mean(0), pooled.std(0) + NOISE_FLOOR
+    pooled = torch.cat([pool(part).flatten(2) for part in images.split(1024)])
+    mean, std = pooled.mean((0, 1)), pooled.std((0, 1)) + NOISE_FLOOR
     pooled = (pooled - mean) / std
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=args.learning_rate, fused=True)
-    steps_per_epoch = len(flat) // args.batch_size
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=args.learning_rate, fused=True)
+    steps_per_epoch = len(images) // args.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
     for epoch in range(args.epochs):
-        for indices in torch.randperm(len(flat))[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1):
-            loss = (encoder.layers[2:](pooled[indices]) - features[indices]).square().mean()
+        for indices in torch.randperm(len(images))[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1):
+            features = encoder.layers[2:](pooled[indices].flatten(0, 1))
+            loss = (head(features.view(len(indices), -1)) - targets[indices]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -285,8 +304,17 @@ def save_picture(path: Path, frames: torch.Tensor, reconstruction: torch.Tensor,
 def check_args(args: Args) -> None:
     """Exit with one line on the first invalid flag, before any work starts."""
     check_flags(args)
+    check_argument(not (args.small and args.heights), "--small and --heights are two encoders: give one of them")
+    check_argument(args.output or not args.heights, "--heights needs --output: give a name, such as runs/see.pt")
     args.output = args.output or ASSETS / f"depth_encoder{'_small' * args.small}.pt"
-    check_argument(not args.small or args.picture is None, "--picture has no effect with --small: leave it out")
+    for name in ("small", "heights"):
+        useless = getattr(args, name) and args.picture is not None
+        check_argument(not useless, f"--picture has no effect with --{name}: leave it out")
+    try:
+        plane = Terrain(args.terrain, TRAIN_TERRAIN_SEED, args.terrain_amplitude).is_plane
+    except ValueError as error:
+        exit_with_error(error)
+    check_argument(not plane, "--terrain is flat: give ground with something to see")
     smallest = max(2 * args.num_terrains, args.batch_size)
     check_argument(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
                    f"{args.num_terrains} terrains and batches of {args.batch_size}")  # fmt: skip
@@ -302,21 +330,30 @@ def check_args(args: Args) -> None:
 
 def pretrain_small(args: Args) -> dict[str, Any]:
     """Train, measure and save a small encoder. Returns the content of the file."""
-    check_args(args)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
-    teacher, rng, start = DepthEncoder(), np.random.default_rng(args.seed), time.perf_counter()
-    teacher.load_state_dict(read_checkpoint(ASSETS / "depth_encoder.pt")["encoder"])
-    frames, _ = make_frames(rng, [TRAIN_TERRAIN_SEED + i for i in range(args.num_terrains)], args.num_frames // 2)
-    val_frames, _ = make_frames(rng, [VAL_TERRAIN_SEED, VAL_TERRAIN_SEED + 1], args.num_val_frames // 2)
-    encoder = distill(args, frames, teacher)
+    rng, start = np.random.default_rng(args.seed), time.perf_counter()
+    train_seeds = [TRAIN_TERRAIN_SEED + i for i in range(args.num_terrains)]
+    frames, targets = make_frames(args, rng, train_seeds, args.num_frames // 2)
+    val_frames, val_targets = make_frames(args, rng, [VAL_TERRAIN_SEED, VAL_TERRAIN_SEED + 1], args.num_val_frames // 2)
+    if args.heights:
+        targets, expected = targets[:, 4:], val_targets[:, 4:]
+        scale = targets.std()
+        head = nn.Linear(2 * DepthEncoder.num_features, len(SCAN))
+        encoder = fit_small(args, frames, targets / scale, head)
+        with torch.no_grad():
+            outputs, names = head(encode(encoder, val_frames)) * scale, f"{len(SCAN)} heights"
+    else:
+        teacher = DepthEncoder()
+        teacher.load_state_dict(read_checkpoint(ASSETS / "depth_encoder.pt")["encoder"])
+        images = frames.flatten(0, 1)[:, None]
+        encoder = fit_small(args, images, encode(teacher, frames).view(len(images), -1), nn.Identity())
+        outputs, expected = (encode(net, val_frames).view(-1, DepthEncoder.num_features) for net in (encoder, teacher))
+        names = "20 features"
     seconds = time.perf_counter() - start
-    features, expected = (encode(net, val_frames).view(-1, DepthEncoder.num_features) for net in (encoder, teacher))
-    error = (features - expected).square().mean(0)
+    error = (outputs - expected).square().mean(0)
     r2 = 1 - error / expected.var(0, correction=0)
     result = {"r2": r2.tolist(), "rmse": error.mean().sqrt().item(), "seconds": seconds}
-    print(f"R² of the 20 features on held-out terrain: {r2.min():.4f} to {r2.max():.4f}, median {r2.median():.4f}; "
-          f"mean error {result['rmse']:.4f} of features with a standard deviation of {expected.std():.2f}")  # fmt: skip
+    print(f"R² of the {names} on held-out terrain: {r2.min():.4f} to {r2.max():.4f}, median {r2.median():.4f}; "
+          f"mean error {result['rmse']:.4f}, standard deviation {expected.std():.4f}")  # fmt: skip
     return save(args, encoder, result)
 
 
@@ -331,17 +368,17 @@ def save(args: Args, encoder: nn.Module, result: dict[str, Any]) -> dict[str, An
 
 def pretrain(args: Args) -> dict[str, Any]:
     """Train, measure and save an encoder. Returns the content of the file."""
-    if args.small:
-        return pretrain_small(args)
     check_args(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads or os.cpu_count())
+    if args.small or args.heights:
+        return pretrain_small(args)
     start = time.perf_counter()
     train_seeds = [TRAIN_TERRAIN_SEED + i for i in range(args.num_terrains)]
     val_seeds = [VAL_TERRAIN_SEED, VAL_TERRAIN_SEED + 1]
     rng = np.random.default_rng(args.seed)
-    frames, targets = make_frames(rng, train_seeds, args.num_frames // 2)
-    val_frames, val_targets = make_frames(rng, val_seeds, args.num_val_frames // 2)
+    frames, targets = make_frames(args, rng, train_seeds, args.num_frames // 2)
+    val_frames, val_targets = make_frames(args, rng, val_seeds, args.num_val_frames // 2)
     mean = frames.mean(0)
     std = frames.std(0) + NOISE_FLOOR
     initial = DepthEncoder()
@@ -349,7 +386,7 @@ def pretrain(args: Args) -> dict[str, Any]:
     seconds = time.perf_counter() - start
 
     sample = torch.randperm(len(frames))[: len(val_frames)]  # as many training frames
-    frames, targets = frames[sample], targets[sample]
+    frames, targets, val_targets = frames[sample], targets[sample, :4], val_targets[:, :4]
     reconstruction = reconstruct(encoder, decoder, val_frames, mean, std)
     error, baseline = reconstruction - val_frames, val_frames - mean
     features = encode(encoder, val_frames)

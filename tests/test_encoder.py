@@ -42,6 +42,10 @@ def test_small_run(tmp_path):
         ({"output": "new.pt", "seed": -1}, "--seed is -1"),
         ({"output": "new.pt", "learning_rate": 0.0}, "--learning-rate is 0.0"),
         ({"output": "new.pt", "small": True, "picture": "p.png"}, "--picture has no effect with --small"),
+        ({"heights": True}, "--heights needs --output"),
+        ({"output": "new.pt", "small": True, "heights": True}, "--small and --heights are two encoders"),
+        ({"output": "new.pt", "terrain": "hils"}, "terrain"),
+        ({"output": "new.pt", "terrain": "flat"}, "--terrain is flat"),
     ],
 )
 def test_bad_input_fails_first(tmp_path, monkeypatch, change, message):
@@ -81,7 +85,7 @@ def load_shipped(small):
 
 
 def test_the_small_encoder_has_the_features_of_the_large_one(tmp_path):
-    frames, _ = pretrain.make_frames(np.random.default_rng(4), [4_000_000], 256)
+    frames, _ = pretrain.make_frames(SMALL, np.random.default_rng(4), [4_000_000], 256)
     small, large = (pretrain.encode(load_shipped(small), frames) for small in (True, False))
     assert ((small - large).square().mean(0) < 0.001 * large.var(0)).all()
     result = pretrain.pretrain(replace(SMALL, small=True, output=tmp_path / "small.pt", epochs=8))
@@ -100,7 +104,7 @@ def test_shipped_encoder_sees_the_ground(small):
     encoder = load_shipped(small)
     rng = np.random.default_rng(4)
     (frames, targets), (val_frames, val_targets) = (
-        pretrain.make_frames(rng, [seed], 768) for seed in (4_000_000, 4_000_001)
+        pretrain.make_frames(SMALL, rng, [seed], 768) for seed in (4_000_000, 4_000_001)
     )
     features, val_features = pretrain.encode(encoder, frames), pretrain.encode(encoder, val_frames)
     assert features.shape == (768, 40)
@@ -110,8 +114,15 @@ def test_shipped_encoder_sees_the_ground(small):
     # Frames are noise-free, so even random features determine the tilt, in digits that no policy could use. With
     # noise of 0.05 on each feature they do not, and the pretrained ones do.
     noise = 0.05
-    scores = pretrain.probe_all(features, targets, val_features, val_targets, noise)
+    scores = pretrain.probe_all(features, targets[:, :4], val_features, val_targets[:, :4], noise)
     tilt, to_ground, slope_given_tilt = scores[:2], scores[4:6], scores[6:]
     assert min(tilt) > 0.9 and min(to_ground) > 0.95 and min(slope_given_tilt) > 0.8
     features, val_features = pretrain.encode(random_encoder, frames), pretrain.encode(random_encoder, val_frames)
-    assert max(pretrain.probe_all(features, targets, val_features, val_targets, noise)[:2]) < 0.3
+    assert max(pretrain.probe_all(features, targets[:, :4], val_features, val_targets[:, :4], noise)[:2]) < 0.3
+
+
+def test_an_encoder_that_tells_the_heights_ahead(tmp_path):
+    change = dict(heights=True, terrain="potholes:depth=0.1", camera_pitch=25.0, output=tmp_path / "see.pt")
+    result = pretrain.pretrain(replace(SMALL, num_frames=8192, epochs=8, **change))
+    rows = np.reshape(result["r2"], (6, -1))
+    assert rows[0].mean() > 0.6 and rows[0].mean() > rows[5].mean()  # near ground is seen best

@@ -580,7 +580,7 @@ def test_height_scan_on_a_ramp(goal, ahead, right):
     envs = BallbotVectorEnv(2, "ramp", cameras=False, num_threads=1, height_scan=True, goal=goal)
     obs, _ = envs.reset(seed=0, options=dict(position=[(0.5, 1.0), (-2.0, 1.0)]))
     slope = math.tan(math.radians(10))
-    points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.1, 0, 0.1)])
+    points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.2, -0.1, 0, 0.1, 0.2)])
     expected = slope * (points @ (right, ahead))
     np.testing.assert_allclose(obs["heights"], [expected] * 2, atol=slope * CELL)
     assert np.ptp(obs["heights"]) > 0.03
@@ -592,7 +592,7 @@ def test_slopes_and_height_scan_follow_commands_and_the_height_of_the_ground():
     _, infos = envs.reset(seed=0, options=dict(position=(0.5, 1.0)))
     envs.set_command([(0, 0.3)] * 10 + [(0.3, 0)] * 10)
     rise = math.tan(math.radians(10)) * infos["randomization"]["terrain_amplitude"][:, None]
-    points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.1, 0, 0.1)])
+    points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.2, -0.1, 0, 0.1, 0.2)])
     expected = rise * np.concatenate([[points[:, 1]] * 10, [-points[:, 0]] * 10])  # along x, +y is to the left
     np.testing.assert_allclose(envs.scan_heights(), expected, atol=rise.max() * CELL)
     np.testing.assert_allclose(envs.slopes()[:, 1::2], np.repeat(rise, 3, 1), atol=0.045)  # by the nearest nodes

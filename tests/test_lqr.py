@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ballbot_utils import evaluate, lqr
+from ballbot_utils.observations import SCAN
 
 UNSEEN = dict(terrain="perlin", terrain_seed=1_000_000, cameras=False, wheel_damping=0.4, frame_skip=lqr.FRAME_SKIP,
               max_episode_steps=2000)  # fmt: skip
@@ -51,14 +52,32 @@ def test_it_follows_a_goal_at_any_heading():
 @pytest.mark.slow
 def test_it_follows_commands():
     args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=16, num_threads=1)
-    policy = lqr.regulator_factory(*lqr.design_regulator(wheel_damping=0.4), None)
+    policy = lqr.regulator_factory(*lqr.design_regulator(wheel_damping=0.4), lambda obs: obs["command"])
     episodes = evaluate.evaluate_policy(policy, args, UNSEEN | {"goal": "command"})
     assert episodes["tracking_error"].mean() < 0.13 and episodes["falls"].sum() == 0  # about 0.24 for standing still
 
 
+@pytest.mark.slow
+def test_it_steers_around_holes():
+    """Blind it falls in most episodes: the holes are deeper than its ball's radius."""
+    args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=16, num_threads=1)
+    regulator, task = lqr.design_regulator(wheel_damping=0.4), UNSEEN | {"terrain": "potholes:depth=0.1"}
+    blind = evaluate.evaluate_policy(lqr.regulator_factory(*regulator, (0.0, 0.6)), args, task)
+    policy = lqr.regulator_factory(*regulator, lambda obs: lqr.steer_around(obs["heights"], 0.6))
+    steered = evaluate.evaluate_policy(policy, args, task | {"height_scan": True})
+    assert blind["falls"].sum() >= 6 and steered["falls"].sum() <= 2
+
+
+def test_it_steers_to_the_clearer_side():
+    heights = np.where(SCAN[:, 0] > 0.05, -0.1, 0.0)  # a hole to the right
+    ahead, left, right = lqr.steer_around(np.stack([0 * heights, heights, heights[::-1]]), 0.5)
+    assert ahead.tolist() == [0, 0.5] and left[0] < 0 < right[0] and left[1] == right[1] == 0.5
+
+
 def test_an_episode_does_not_depend_on_the_others():
     rng = np.random.default_rng(0)
-    policy = lqr.regulator_factory(0.1 * rng.normal(size=(3, 10)), rng.normal(size=(3, 2)), None)
+    gain, feedforward = 0.1 * rng.normal(size=(3, 10)), rng.normal(size=(3, 2))
+    policy = lqr.regulator_factory(gain, feedforward, lambda obs: obs["command"])
     args = evaluate.Args(num_threads=1, horizon=400, seed=7, push=0.5, push_interval=0.1, obs_noise=0.01, episodes=5)
     task = UNSEEN | {"goal": "command"}
     five = evaluate.evaluate_policy(policy, args, task)
