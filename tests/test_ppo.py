@@ -609,13 +609,13 @@ def test_body_frame_by_hand():
         assert lean == pytest.approx(np.array([[0, np.sin(0.1)]]), abs=1e-6) and heading == pytest.approx(turned)
 
 
-def test_the_age_of_frames_counts_for_no_more_than_the_frames():
-    agent = ppo.Agent(replace(SMALL, norm_obs=True, depth_scale=0.1))
-    proprio = torch.randn(1000, 16) * 0.003
+def test_the_age_of_frames_and_the_heights_count_less():
+    agent = ppo.Agent(replace(SMALL, norm_obs=True, depth_scale=0.1, body_frame=True, env_kwargs=("height_scan=True",)))
+    proprio = torch.randn(1000, 16 + 30 + 1) * 0.003
     agent.update_obs_moments(proprio)
-    features = agent.features(proprio, torch.zeros(1000, 40))
-    assert torch.allclose(features[:, :15].std(0), torch.ones(15), atol=0.01)
-    assert features[:, 15].std() == pytest.approx(0.1, abs=0.001)
+    stds = agent.features(proprio, torch.zeros(1000, 40)).std(0)
+    for part, expected in ((stds[:16], 1), (stds[16:46], 0.25), (stds[46:47], 0.1)):
+        assert torch.allclose(part, torch.full_like(part, expected), rtol=0.01)
 
 
 @pytest.mark.slow
