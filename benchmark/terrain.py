@@ -1,7 +1,7 @@
 """Train on ground where a blind robot falls: `python -m benchmark.terrain --jobs 2`.
 
 Each kind of ground is driven blind, with the true heights ahead, with cameras whose encoder learned to tell these
-heights, and with the encoder of the default. All start from the preset tuned. Encoders are trained first, in a minute
+heights, and with the encoder of the default. Policies trained on `mixed` are evaluated on all kinds. All start from the preset tuned. Encoders are trained first, in a minute
 each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its last policy in 100 episodes on
 unseen ground. Runs whose line exists are skipped, interrupted ones are resumed. It ends with a table of all lines.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ballbot_utils.common import run_program
+from ballbot_utils.terrain import TERRAINS
 from benchmark.records import Experiment, evaluate, group_lines, interquartile_mean, read_lines, train_all
 
 FILE = Path("benchmark/terrain/runs.jsonl")
@@ -20,6 +21,7 @@ KINDS = {
     "potholes": "--terrain potholes:depth=0.1",
     "mounds": "--terrain hills:height=0.2,width=0.6,spacing=1.5",
     "hills": "--terrain-amplitude 0.3",
+    "mixed": "--terrain mixed",
 }
 # Long episodes and a horizon of 2 s instead of 1.3 s: otherwise a robot risks a fall to go faster
 TRAINING = "--preset tuned --max-episode-steps 4000 --gamma 0.996 --total-timesteps 8000000 --eval-interval 1000000"
@@ -32,7 +34,8 @@ SENSORS = {
 }
 # The flags of `python -m ballbot_utils.evaluate` for each kind
 CONDITIONS = {kind: (flags,) for kind, flags in KINDS.items()} | {
-    "hills": ("--terrain-amplitude 0.2", "--terrain-amplitude 0.3")
+    "hills": ("--terrain-amplitude 0.2", "--terrain-amplitude 0.3"),
+    "mixed": tuple(f"--terrain {kind}" for kind in TERRAINS),
 }
 
 
