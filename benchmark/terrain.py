@@ -1,9 +1,10 @@
 """Train on ground where a blind robot falls: `python -m benchmark.terrain --jobs 2`.
 
 Each kind of ground is driven blind, with the true heights ahead, with cameras whose encoder learned to tell these
-heights, and with the encoder of the default. Policies trained on `mixed` are evaluated on all kinds. All start from the preset tuned. Encoders are trained first, in a minute
+heights, and with the encoder of the default. All start from the preset tuned. Encoders are trained first, in a minute
 each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its last policy in 100 episodes on
-unseen ground. Runs whose line exists are skipped, interrupted ones are resumed. It ends with a table of all lines.
+unseen ground: of that kind, or of all kinds after `mixed`. Runs whose line exists are skipped, interrupted ones are
+resumed. It ends with a table of all lines.
 """
 
 import subprocess
