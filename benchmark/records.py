@@ -100,9 +100,9 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     } | (extra(run) if (run / "last.pt").exists() else {})  # fmt: skip
 
 
-def evaluate(run: Path, *flags: str) -> dict:
-    """What `python -m ballbot_utils.evaluate` says about the last policy of a run."""
-    command = [sys.executable, "-m", "ballbot_utils.evaluate", str(run / "last.pt"), *flags, "--num-threads", "1"]
+def evaluate(policy: Path, *flags: str) -> dict:
+    """What `python -m ballbot_utils.evaluate` says about a policy."""
+    command = [sys.executable, "-m", "ballbot_utils.evaluate", str(policy), *flags, "--num-threads", "1"]
     output = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
     return json.loads(output.stdout)[0]
 

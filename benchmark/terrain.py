@@ -2,9 +2,9 @@
 
 Each kind of ground is driven blind, with the true heights ahead, with cameras whose encoder learned to tell these
 heights, and with the encoder of the default. All start from the preset tuned. Encoders are trained first, in a minute
-each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its last policy in 100 episodes on
-unseen ground: of that kind, or of all kinds after `mixed`. Runs whose line exists are skipped, interrupted ones are
-resumed. It ends with a table of all lines.
+each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its best and its last policy in 100
+episodes on ground that is used for nothing else: of that kind, or of all kinds after `mixed`. Runs whose line exists
+are skipped, interrupted ones are resumed. It ends with a table of all lines.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ballbot_utils.common import run_program
-from ballbot_utils.terrain import TERRAINS
+from ballbot_utils.terrain import TERRAINS, is_seeded
 from benchmark.records import Experiment, evaluate, group_lines, interquartile_mean, read_lines, train_all
 
 FILE = Path("benchmark/terrain/runs.jsonl")
@@ -38,6 +38,7 @@ CONDITIONS = {kind: (flags,) for kind, flags in KINDS.items()} | {
     "hills": ("--terrain-amplitude 0.2", "--terrain-amplitude 0.3"),
     "mixed": tuple(f"--terrain {kind}" for kind in TERRAINS),
 }
+TERRAIN_SEED = "--terrain-seed 5000000"  # neither of training, nor of its evaluations, nor of the encoders
 
 
 @dataclass
@@ -53,24 +54,31 @@ class Args:
 
 
 def evaluate_there(run: Path) -> dict:
-    """Evaluations of a run's last policy, {condition: summary}."""
-    kind = run.name.split("_")[1]
-    return {"there": {flags: evaluate(run, *flags.split(), "--no-gap")["summary"] for flags in CONDITIONS[kind]}}
+    """Evaluations of a run's best and last policies, {condition: {policy: summary}}."""
+    there = {}
+    for flags in CONDITIONS[run.name.split("_")[1]]:
+        terrain = flags.split()[1] if flags.startswith("--terrain ") else "perlin"
+        more = TERRAIN_SEED.split() if is_seeded(terrain) else []
+        there[flags] = {policy: evaluate(run / f"{policy}.pt", *flags.split(), *more, "--no-gap")["summary"]
+                        for policy in ("best", "last")}  # fmt: skip
+    return {"there": there}
 
 
 def make_table(kind: str, lines: list[dict]) -> str:
-    """A Markdown table with a row for each experiment and condition; brackets are intervals over seeds."""
-    rows = [f"| {kind} | evaluated on | return | falls | speed (m/s) | returns of the seeds |", "| --- " * 6 + "|"]
-    for label, group in group_lines(lines, {label: (kind, label) for label in SENSORS}).items():
+    """A Markdown table with a row for each sensor, condition and policy; brackets are intervals over seeds."""
+    rows = [f"| {kind} | evaluated on | policy | return | falls | speed (m/s) | returns of the seeds |",
+            "| --- " * 7 + "|"]  # fmt: skip
+    for sensor, group in group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS}).items():
         for flags in CONDITIONS[kind]:
-            results = [line["there"][flags] for line in sorted(group, key=lambda line: line["seed"])]
-            returns = [result["return"]["mean"] for result in results]
-            mean, low, high = interquartile_mean(returns)
-            falls, episodes = (sum(result[key] for result in results) for key in ("falls", "episodes"))
-            speed = sum(result["speed"]["mean"] for result in results) / len(results)
-            seeds = ", ".join(f"{value:.1f}" for value in returns)
-            rows.append(f"| {label} | `{flags}` | {mean:.1f} [{low:.1f}, {high:.1f}] | {falls} of {episodes} | "
-                        f"{speed:.2f} | {seeds} |")  # fmt: skip
+            for policy in ("best", "last"):
+                results = [line["there"][flags][policy] for line in sorted(group, key=lambda line: line["seed"])]
+                returns = [result["return"]["mean"] for result in results]
+                mean, low, high = interquartile_mean(returns)
+                falls, episodes = (sum(result[key] for result in results) for key in ("falls", "episodes"))
+                speed = sum(result["speed"]["mean"] for result in results) / len(results)
+                seeds = ", ".join(f"{value:.1f}" for value in returns)
+                rows.append(f"| {sensor} | `{flags}` | {policy} | {mean:.1f} [{low:.1f}, {high:.1f}] | {falls} of "
+                            f"{episodes} | {speed:.2f} | {seeds} |")  # fmt: skip
     return "\n".join(rows)
 
 

@@ -76,14 +76,17 @@ def test_a_row_can_be_a_run_of_another_hyperparameter():
 def test_table_of_terrain_is_made_from_the_lines():
     def line(label, seed, value, falls):
         summary = {"return": {"mean": value}, "speed": {"mean": 0.1 * seed}, "falls": falls, "episodes": 100}
-        there = {flags: summary for flags in terrain.CONDITIONS["potholes"]}
+        worse = summary | {"return": {"mean": value - 10}}
+        there = {flags: {"best": summary, "last": worse} for flags in terrain.CONDITIONS["potholes"]}
         return {"experiment": "potholes", "value": label, "seed": seed, "there": there}
 
     lines = [line("blind", 2, 50.0, 30), line("blind", 1, 40.0, 20), line("cameras", 1, 90.0, 0)]
     rows = terrain.make_table("potholes", lines).splitlines()
     assert rows[2:] == [
-        "| cameras | `--terrain potholes:depth=0.1` | 90.0 [90.0, 90.0] | 0 of 100 | 0.10 | 90.0 |",
-        "| blind | `--terrain potholes:depth=0.1` | 45.0 [40.0, 50.0] | 50 of 200 | 0.15 | 40.0, 50.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | best | 90.0 [90.0, 90.0] | 0 of 100 | 0.10 | 90.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | last | 80.0 [80.0, 80.0] | 0 of 100 | 0.10 | 80.0 |",
+        "| blind | `--terrain potholes:depth=0.1` | best | 45.0 [40.0, 50.0] | 50 of 200 | 0.15 | 40.0, 50.0 |",
+        "| blind | `--terrain potholes:depth=0.1` | last | 35.0 [30.0, 40.0] | 50 of 200 | 0.15 | 30.0, 40.0 |",
     ]
 
 
