@@ -7,7 +7,6 @@ Runs whose line exists are skipped, interrupted ones are resumed. The seeds come
 experiments, then seed 2. `--seeds` without values only makes the tables and figures.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,10 +153,7 @@ def update_page(page: str, lines: list[dict], others: list[dict]) -> str:
     for name, group in group_all(lines).items():
         figure = f"![{name}](img/guide/{name.replace(' ', '_')}.png)"
         results[name] = f"{records.make_table(name, group, DEFAULTS[name])}\n\n{figure}"
-    for name, text in results.items():
-        begin, end = f"<!-- results: {name} -->", "<!-- end -->"
-        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
-    return page
+    return records.fill_marks(page, results)
 
 
 def draw_all(file: Path, groups: dict[str, dict[str, list[dict]]]) -> None:

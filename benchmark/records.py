@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -143,6 +144,14 @@ def first_met(line: dict) -> float | None:
     """The step at which a run first met the targets, in an evaluation or at its end."""
     final = [[line["final"][key] for key in EVALUATION]] if line["final"] else []
     return next((row[0] for row in line["evaluations"] + final if meets_targets(row)), None)
+
+
+def fill_marks(page: str, results: Mapping[str, str]) -> str:
+    """A page with each result, {name: text}, between its marks, if it has them."""
+    for name, text in results.items():
+        begin, end = f"<!-- results: {name} -->", "<!-- end -->"
+        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+    return page
 
 
 def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) -> None:

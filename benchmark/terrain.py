@@ -4,7 +4,8 @@ Each kind of ground is driven blind, with the true heights ahead, with cameras w
 heights, and with the encoder of the default. All start from the preset tuned. Encoders are trained first, in a minute
 each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its best and its last policy in 100
 episodes on ground that is used for nothing else: of that kind, or of all kinds after `mixed`. Runs whose line exists
-are skipped, interrupted ones are resumed. It ends with a table of all lines.
+are skipped, interrupted ones are resumed. The tables in docs/terrain.md are made of all lines; `--seeds` without
+values only makes these.
 """
 
 import subprocess
@@ -15,9 +16,9 @@ from typing import Literal
 
 from ballbot_utils.common import run_program
 from ballbot_utils.terrain import TERRAINS, is_seeded
-from benchmark.records import Experiment, evaluate, group_lines, interquartile_mean, read_lines, train_all
+from benchmark.records import Experiment, evaluate, fill_marks, group_lines, interquartile_mean, read_lines, train_all
 
-FILE = Path("benchmark/terrain/runs.jsonl")
+FILE, PAGE = Path("benchmark/terrain/runs.jsonl"), Path("docs/terrain.md")
 KINDS = {
     "potholes": "--terrain potholes:depth=0.1",
     "mounds": "--terrain hills:height=0.2,width=0.6,spacing=1.5",
@@ -76,15 +77,21 @@ def make_table(kind: str, lines: list[dict]) -> str:
                 mean, low, high = interquartile_mean(returns)
                 falls, episodes = (sum(result[key] for result in results) for key in ("falls", "episodes"))
                 speed = sum(result["speed"]["mean"] for result in results) / len(results)
+                interval = f" [{low:.1f}, {high:.1f}]" if len(returns) > 1 else ""
                 seeds = ", ".join(f"{value:.1f}" for value in returns)
-                rows.append(f"| {sensor} | `{flags}` | {policy} | {mean:.1f} [{low:.1f}, {high:.1f}] | {falls} of "
-                            f"{episodes} | {speed:.2f} | {seeds} |")  # fmt: skip
+                rows.append(f"| {sensor} | `{flags}` | {policy} | {mean:.1f}{interval} | {falls} of {episodes} | "
+                            f"{speed:.2f} | {seeds} |")  # fmt: skip
     return "\n".join(rows)
+
+
+def make_tables(lines: list[dict]) -> dict[str, str]:
+    """The tables of docs/terrain.md, {kind: Markdown}."""
+    return {kind: make_table(kind, lines) for kind in KINDS}
 
 
 def main(args: Args) -> None:
     for kind in args.kinds:
-        if "cameras" in args.sensors and not Path(ENCODER.format(kind)).exists():
+        if args.seeds and "cameras" in args.sensors and not Path(ENCODER.format(kind)).exists():
             command = f"--heights {KINDS[kind]} --camera-pitch {PITCH} --output {ENCODER.format(kind)} --num-threads 1"
             subprocess.run([sys.executable, "-m", "ballbot_utils.pretrain_encoder", *command.split()], check=True)
     experiments = [
@@ -92,9 +99,7 @@ def main(args: Args) -> None:
         for seed in args.seeds for kind in args.kinds for sensor in args.sensors
     ]  # fmt: skip
     train_all(FILE, experiments, args.jobs, evaluate_there)
-    lines = read_lines(FILE)
-    for kind in args.kinds:
-        print(make_table(kind, lines))
+    PAGE.write_text(fill_marks(PAGE.read_text(), make_tables(read_lines(FILE))))
 
 
 if __name__ == "__main__":

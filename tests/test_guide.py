@@ -83,11 +83,17 @@ def test_table_of_terrain_is_made_from_the_lines():
     lines = [line("blind", 2, 50.0, 30), line("blind", 1, 40.0, 20), line("cameras", 1, 90.0, 0)]
     rows = terrain.make_table("potholes", lines).splitlines()
     assert rows[2:] == [
-        "| cameras | `--terrain potholes:depth=0.1` | best | 90.0 [90.0, 90.0] | 0 of 100 | 0.10 | 90.0 |",
-        "| cameras | `--terrain potholes:depth=0.1` | last | 80.0 [80.0, 80.0] | 0 of 100 | 0.10 | 80.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | best | 90.0 | 0 of 100 | 0.10 | 90.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | last | 80.0 | 0 of 100 | 0.10 | 80.0 |",
         "| blind | `--terrain potholes:depth=0.1` | best | 45.0 [40.0, 50.0] | 50 of 200 | 0.15 | 40.0, 50.0 |",
         "| blind | `--terrain potholes:depth=0.1` | last | 35.0 [30.0, 40.0] | 50 of 200 | 0.15 | 30.0, 40.0 |",
     ]
+
+
+def test_the_page_of_terrain_has_the_tables_of_the_raw_lines():
+    text, lines = (ROOT / terrain.PAGE).read_text(), records.read_lines(ROOT / terrain.FILE)
+    assert records.fill_marks(text, terrain.make_tables(lines)) == text
+    assert {*re.findall("<!-- results: (.*?) -->", text)} == {"potholes"} == {x["experiment"] for x in lines}
 
 
 def test_interquartile_mean_ignores_outliers():
