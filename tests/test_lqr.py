@@ -110,7 +110,7 @@ def test_program_prints_the_table(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [(["--speed", "nan"], "--speed is nan"), (["--goal", "command", "--speed", "0.4"], "--speed has no effect"),
-     (["--episodes", "0"], "--episodes is 0"),
+     (["--episodes", "0"], "--episodes is 0"), (["--goal", "command", "--steer"], "--steer has no effect"),
      (["--terrain", "moon"], "terrain is 'moon'"), (["--push", "-1"], "--push is -1"),
      (["--terrain", "flat", "--terrain-seed", "3"], "--terrain-seed has no effect on --terrain flat")],
 )  # fmt: skip
