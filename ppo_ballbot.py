@@ -249,8 +249,8 @@ class Agent(nn.Module):
         self.register_buffer("obs_count", torch.zeros(()))
         # The frames' age counts for no more than what they show. Most heights are near 0 and a few far from it
         scales = {"heights": 0.25, "relative_image_timestamp": args.depth_scale}
-        scales = [scales.get(key, 1.0) for key, width in widths.items() for _ in range(width)]
-        self.register_buffer("obs_scale", torch.tensor(scales), persistent=False)
+        scale = [scales.get(key, 1.0) for key, width in widths.items() for _ in range(width)]
+        self.register_buffer("obs_scale", torch.tensor(scale), persistent=False)
 
     def encode(self, frames):
         """Frames (n, 2, size, size) to depth features (n, 40)."""

@@ -111,6 +111,7 @@ def steer_around(heights: np.ndarray, speed: float) -> np.ndarray:
     right, ahead = SCAN.T
     obstacles = (np.abs(heights) > OBSTACLE) * (0.7 - ahead)  # near ones count more
     ways = np.unique(right)
+    # With as many obstacles on several ways, the one nearest to the middle
     cost = np.stack([obstacles[:, np.abs(right - way) < CLEARANCE].sum(1) + 0.3 * abs(way) for way in ways], 1)
     return np.stack([2 * ways[cost.argmin(1)], np.full(len(heights), speed)], 1)
 

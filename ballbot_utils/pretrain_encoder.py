@@ -1,7 +1,7 @@
 """Pretrain the depth encoder as half of an autoencoder: `python -m ballbot_utils.pretrain_encoder --overwrite`.
 
-With --small a small encoder learns the features of the one in assets/. With --heights it learns features that tell how
-high the ground ahead is, which a robot needs to steer around obstacles:
+With --small a small encoder learns the features of the one in assets/. With --heights its features predict the heights
+of the ground ahead. A robot needs them to steer around obstacles:
 
     python -m ballbot_utils.pretrain_encoder --heights --terrain potholes:depth=0.1 --camera-pitch 25 --output see.pt
     python ppo_ballbot.py --terrain potholes:depth=0.1 --env-kwargs camera_pitch=25 --encoder-path see.pt
@@ -48,7 +48,7 @@ class Args:
     small: bool = False
     """train a small encoder to have the features of assets/depth_encoder.pt"""
     heights: bool = False
-    """train a small encoder to tell the heights ahead, those of height_scan in the robot's frame"""
+    """train a small encoder to predict the heights ahead, those of height_scan in the robot's frame"""
     terrain: str = "perlin"
     """ground, as in ppo_ballbot.py"""
     terrain_amplitude: Positive = 0.1

@@ -193,7 +193,7 @@ def list_runs(seeds: tuple[int, ...], only: tuple[str, ...]) -> list[Experiment]
 
 def measure_gap(run: Path) -> dict:
     """The return of the last policy on the training terrain minus that on unseen terrain, and its 95 % interval."""
-    return {"gap": records.evaluate(run / "last.pt", "--episodes", "32")["gap"]}
+    return {"gap": records.evaluate([run / "last.pt"], "--episodes", "32")[0]["gap"]}
 
 
 def main(args: Args) -> None:

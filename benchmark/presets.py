@@ -28,7 +28,7 @@ class Args:
 
 def evaluate_elsewhere(run: Path) -> dict:
     """Return, its interval and falls of the last policy on terrain seed 3,000,000, in 100 episodes."""
-    return {"third_terrain": evaluate(run / "last.pt", "--terrain-seed", "3000000", "--no-gap")["summary"]}
+    return {"third_terrain": evaluate([run / "last.pt"], "--terrain-seed", "3000000", "--no-gap")[0]["summary"]}
 
 
 def format_table(lines: list[dict]) -> str:

@@ -101,11 +101,11 @@ def train(benchmark: str, experiment: Experiment, extra: Callable[[Path], dict])
     } | (extra(run) if (run / "last.pt").exists() else {})  # fmt: skip
 
 
-def evaluate(policy: Path, *flags: str) -> dict:
-    """What `python -m ballbot_utils.evaluate` says about a policy."""
-    command = [sys.executable, "-m", "ballbot_utils.evaluate", str(policy), *flags, "--num-threads", "1"]
+def evaluate(policies: Sequence[Path], *flags: str) -> list[dict]:
+    """What `python -m ballbot_utils.evaluate` says about each of the policies."""
+    command = [sys.executable, "-m", "ballbot_utils.evaluate", *map(str, policies), *flags, "--num-threads", "1"]
     output = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
-    return json.loads(output.stdout)[0]
+    return json.loads(output.stdout)
 
 
 def medians(curve: plot.Curve, low: float, high: float) -> float | None:

@@ -39,6 +39,7 @@ CONDITIONS = {kind: (flags,) for kind, flags in KINDS.items()} | {
     "hills": ("--terrain-amplitude 0.2", "--terrain-amplitude 0.3"),
     "mixed": tuple(f"--terrain {kind}" for kind in TERRAINS),
 }
+POLICIES = ("best", "last")  # of a run
 TERRAIN_SEED = "--terrain-seed 5000000"  # neither of training, nor of its evaluations, nor of the encoders
 
 
@@ -58,10 +59,10 @@ def evaluate_there(run: Path) -> dict:
     """Evaluations of a run's best and last policies, {condition: {policy: summary}}."""
     there = {}
     for flags in CONDITIONS[run.name.split("_")[1]]:
-        terrain = flags.split()[1] if flags.startswith("--terrain ") else "perlin"
+        terrain = flags.partition("--terrain ")[2] or "perlin"
         more = TERRAIN_SEED.split() if is_seeded(terrain) else []
-        there[flags] = {policy: evaluate(run / f"{policy}.pt", *flags.split(), *more, "--no-gap")["summary"]
-                        for policy in ("best", "last")}  # fmt: skip
+        results = evaluate([run / f"{policy}.pt" for policy in POLICIES], *flags.split(), *more, "--no-gap")
+        there[flags] = {policy: result["summary"] for policy, result in zip(POLICIES, results)}
     return {"there": there}
 
 
@@ -71,7 +72,7 @@ def make_table(kind: str, lines: list[dict]) -> str:
             "| --- " * 7 + "|"]  # fmt: skip
     for sensor, group in group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS}).items():
         for flags in CONDITIONS[kind]:
-            for policy in ("best", "last"):
+            for policy in POLICIES:
                 results = [line["there"][flags][policy] for line in sorted(group, key=lambda line: line["seed"])]
                 returns = [result["return"]["mean"] for result in results]
                 mean, low, high = interquartile_mean(returns)

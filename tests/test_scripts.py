@@ -106,7 +106,7 @@ def test_checkpoints_of_the_installed_scripts(copy, capsys):
     folder = train(schedules, run_name="schedules")
     assert type(common.load(folder)[0]) is schedules.Policy is type(ppo.load_policy(folder))
     capsys.readouterr()
-    for path in (ROOT / "benchmark" / f"{name}__1.pt" for name in ("tuned", "robust", "command")):  # name no script
+    for path in ROOT.glob("benchmark/*.pt"):  # they are older and name no script
         assert type(common.load(path)[0]) is ppo.Policy and type(copy.load_policy(path)) is copy.Policy
     assert "warning" not in capsys.readouterr().err
 
