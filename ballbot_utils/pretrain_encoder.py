@@ -31,7 +31,7 @@ from ballbot_utils.depth import DepthRenderer
 from ballbot_utils.flags import Count, NonNegative, Positive, Seed
 from ballbot_utils.model import ASSETS, BALL_RADIUS, BASE_OVER_BALL, make_model
 from ballbot_utils.observations import SCAN
-from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain
+from ballbot_utils.terrain import TERRAIN_EXTENT, TERRAIN_MARGIN, Terrain, is_scaled
 from ppo_ballbot import DepthEncoder, SmallDepthEncoder
 
 SIZE = 64  # pixels a side, fixed by the encoder's last layer
@@ -312,8 +312,10 @@ def check_args(args: Args) -> None:
         check_argument(not useless, f"--picture has no effect with --{name}: leave it out")
     try:
         plane = Terrain(args.terrain, TRAIN_TERRAIN_SEED, args.terrain_amplitude).is_plane
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         exit_with_error(error)
+    check_argument(is_scaled(args.terrain) or args.terrain_amplitude == Args.terrain_amplitude,
+                   f"--terrain-amplitude has no effect on --terrain {args.terrain}: leave it out")  # fmt: skip
     check_argument(not plane, "--terrain is flat: give ground with something to see")
     smallest = max(2 * args.num_terrains, args.batch_size)
     check_argument(args.num_frames >= smallest, f"--num-frames is {args.num_frames}: give {smallest} or more for "
