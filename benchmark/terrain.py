@@ -28,8 +28,9 @@ KINDS = {
 # Long episodes, rollouts, and a horizon of 2 s instead of 1.3 s: otherwise a robot risks a fall to go faster
 TRAINING = (
     "--preset tuned --max-episode-steps 4000 --gamma 0.996 --gae-lambda 0.98 --num-envs 32 --num-steps 128 "
-    "--eval-interval 500000 --total-timesteps {}"
+    "--eval-interval 500000 --total-timesteps"
 )
+STEPS = dict.fromkeys(KINDS, 4_000_000) | {"mixed": 8_000_000}
 PITCH, ENCODER = 25, "runs/terrain_encoder_{}.pt"
 SENSORS = {
     "cameras": f"--env-kwargs camera_pitch={PITCH} camera_rate=30 --encoder-path {ENCODER} --depth-scale 1",
@@ -99,7 +100,7 @@ def main(args: Args) -> None:
             command = f"--heights {KINDS[kind]} --camera-pitch {PITCH} --output {ENCODER.format(kind)} --num-threads 1"
             subprocess.run([sys.executable, "-m", "ballbot_utils.pretrain_encoder", *command.split()], check=True)
     experiments = [
-        Experiment(kind, sensor, f"{TRAINING.format(4_000_000 * (1 + (kind == 'mixed')))} {KINDS[kind]} {SENSORS[sensor].format(kind)}", seed)
+        Experiment(kind, sensor, f"{TRAINING} {STEPS[kind]} {KINDS[kind]} {SENSORS[sensor].format(kind)}", seed)
         for seed in args.seeds for kind in args.kinds for sensor in args.sensors
     ]  # fmt: skip
     train_all(FILE, experiments, args.jobs, evaluate_there)
