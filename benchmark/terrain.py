@@ -33,7 +33,7 @@ TRAINING = (
 )
 HORIZONS = {
     "potholes": "--gamma 0.994", "mounds": "--gamma 0.994",
-    "hills": "--gamma 0.992 --total-timesteps 8000000", "mixed": "--gamma 0.994 --total-timesteps 8000000",
+    "hills": "--gamma 0.991 --total-timesteps 8000000", "mixed": "--gamma 0.994 --total-timesteps 8000000",
 }  # fmt: skip
 PITCH, ENCODER = 25, "runs/terrain_encoder_{}.pt"
 SENSORS = {
