@@ -93,7 +93,7 @@ def test_table_of_terrain_is_made_from_the_lines():
 def test_the_page_of_terrain_has_the_tables_of_the_raw_lines():
     text, lines = (ROOT / terrain.PAGE).read_text(), records.read_lines(ROOT / terrain.FILE)
     assert records.fill_marks(text, terrain.make_tables(lines)) == text
-    assert {*re.findall("<!-- results: (.*?) -->", text)} == {"potholes", "mounds", "hills"} == {x["experiment"] for x in lines}
+    assert {*re.findall("<!-- results: (.*?) -->", text)} == {x["experiment"] for x in lines} > {"potholes"}
 
 
 def test_interquartile_mean_ignores_outliers():
