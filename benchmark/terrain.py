@@ -25,8 +25,8 @@ KINDS = {
     "hills": "--terrain-amplitude 0.25",
     "mixed": "--terrain mixed",
 }
-# An action is held for 16 ms instead of 8: its noise moves the robot aside, so that it finds how to steer. Its horizon
-# is 1.6 s or more instead of 1.3 s: with a short one it risks a fall to go faster
+# An action is held for 16 ms instead of 8. So robots learn to steer, probably because its noise lasts long enough to
+# move them to the side. The horizon is 1.6 s or more instead of 1.3 s: with a short one they risk a fall to go faster
 TRAINING = (
     "--preset tuned --max-episode-steps 4000 --frame-skip 8 --gae-lambda 0.97 --num-envs 32 --num-steps 64 "
     "--eval-interval 500000"
