@@ -36,6 +36,7 @@ from ballbot_utils.checks import check_value, find_mismatch
 from ballbot_utils.commands import Commands
 from ballbot_utils.console import has_display
 from ballbot_utils.depth import MAX_DEPTH, DepthRenderer, single_torch_thread
+from ballbot_utils.geometry import rotation_matrix
 from ballbot_utils.infos import mask_infos, unbatch_infos
 from ballbot_utils.model import BALL_RADIUS, CAMERAS, TIMESTEP, make_model
 from ballbot_utils.observations import NOISE_WIDTH, SCAN, add_sensor_noise, make_observations, make_space
@@ -111,7 +112,8 @@ class BallbotEnv(gym.Env):
     Commands). Position, and a goal that is a direction, are not observed. The images' shape is (1, `camera_size`,
     `camera_size`), by default (1, 64, 64). The maximum of `relative_image_timestamp` depends on `camera_rate`; 0.01 s
     belongs to the default. `heights` are the terrain's own, at 0.1, 0.2 to 0.6 m ahead, and there from 0.2 m to the
-    left to 0.2 m to the right, 0.1 m apart. No sensor measures them: they show what cameras could help at most.
+    left to 0.2 m to the right, 0.1 m apart. Ahead is where the base faces, level. No sensor measures them: they show
+    what cameras could help at most.
 
     ### Cameras
     - Camera 0 sits at (0.17, -0.01, -0.06) m in the base's frame and looks along (-0.5, 0, -0.866): down and inwards at
@@ -743,10 +745,11 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
 
     def scan_heights(self) -> np.ndarray:
         """The observation `heights`, float32 (num_envs, 30), m."""
-        y = self._directions()  # (2,) or (num_envs, 2)
-        axes = np.stack([np.stack([y[..., 1], -y[..., 0]], -1), y], -2)  # rows: to the right, ahead
-        places = self.robots.ball_position[:, None, :2] + np.concatenate([np.zeros((1, 2)), SCAN]) @ axes
-        heights = self.terrain.heights_at(places)
+        right = rotation_matrix(self.robots.quaternion)[:, :2, 0]
+        right = right / np.linalg.norm(right, axis=1, keepdims=True)
+        axes = np.stack([right, right[:, ::-1] * [-1, 1]], 1)  # rows: to the right, ahead
+        here = self.robots.ball_position[:, None, :2]
+        heights = self.terrain.heights_at(np.concatenate([here, here + SCAN @ axes], 1))
         heights = heights if self._height_scale is None else heights * self._height_scale[:, None]
         return (heights[:, 1:] - heights[:, :1]).astype(np.float32)
 

@@ -106,14 +106,15 @@ def solve_feedback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.solve(ACTION_COST + b.T @ cost @ b, b.T @ cost @ a)
 
 
-def steer_around(heights: np.ndarray, speed: float) -> np.ndarray:
-    """Velocities (n, 2), m/s, towards the clearest way by the heights ahead (n, points of SCAN), m."""
+def steer_around(obs: dict[str, np.ndarray], speed: float) -> np.ndarray:
+    """Velocities (n, 2), m/s, towards the clearest way by the heights ahead."""
     right, ahead = SCAN.T
-    obstacles = (np.abs(heights) > OBSTACLE) * (0.7 - ahead)  # near ones count more
+    obstacles = (np.abs(obs["heights"]) > OBSTACLE) * (0.7 - ahead)  # near ones count more
     ways = np.unique(right)
     # With as many obstacles on several ways, the one nearest to the middle
     cost = np.stack([obstacles[:, np.abs(right - way) < CLEARANCE].sum(1) + 0.3 * abs(way) for way in ways], 1)
-    return np.stack([2 * ways[cost.argmin(1)], np.full(len(heights), speed)], 1)
+    way = np.stack([2 * ways[cost.argmin(1)], np.full(len(cost), speed)], 1)
+    return rotate(way, read_state(obs)[:, 2])
 
 
 def regulator_factory(
@@ -186,6 +187,7 @@ def main(args: Args) -> None:
     check_argument(not commanded or args.speed == Args.speed, "--speed has no effect with --goal command: leave it out")
     evaluate.check_args(args)
     check_argument(not args.steer or not commanded, "--steer has no effect with --goal command: leave it out")
+    check_argument(not args.steer or not args.heading, "--steer needs --heading 0: the robot sees the ground ahead of it")
     env_kwargs = ("height_scan=True",) * args.steer
     settings = replace(TrainArgs(), cameras=False, frame_skip=FRAME_SKIP, goal=args.goal, env_kwargs=env_kwargs)
     task = eval_task(args, settings, "LQR")
@@ -194,7 +196,7 @@ def main(args: Args) -> None:
     if commanded:
         goals = lambda obs: obs["command"]  # noqa: E731
     elif args.steer:
-        goals = lambda obs: steer_around(obs["heights"], args.speed)  # noqa: E731
+        goals = lambda obs: steer_around(obs, args.speed)  # noqa: E731
     policy = regulator_factory(gain, feedforward, goals, args.heading)
     label = "LQR, " + ("commands" if commanded else f"{args.speed:g} m/s") + ", steers" * args.steer
     label += f", heading {args.heading:g}" if args.heading else ""

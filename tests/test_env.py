@@ -573,12 +573,13 @@ def test_depth_with_turned_cameras(pitch):
 
 
 @pytest.mark.parametrize(
-    "goal, ahead, right", [((0, 1), 1, 0), ((0, -2), -1, 0), ((1, 0), 0, -1), ((1, 1), 0.71, -0.71)]
+    "heading, ahead, right", [(0, 1, 0), (math.pi, -1, 0), (-math.pi / 2, 0, -1), (-math.pi / 4, 0.71, -0.71)]
 )
-def test_height_scan_on_a_ramp(goal, ahead, right):
+@pytest.mark.parametrize("tilt", [(0, 0), (0.15, 0), (0, -0.15)])
+def test_height_scan_on_a_ramp(heading, ahead, right, tilt):
     """A ramp of 10° that rises along +y; `ahead` and `right` are the rise per metre in these directions."""
-    envs = BallbotVectorEnv(2, "ramp", cameras=False, num_threads=1, height_scan=True, goal=goal)
-    obs, _ = envs.reset(seed=0, options=dict(position=[(0.5, 1.0), (-2.0, 1.0)]))
+    envs = BallbotVectorEnv(2, "ramp", cameras=False, num_threads=1, height_scan=True)
+    obs, _ = envs.reset(seed=0, options=dict(position=[(0.5, 1.0), (-2.0, 1.0)], heading=heading, tilt=tilt))
     slope = math.tan(math.radians(10))
     points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.2, -0.1, 0, 0.1, 0.2)])
     expected = slope * (points @ (right, ahead))
@@ -586,10 +587,11 @@ def test_height_scan_on_a_ramp(goal, ahead, right):
     assert np.ptp(obs["heights"]) > 0.03
 
 
-def test_slopes_and_height_scan_follow_commands_and_the_height_of_the_ground():
+def test_height_scan_and_slopes_follow_heading_commands_and_the_height_of_the_ground():
     envs = BallbotVectorEnv(20, "ramp", cameras=False, num_threads=1, height_scan=True, goal="command",
                             randomization={"terrain_amplitude": 0.5})  # fmt: skip
-    _, infos = envs.reset(seed=0, options=dict(position=(0.5, 1.0)))
+    heading = [0.0] * 10 + [-math.pi / 2] * 10
+    _, infos = envs.reset(seed=0, options=dict(position=(0.5, 1.0), heading=heading))
     envs.set_command([(0, 0.3)] * 10 + [(0.3, 0)] * 10)
     rise = math.tan(math.radians(10)) * infos["randomization"]["terrain_amplitude"][:, None]
     points = np.array([(x, y) for y in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in (-0.2, -0.1, 0, 0.1, 0.2)])

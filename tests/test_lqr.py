@@ -63,15 +63,19 @@ def test_it_steers_around_holes():
     args = evaluate.Args(checkpoints=(Path("LQR"),), episodes=16, num_threads=1)
     regulator, task = lqr.design_regulator(wheel_damping=0.4), UNSEEN | {"terrain": "potholes:depth=0.1"}
     blind = evaluate.evaluate_policy(lqr.regulator_factory(*regulator, (0.0, 0.6)), args, task)
-    policy = lqr.regulator_factory(*regulator, lambda obs: lqr.steer_around(obs["heights"], 0.6))
+    policy = lqr.regulator_factory(*regulator, lambda obs: lqr.steer_around(obs, 0.6))
     steered = evaluate.evaluate_policy(policy, args, task | {"height_scan": True})
     assert blind["falls"].sum() >= 6 and steered["falls"].sum() <= 2
 
 
 def test_it_steers_to_the_clearer_side():
-    heights = np.where(SCAN[:, 0] > 0.05, -0.1, 0.0)  # a hole to the right
-    ahead, left, right = lqr.steer_around(np.stack([0 * heights, heights, heights[::-1]]), 0.5)
+    hole = np.where(SCAN[:, 0] > 0.05, -0.1, 0.0)  # to the right
+    obs = {name: np.zeros((4, 3)) for name in ("orientation", "vel", "angular_vel")}
+    obs["heights"] = np.stack([0 * hole, hole, hole[::-1], 0 * hole])
+    obs["orientation"][3, 2] = np.pi / 2  # faces -x
+    ahead, left, right, turned = lqr.steer_around(obs, 0.5)
     assert ahead.tolist() == [0, 0.5] and left[0] < 0 < right[0] and left[1] == right[1] == 0.5
+    np.testing.assert_allclose(turned, [-0.5, 0], atol=1e-12)
 
 
 def test_an_episode_does_not_depend_on_the_others():
