@@ -187,7 +187,7 @@ def main(args: Args) -> None:
     check_argument(not commanded or args.speed == Args.speed, "--speed has no effect with --goal command: leave it out")
     evaluate.check_args(args)
     check_argument(not args.steer or not commanded, "--steer has no effect with --goal command: leave it out")
-    check_argument(not args.steer or not args.heading, "--steer needs --heading 0: the robot sees the ground ahead of it")
+    check_argument(not args.steer or not args.heading, "--steer needs --heading 0: it sees the ground ahead only")
     env_kwargs = ("height_scan=True",) * args.steer
     settings = replace(TrainArgs(), cameras=False, frame_skip=FRAME_SKIP, goal=args.goal, env_kwargs=env_kwargs)
     task = eval_task(args, settings, "LQR")
