@@ -1,13 +1,14 @@
 """Train on ground where a blind robot falls: `python -m benchmark.terrain --jobs 2`.
 
 Each kind of ground is driven blind, with the true heights ahead, with cameras whose encoder learned to tell these
-heights, and with the encoder of the default. All start from the preset tuned. Encoders are trained first, in a minute
-each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its best and its last policy in 100
-episodes on ground that is used for nothing else: of that kind, or of all kinds after `mixed`. Runs whose line exists
-are skipped, interrupted ones are resumed. The tables in docs/terrain.md are made of all lines; `--seeds` without
-values only makes these.
+heights, turned up or not, and with the encoder of the default. All start from the preset tuned. Encoders are trained
+first, in a minute each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its best and its
+last policy in 100 episodes on ground that is used for nothing else: of that kind, or of all kinds after `mixed`. Runs
+whose line exists are skipped, interrupted ones are resumed. The tables in docs/terrain.md are made of all lines;
+`--seeds` without values only makes these.
 """
 
+import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,9 +36,15 @@ MORE_TRAINING = {
     "potholes": "--gamma 0.994", "mounds": "--gamma 0.994",
     "hills": "--gamma 0.99 --total-timesteps 8000000", "mixed": "--gamma 0.994 --total-timesteps 8000000",
 }  # fmt: skip
-PITCH, ENCODER = 25, "runs/terrain_encoder_{}.pt"
+# Pitch of the cameras, degrees, and the encoder that is trained for them on each kind of ground
+ENCODERS = {
+    "cameras": (25, "runs/terrain_encoder_{}.pt"),
+    "cameras not turned": (0, "runs/terrain_encoder_{}_0.pt"),
+}
 SENSORS = {
-    "cameras": f"--env-kwargs camera_pitch={PITCH} camera_rate=30 --encoder-path {ENCODER} --depth-scale 1",
+    sensor: f"--env-kwargs camera_pitch={pitch} camera_rate=30 --encoder-path {encoder} --depth-scale 1"
+    for sensor, (pitch, encoder) in ENCODERS.items()
+} | {
     "default encoder": "--env-kwargs camera_rate=30 --depth-scale 1",
     "heights": "--no-cameras --env-kwargs height_scan=True",
     "blind": "--no-cameras",
@@ -99,9 +106,9 @@ def make_tables(lines: list[dict]) -> dict[str, str]:
 
 
 def main(args: Args) -> None:
-    for kind in args.kinds:
-        if args.seeds and "cameras" in args.sensors and not Path(ENCODER.format(kind)).exists():
-            command = f"--heights {KINDS[kind]} --camera-pitch {PITCH} --output {ENCODER.format(kind)} --num-threads 1"
+    for kind, (sensor, (pitch, encoder)) in itertools.product(args.kinds, ENCODERS.items()):
+        if args.seeds and sensor in args.sensors and not Path(encoder.format(kind)).exists():
+            command = f"--heights {KINDS[kind]} --camera-pitch {pitch} --output {encoder.format(kind)} --num-threads 1"
             subprocess.run([sys.executable, "-m", "ballbot_utils.pretrain_encoder", *command.split()], check=True)
     experiments = [
         Experiment(kind, sensor, f"{TRAINING} {MORE_TRAINING[kind]} {KINDS[kind]} {SENSORS[sensor].format(kind)}", seed)
