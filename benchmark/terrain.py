@@ -34,7 +34,7 @@ TRAINING = (
 )
 MORE_TRAINING = {
     "potholes": "--gamma 0.994", "mounds": "--gamma 0.994",
-    "hills": "--gamma 0.99 --total-timesteps 8000000", "mixed": "--gamma 0.994 --total-timesteps 8000000",
+    "hills": "--gamma 0.99 --total-timesteps 12000000", "mixed": "--gamma 0.994 --total-timesteps 8000000",
 }  # fmt: skip
 # Pitch of the cameras, degrees, and the encoder that is trained for them on each kind of ground
 ENCODERS = {
