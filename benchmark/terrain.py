@@ -3,9 +3,9 @@
 Each kind of ground is driven blind, with the true heights ahead, with cameras whose encoder learned to tell these
 heights, turned up or not, and with the encoder of the default. All start from the preset tuned. Encoders are trained
 first, in a minute each. Each run appends a line to benchmark/terrain/runs.jsonl, with evaluations of its best and its
-last policy in 100 episodes on ground that is used for nothing else: of that kind, or of all kinds after `mixed`. Runs
-whose line exists are skipped, interrupted ones are resumed. The tables in docs/terrain.md are made of all lines;
-`--seeds` without values only makes these.
+last policy in 100 episodes on ground that is used for nothing else: of that kind, or the best on all kinds after
+`mixed`. Runs whose line exists are skipped, interrupted ones are resumed. The tables in docs/terrain.md are made of
+all lines; `--seeds` without values only makes these.
 """
 
 import itertools
@@ -54,7 +54,7 @@ CONDITIONS = {kind: (flags,) for kind, flags in KINDS.items()} | {
     "hills": ("--terrain-amplitude 0.2", "--terrain-amplitude 0.3"),
     "mixed": tuple(f"--terrain {kind}" for kind in TERRAINS),
 }
-POLICIES = ("best", "last")  # of a run
+POLICIES = dict.fromkeys(KINDS, ("best", "last")) | {"mixed": ("best",)}  # of a run, to be evaluated
 TERRAIN_SEED = "--terrain-seed 5000000"  # neither of training, nor of its evaluations, nor of the encoders
 
 
@@ -72,12 +72,12 @@ class Args:
 
 def evaluate_there(run: Path) -> dict:
     """Evaluations of a run's best and last policies, {condition: {policy: summary}}."""
-    there = {}
-    for flags in CONDITIONS[run.name.split("_")[1]]:
+    kind, there = run.name.split("_")[1], {}
+    for flags in CONDITIONS[kind]:
         terrain = flags.partition("--terrain ")[2] or "perlin"
         more = TERRAIN_SEED.split() if is_seeded(terrain) else []
-        results = evaluate([run / f"{policy}.pt" for policy in POLICIES], *flags.split(), *more, "--no-gap")
-        there[flags] = {policy: result["summary"] for policy, result in zip(POLICIES, results)}
+        results = evaluate([run / f"{policy}.pt" for policy in POLICIES[kind]], *flags.split(), *more, "--no-gap")
+        there[flags] = {policy: result["summary"] for policy, result in zip(POLICIES[kind], results)}
     return {"there": there}
 
 
@@ -87,7 +87,7 @@ def make_table(kind: str, lines: list[dict]) -> str:
             "| --- " * 7 + "|"]  # fmt: skip
     for sensor, group in group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS}).items():
         for flags in CONDITIONS[kind]:
-            for policy in POLICIES:
+            for policy in POLICIES[kind]:
                 results = [line["there"][flags][policy] for line in sorted(group, key=lambda line: line["seed"])]
                 returns = [result["return"]["mean"] for result in results]
                 mean, low, high = interquartile_mean(returns)
