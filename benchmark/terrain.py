@@ -81,22 +81,32 @@ def evaluate_there(run: Path) -> dict:
     return {"there": there}
 
 
+def show_mean(values: list[float]) -> str:
+    """The interquartile mean over seeds and its interval, or nothing without seeds."""
+    if not values:
+        return ""
+    mean, low, high = interquartile_mean(values)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{mean:.1f}"
+
+
 def make_table(kind: str, lines: list[dict]) -> str:
     """A Markdown table with a row for each sensor, condition and policy; brackets are intervals over seeds."""
-    rows = [f"| {kind} | evaluated on | policy | return | falls | speed (m/s) | returns of the seeds |",
-            "| --- " * 7 + "|"]  # fmt: skip
-    for sensor, group in group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS}).items():
-        for flags in CONDITIONS[kind]:
-            for policy in POLICIES[kind]:
-                results = [line["there"][flags][policy] for line in sorted(group, key=lambda line: line["seed"])]
-                returns = [result["return"]["mean"] for result in results]
-                mean, low, high = interquartile_mean(returns)
-                falls, episodes = (sum(result[key] for result in results) for key in ("falls", "episodes"))
-                speed = sum(result["speed"]["mean"] for result in results) / len(results)
-                interval = f" [{low:.1f}, {high:.1f}]" if len(returns) > 1 else ""
-                seeds = ", ".join(f"{value:.1f}" for value in returns)
-                rows.append(f"| {sensor} | `{flags}` | {policy} | {mean:.1f}{interval} | {falls} of {episodes} | "
-                            f"{speed:.2f} | {seeds} |")  # fmt: skip
+    rows = [f"| {kind} | evaluated on | policy | return | more than blind | falls | speed (m/s) | each seed |",
+            "| --- " * 8 + "|"]  # fmt: skip
+    groups = group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS})
+    results = {sensor: {line["seed"]: line["there"] for line in group} for sensor, group in groups.items()}
+    for sensor, flags, policy in itertools.product(results, CONDITIONS[kind], POLICIES[kind]):
+        summaries = [there[flags][policy] for _, there in sorted(results[sensor].items())]
+        falls, episodes = (sum(summary[key] for summary in summaries) for key in ("falls", "episodes"))
+        speed = sum(summary["speed"]["mean"] for summary in summaries) / len(summaries)
+        returns, blind = (
+            {seed: there[flags][policy]["return"]["mean"] for seed, there in sorted(results.get(name, {}).items())}
+            for name in (sensor, "blind")
+        )
+        gains = [returns[seed] - blind[seed] for seed in returns if sensor != "blind" and seed in blind]
+        seeds = ", ".join(f"{value:.1f}" for value in returns.values())
+        rows.append(f"| {sensor} | `{flags}` | {policy} | {show_mean(list(returns.values()))} | {show_mean(gains)} | "
+                    f"{falls} of {episodes} | {speed:.2f} | {seeds} |")  # fmt: skip
     return "\n".join(rows)
 
 

@@ -83,10 +83,10 @@ def test_table_of_terrain_is_made_from_the_lines():
     lines = [line("blind", 2, 50.0, 30), line("blind", 1, 40.0, 20), line("cameras", 1, 90.0, 0)]
     rows = terrain.make_table("potholes", lines).splitlines()
     assert rows[2:] == [
-        "| cameras | `--terrain potholes:depth=0.1` | best | 90.0 | 0 of 100 | 0.10 | 90.0 |",
-        "| cameras | `--terrain potholes:depth=0.1` | last | 80.0 | 0 of 100 | 0.10 | 80.0 |",
-        "| blind | `--terrain potholes:depth=0.1` | best | 45.0 [40.0, 50.0] | 50 of 200 | 0.15 | 40.0, 50.0 |",
-        "| blind | `--terrain potholes:depth=0.1` | last | 35.0 [30.0, 40.0] | 50 of 200 | 0.15 | 30.0, 40.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | best | 90.0 | 50.0 | 0 of 100 | 0.10 | 90.0 |",
+        "| cameras | `--terrain potholes:depth=0.1` | last | 80.0 | 50.0 | 0 of 100 | 0.10 | 80.0 |",
+        "| blind | `--terrain potholes:depth=0.1` | best | 45.0 [40.0, 50.0] |  | 50 of 200 | 0.15 | 40.0, 50.0 |",
+        "| blind | `--terrain potholes:depth=0.1` | last | 35.0 [30.0, 40.0] |  | 50 of 200 | 0.15 | 30.0, 40.0 |",
     ]
 
 
