@@ -738,7 +738,8 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         (asymmetric actor-critic, Pinto et al., arXiv 1710.06542). After a step that ended episodes, `final_slopes`
         holds the slopes at their final observations.
         """
-        ahead = np.array([0, 0.3, 0.6])[:, None] * self._directions()[..., None, :]
+        direction = self.goal if self.commands is None else self._commands.directions()  # (2,) or (num_envs, 2)
+        ahead = np.array([0, 0.3, 0.6])[:, None] * direction[..., None, :]
         scale = 1 if self._height_scale is None else self._height_scale[:, None, None]
         slopes = self.terrain.slopes(self.robots.ball_position[:, None, :2] + ahead, BALL_RADIUS, scale)
         return slopes.reshape(self.num_envs, 6).astype(np.float32)
@@ -752,10 +753,6 @@ class BallbotVectorEnv(gym.vector.VectorEnv):
         heights = self.terrain.heights_at(np.concatenate([here, here + SCAN @ axes], 1))
         heights = heights if self._height_scale is None else heights * self._height_scale[:, None]
         return (heights[:, 1:] - heights[:, :1]).astype(np.float32)
-
-    def _directions(self):
-        """Unit vectors ahead, to the goal (2,) or along the commands (num_envs, 2)."""
-        return self.goal if self.commands is None else self._commands.directions()
 
     # State and copies
 

@@ -94,16 +94,15 @@ def make_table(kind: str, lines: list[dict]) -> str:
     rows = [f"| {kind} | evaluated on | policy | return | more than blind | falls | speed (m/s) | each seed |",
             "| --- " * 8 + "|"]  # fmt: skip
     groups = group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS})
-    results = {sensor: {line["seed"]: line["there"] for line in group} for sensor, group in groups.items()}
-    for sensor, flags, policy in itertools.product(results, CONDITIONS[kind], POLICIES[kind]):
-        summaries = [there[flags][policy] for _, there in sorted(results[sensor].items())]
+    for sensor, flags, policy in itertools.product(groups, CONDITIONS[kind], POLICIES[kind]):
+        group = sorted(groups[sensor], key=lambda line: line["seed"])
+        summaries = [line["there"][flags][policy] for line in group]
         falls, episodes = (sum(summary[key] for summary in summaries) for key in ("falls", "episodes"))
         speed = sum(summary["speed"]["mean"] for summary in summaries) / len(summaries)
-        returns, blind = (
-            {seed: there[flags][policy]["return"]["mean"] for seed, there in sorted(results.get(name, {}).items())}
-            for name in (sensor, "blind")
-        )
-        gains = [returns[seed] - blind[seed] for seed in returns if sensor != "blind" and seed in blind]
+        returns = {line["seed"]: summary["return"]["mean"] for line, summary in zip(group, summaries)}
+        others = groups.get("blind", []) if sensor != "blind" else []
+        gains = [returns[line["seed"]] - line["there"][flags][policy]["return"]["mean"] for line in others
+                 if line["seed"] in returns]  # fmt: skip
         seeds = ", ".join(f"{value:.1f}" for value in returns.values())
         rows.append(f"| {sensor} | `{flags}` | {policy} | {show_mean(list(returns.values()))} | {show_mean(gains)} | "
                     f"{falls} of {episodes} | {speed:.2f} | {seeds} |")  # fmt: skip
