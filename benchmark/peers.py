@@ -1,15 +1,15 @@
 """Compare with the PPO of other libraries: `python -m benchmark.peers --cleanrl ppo_continuous_action.py --jobs 2`.
 
 `benchmark.other_ppo` trains with Stable-Baselines3 and CleanRL, with our hyperparameters, networks and environments. It
-says which differences remain. Each run appends a line to benchmark/peers/runs.jsonl. The end is a table and a figure
-of each setting. `--seeds` without values only makes them.
+says which differences remain. Each run appends a line to benchmark/peers/runs.jsonl. The end is a table, speeds
+and a figure of each setting. `--seeds` without values only makes them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from ballbot_utils.common import run_program
-from benchmark.records import Experiment, draw, group_lines, make_table, read_lines, train_all
+from benchmark.records import Experiment, draw, group_lines, make_table, median_of, read_lines, train_all
 
 FILE, OURS = Path("benchmark/peers/runs.jsonl"), "ppo_ballbot.py"
 SETTINGS = {
@@ -45,6 +45,8 @@ def main(args: Args) -> None:
         if groups := group_lines(lines, {peer: (setting, peer) for peer in (OURS, "Stable-Baselines3", "CleanRL")}):
             draw(FILE.with_name(f"{setting}.png"), setting, groups, OURS)
             print(make_table(setting, groups, OURS))
+            for peer, group in groups.items():
+                print(f"{peer}: {median_of(group, 'SPS/train'):,.0f} steps/s")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def final_values(lines: Sequence[dict], key: str = "episodic_return") -> list[fl
     return [line["final"][key] for line in lines if line["final"]]
 
 
+def median_of(lines: Sequence[dict], tag: str) -> float:
+    """The median of a curve over the trainings of some runs."""
+    return np.median([value for line in lines for value in line["curves"][tag] if value is not None])
+
+
 def meets_targets(evaluation: Sequence[float]) -> bool:
     """Whether a row of a line's evaluations meets the guide's targets."""
     return evaluation[2] > TARGET_RETURN and evaluation[3] > TARGET_LENGTH
@@ -190,8 +195,8 @@ def draw(file: Path, label: str, groups: dict[str, list[dict]], default: str) ->
 
 def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
     """A Markdown table with a row for each value of `label`; the gap is training terrain minus unseen terrain."""
-    columns = "return at the end | falls | gap | targets first met | KL | clipped | steps/s | `diagnose` finds"
-    rows = [f"| {label} | {columns} |", "| --- " * 9 + "|"]
+    columns = "return at the end | falls | gap | targets first met | KL | clipped | `diagnose` finds"
+    rows = [f"| {label} | {columns} |", "| --- " * 8 + "|"]
     for value, lines in groups.items():
         result = " | "
         if returns := final_values(lines):
@@ -201,13 +206,11 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
         met = sorted(filter(None, map(first_met, lines)))
         first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " if met else ""
         first += f"{len(met)} of {len(lines)}"
-        kl, clipped, speed = (np.median([x for line in lines for x in line["curves"][tag] if x is not None])
-                              for tag in ("losses/approx_kl", "losses/clipfrac", "SPS/train"))  # fmt: skip
+        kl, clipped = (median_of(lines, tag) for tag in ("losses/approx_kl", "losses/clipfrac"))
         gaps = [line["gap"]["mean"] for line in lines if line.get("gap")]
         gap = f"{np.mean(gaps):+.1f}" if gaps else ""
         name = f"**{value}**" if value == default else value
         found = Counter(name for line in lines for name in line["findings"] + ["infinite losses"] * bool(line["error"]))
         found = ", ".join(f"{name} ({count})" for name, count in found.most_common())
-        rows.append(f"| {name} | {result} | {gap} | {first} | {kl:.2g} | {100 * clipped:.0f} % | {speed:,.0f} | "
-                    f"{found} |")  # fmt: skip
+        rows.append(f"| {name} | {result} | {gap} | {first} | {kl:.2g} | {100 * clipped:.0f} % | {found} |")
     return "\n".join(rows)
