@@ -178,7 +178,9 @@ def draw_figure(records: list[dict[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(record["flags"] for record in records))
-    fig = Figure(figsize=(8, 1.5 + 0.6 * len(names)), layout="constrained")
+    labels = [textwrap.fill(name or "the defaults", 32) for name in names]
+    lines = max(label.count("\n") + 1 for label in labels)
+    fig = Figure(figsize=(8, 1.5 + max(0.6, 0.18 * lines) * len(names)), layout="constrained")
     ax = fig.subplots()
     parts, left = list(records[0]["seconds"]), np.zeros(len(names))
     for k, part in enumerate(parts):
@@ -187,7 +189,7 @@ def draw_figure(records: list[dict[str, Any]]) -> "Figure":
         ax.barh(names, seconds, left=left, color=f"C{k}", label=part, height=0.6)
         ax.barh(names, bounds, left=left, color="black", alpha=0.35, height=0.2)
         left += seconds
-    ax.set_yticks(range(len(names)), [textwrap.fill(name or "the defaults", 32) for name in names])
+    ax.set_yticks(range(len(names)), labels)
     ax.invert_yaxis()
     ax.set_xlabel("seconds by the clock; dark: the lower bound")
     ax.spines[["top", "right"]].set_visible(False)

@@ -4,9 +4,12 @@ An experiment changes one hyperparameter of the defaults, over the guide's range
 those of "cameras" have cameras. Each run appends a line to benchmark/guide/runs.jsonl: command, commit, versions,
 machine, seed, evaluations, curves, what `diagnose` finds, and the gap between the training terrain and unseen terrain.
 Runs whose line exists are skipped, interrupted ones are resumed. The seeds come one after the other: seed 1 of all
-experiments, then seed 2. `--seeds` without values only makes the tables and figures.
+experiments, then seed 2. `--seeds` without values only makes the tables and figures. `--speed` measures speeds instead.
 """
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +87,11 @@ JUDGED = {
     "0.2": ("balanced", "--clip-coef 0.2 --total-timesteps 4000000"),
 }
 
+# How fast each value trains: on one core of an idle machine, without evaluations
+SPEED_FILE = FILE.with_name("speed.json")
+SPEED_OF = ("n_steps", "epochs", "batch size", "hidden size", "layers", "environments")
+SPEED = "--no-cameras --num-processes 1 --num-threads 1 --eval-interval 100000000 --final-eval-episodes 1"
+
 
 @dataclass
 class Args:
@@ -93,6 +101,8 @@ class Args:
     """runs at a time, one core each"""
     only: tuple[str, ...] = ()
     """hyperparameters to vary; empty: all"""
+    speed: bool = False
+    """measure the speed of training, on an idle machine, instead"""
 
 
 def group_values(name: str, lines: list[dict]) -> dict[str, list[dict]]:
@@ -153,10 +163,25 @@ def make_stopping_table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def make_speed_table(measured: list[dict]) -> str:
+    """A Markdown table: steps/s, and µs per step of each part, medians of what `ballbot_utils.benchmark` measured."""
+    rows = ["| flags | steps/s | simulate (µs per step) | infer | learn |", "| --- " * 5 + "|"]
+    for flags in dict.fromkeys(run["flags"] for run in measured):
+        runs = [run for run in measured if run["flags"] == flags]
+        parts = [1e6 * np.median([run["seconds"][part] / run["steps"] for run in runs])
+                 for part in ("simulate", "infer", "learn")]  # fmt: skip
+        changed = flags.removesuffix(SPEED).strip()
+        cells = [f"`{changed}`" if changed else "**defaults**", f"{1e6 / sum(parts):,.0f}"]
+        rows.append("| " + " | ".join(cells + [f"{part:.0f}" for part in parts]) + " |")
+    return "\n".join(rows)
+
+
 def update_page(page: str, lines: list[dict], others: list[dict]) -> str:
     """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, `others` too."""
     runs = lines + others
     results = {"metrics": make_metrics_table(runs), "when to stop": make_stopping_table(runs)}
+    if SPEED_FILE.exists():
+        results["speed"] = make_speed_table(json.loads(SPEED_FILE.read_text())["records"])
     judged = records.group_lines([line for line in others if line["seed"] > 3], JUDGED)
     results["clip range, judged"] = records.make_table("clip range", judged, "")
     for name, group in group_all(lines).items():
@@ -205,7 +230,20 @@ def measure_gap(run: Path) -> dict:
     return {"gap": records.evaluate([run / "last.pt"], "--episodes", "32")[0]["gap"]}
 
 
+def measure_speed() -> None:
+    """Train shortly with each value of the hyperparameters that change the speed, by `ballbot_utils.benchmark`."""
+    values = ["", *(flags for name in SPEED_OF for flags in EXPERIMENTS[name].values())]
+    runs = [f"--run={flags} {SPEED}" for flags in values]
+    command = [sys.executable, "-m", "ballbot_utils.benchmark", *runs, "--steps", "163840", "--repeats", "2"]
+    subprocess.run([*command, "--output", str(SPEED_FILE.with_suffix(".png")), "--overwrite"], check=True)
+    for suffix in (".png", ".md"):  # the page has a table of its own
+        SPEED_FILE.with_suffix(suffix).unlink()
+
+
 def main(args: Args) -> None:
+    if args.speed:
+        measure_speed()
+        args.seeds = ()
     records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
     lines, page = records.read_lines(FILE), PAGE.read_text()
     PAGE.write_text(update_page(page, lines, records.read_lines(presets.FILE)))

@@ -59,12 +59,25 @@ def test_tables_of_metrics_and_of_when_to_stop_are_made_from_the_lines():
     assert "| 500,000 steps | 2 of 3 | 1 | 8.0 |" in page and "| 2,000,000 steps | 0 of 3 | 0 |  |" in page
 
 
+def test_table_of_speeds_is_made_from_the_measurements():
+    def run(flags, steps, seconds):
+        seconds = dict(zip(("start-up", "simulate", "infer", "learn"), (9, *seconds)))
+        return {"flags": f"{flags} {guide.SPEED}", "steps": steps, "seconds": seconds}
+
+    measured = [run("", 1000, (0.04, 0.02, 0.04)), run("--num-envs 32", 500, (0.02, 0.01, 0.01))]
+    measured += [run("", 1000, (0.06, 0.02, 0.06))]
+    assert guide.make_speed_table(measured).splitlines()[2:] == [
+        "| **defaults** | 8,333 | 50 | 20 | 50 |", "| `--num-envs 32` | 12,500 | 40 | 20 | 20 |",
+    ]  # fmt: skip
+
+
 def test_page_has_the_tables_of_the_raw_lines():
     text = (ROOT / guide.PAGE).read_text()
     lines, runs = (records.read_lines(ROOT / file) for file in (guide.FILE, presets.FILE))
     assert guide.update_page(text, lines, runs) == text
-    complete = {"learning rate", "clip range", "clip range, judged", "epochs", "entropy coefficient"}
-    assert {"metrics", "when to stop"} | complete == {*re.findall("<!-- results: (.*?) -->", text)}
+    complete = {"learning rate", "clip range", "clip range, judged", "epochs", "entropy coefficient",
+                "batch size", "value coefficient", "advantage normalization"}  # fmt: skip
+    assert {"metrics", "when to stop", "speed"} | complete == {*re.findall("<!-- results: (.*?) -->", text)}
 
 
 def test_a_row_can_be_a_run_of_another_hyperparameter():
