@@ -135,6 +135,23 @@ def return_falling(steps: np.ndarray, returns: np.ndarray, whose: str = "") -> s
             f"{100 * drop:.0f} % down")  # fmt: skip
 
 
+# 14 of the 126 runs in benchmark/guide/ and benchmark/presets/ have this: those with a learning rate of 1e-2 or a clip
+# range of 0.2 and 0.3, `aggressive`, `tuned --no-body-frame`, and one with a clip range of 0.1 that recovers.
+FALLS_FEW, FALLS_MANY = 0.15, 0.3
+
+
+def falls_again(steps: np.ndarray, falls: np.ndarray) -> str | None:
+    """After an evaluation with few falls, another has many."""
+    if not len(steps) or falls.min() > FALLS_FEW:
+        return None
+    stood = np.argmax(falls <= FALLS_FEW)
+    worst = stood + np.argmax(falls[stood:])
+    if falls[worst] < FALLS_MANY:
+        return None
+    return (f"{falls[stood]:.0%} of the episodes of the evaluation at {steps[stood]:,.0f} steps end in a fall, "
+            f"{falls[worst]:.0%} at {steps[worst]:,.0f}")  # fmt: skip
+
+
 # The reference reaches 85.5 in 8e6 steps (arXiv 2505.18417, figure 6): 10.7 in 1e6; less than half of that is slow.
 # Standing for a whole episode returns 80: above that, small gains are normal.
 PACE_STEPS, REFERENCE_PACE, SLOW_PACE, STANDING = 1_000_000, 10.7, 5, 80
@@ -337,7 +354,7 @@ def diagnose(flags: dict[str, Any], curves: dict[str, Curve]) -> list[tuple[str,
     training, evaluations, kls, stds = (curves[tag] for tag in (RETURN, EVAL_RETURN, KL, STD))
     stuck = not_learning(*training)
     if evaluations_only:
-        unstable = return_falling(*evaluations, "evaluations ")
+        unstable = return_falling(*evaluations, "evaluations ") or falls_again(*curves[EVAL_FALLS])
         stuck = stuck and evaluations_flat(*evaluations)
     else:
         unstable = return_falling(*smooth(*training))

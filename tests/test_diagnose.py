@@ -122,6 +122,17 @@ def test_not_learning():
     assert diagnose.not_learning(steps, values) is None
 
 
+def test_falls_that_come_back():
+    steps = 500_000 * np.arange(1, 6)
+    assert diagnose.falls_again(steps, np.array([1, 0.5, 0.125, 0.25, 0.375])) == (
+        "12% of the episodes of the evaluation at 1,500,000 steps end in a fall, 38% at 2,500,000"
+    )
+    assert diagnose.falls_again(steps, np.array([1, 0, 0.5, 0.2, 0]))  # also if the last evaluation is good
+    assert not diagnose.falls_again(steps, np.array([1, 0.5, 0.125, 0.25, 0.25]))
+    assert not diagnose.falls_again(steps, np.array([1, 0.2, 0.9, 0.3, 0.5]))  # it has never stood
+    assert not diagnose.falls_again(steps[:0], np.array([]))
+
+
 def test_unstable():
     def falling(steps, returns):
         return diagnose.return_falling(*diagnose.smooth(steps, returns))
