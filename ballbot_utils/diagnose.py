@@ -135,7 +135,7 @@ def return_falling(steps: np.ndarray, returns: np.ndarray, whose: str = "") -> s
             f"{100 * drop:.0f} % down")  # fmt: skip
 
 
-# 14 of the 126 runs in benchmark/guide/ and benchmark/presets/ have this: those with a learning rate of 1e-2 or a clip
+# Of 126 runs in benchmark/guide/ and benchmark/presets/ 14 have this: those with a learning rate of 1e-2 or a clip
 # range of 0.2 and 0.3, `aggressive`, `tuned --no-body-frame`, and one with a clip range of 0.1 that recovers.
 FALLS_FEW, FALLS_MANY = 0.15, 0.3
 
