@@ -8,14 +8,15 @@ experiments, then seed 2. `--seeds` without values only makes the tables and fig
 """
 
 import json
-import subprocess
-import sys
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ballbot_utils import benchmark as speed
 from ballbot_utils.common import run_program
 from ballbot_utils.diagnose import stalled_for
 from benchmark import presets, records
@@ -176,12 +177,14 @@ def make_speed_table(measured: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def update_page(page: str, lines: list[dict], others: list[dict]) -> str:
-    """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, `others` too."""
+def update_page(page: str, lines: list[dict], others: list[dict], measured: list[dict]) -> str:
+    """docs/guide.md with tables and figures between their marks: of `lines`, and of all runs, `others` too.
+
+    `measured` are the trainings of `measure_speed`.
+    """
     runs = lines + others
     results = {"metrics": make_metrics_table(runs), "when to stop": make_stopping_table(runs)}
-    if SPEED_FILE.exists():
-        results["speed"] = make_speed_table(json.loads(SPEED_FILE.read_text())["records"])
+    results["speed"] = make_speed_table(measured)
     judged = records.group_lines([line for line in others if line["seed"] > 3], JUDGED)
     results["clip range, judged"] = records.make_table("clip range", judged, "")
     for name, group in group_all(lines).items():
@@ -233,20 +236,21 @@ def measure_gap(run: Path) -> dict:
 def measure_speed() -> None:
     """Train shortly with each value of the hyperparameters that change the speed, by `ballbot_utils.benchmark`."""
     values = ["", *(flags for name in SPEED_OF for flags in EXPERIMENTS[name].values())]
-    runs = [f"--run={flags} {SPEED}" for flags in values]
-    command = [sys.executable, "-m", "ballbot_utils.benchmark", *runs, "--steps", "163840", "--repeats", "2"]
-    subprocess.run([*command, "--output", str(SPEED_FILE.with_suffix(".png")), "--overwrite"], check=True)
-    for suffix in (".png", ".md"):  # the page has a table of its own
-        SPEED_FILE.with_suffix(suffix).unlink()
+    runs = tuple(f"{flags} {SPEED}" for flags in values)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "speed.png"
+        speed.main(speed.Args(run=runs, steps=163_840, repeats=2, output=output))
+        shutil.copy(output.with_suffix(".json"), SPEED_FILE)
 
 
 def main(args: Args) -> None:
     if args.speed:
         measure_speed()
-        args.seeds = ()
-    records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
+    else:
+        records.train_all(FILE, list_runs(args.seeds, args.only), args.jobs, measure_gap)
     lines, page = records.read_lines(FILE), PAGE.read_text()
-    PAGE.write_text(update_page(page, lines, records.read_lines(presets.FILE)))
+    measured = json.loads(SPEED_FILE.read_text())["records"]
+    PAGE.write_text(update_page(page, lines, records.read_lines(presets.FILE), measured))
     groups = {name: group for name, group in group_all(lines).items() if f"<!-- results: {name} -->" in page}
     for name, group in groups.items():
         records.draw(FIGURES / f"{name.replace(' ', '_')}.png", name, group, DEFAULTS[name])

@@ -41,7 +41,7 @@ def test_table_and_figure_are_made_from_the_lines(tmp_path):
     assert list(groups) == ["0.015", "0.2", "0.3"]
     records.draw(tmp_path / "figures" / "clip_range.png", "clip range", groups, "0.015")
     page = "before\n<!-- results: clip range -->\nold\n<!-- end -->\nafter\n"
-    text = guide.update_page(page, lines, [])
+    text = guide.update_page(page, lines, [], [])
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| **0.015** | 102.0 [101.0, 103.0] | 2 % | +1.0 | 1.5e6 steps, 3 of 3 | 0.02 | 20 % |  |" in text
     assert "| 0.2 | 30.0 [30.0, 30.0] | 2 % | +1.0 | 0.5e6 steps, 3 of 3 | 0.02 | 20 % |  |" in text
@@ -54,7 +54,7 @@ def test_tables_of_metrics_and_of_when_to_stop_are_made_from_the_lines():
     lines = [make_line("epochs", "3", 1, [50, 60, 70]), make_line("epochs", "3", 2, [50, 20, 10, 58]),
              make_line("epochs", "3", 3, [50, 40, 40])]  # fmt: skip
     page = "<!-- results: metrics --><!-- end --><!-- results: when to stop --><!-- end -->"
-    page = guide.update_page(page, lines, [])
+    page = guide.update_page(page, lines, [], [])
     assert "| return in training rises | 1 of 1 | 0 of 1 |" in page and "| entropy falls | 1 of 1 | 1 of 1 |" in page
     assert "| 500,000 steps | 2 of 3 | 1 | 8.0 |" in page and "| 2,000,000 steps | 0 of 3 | 0 |  |" in page
 
@@ -74,7 +74,8 @@ def test_table_of_speeds_is_made_from_the_measurements():
 def test_page_has_the_tables_of_the_raw_lines():
     text = (ROOT / guide.PAGE).read_text()
     lines, runs = (records.read_lines(ROOT / file) for file in (guide.FILE, presets.FILE))
-    assert guide.update_page(text, lines, runs) == text
+    measured = json.loads((ROOT / guide.SPEED_FILE).read_text())["records"]
+    assert guide.update_page(text, lines, runs, measured) == text
     complete = {"learning rate", "clip range", "clip range, judged", "epochs", "entropy coefficient",
                 "batch size", "value coefficient", "advantage normalization"}  # fmt: skip
     assert {"metrics", "when to stop", "speed"} | complete == {*re.findall("<!-- results: (.*?) -->", text)}
