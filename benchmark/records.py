@@ -124,6 +124,14 @@ def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, *interval.confidence_interval
 
 
+def show_mean(values: Sequence[float]) -> str:
+    """The interquartile mean over seeds and its interval; the value of a single seed; nothing without seeds."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    mean, low, high = interquartile_mean(values)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def group_lines(lines: Sequence[dict], keys: Mapping[str, tuple[str, str]]) -> dict[str, list[dict]]:
     """Lines by label, in the order of `keys`, {label: (experiment, value)}; labels without lines are left out."""
     groups = {label: [x for x in lines if (x["experiment"], x["value"]) == key] for label, key in keys.items()}
@@ -198,11 +206,8 @@ def make_table(label: str, groups: dict[str, list[dict]], default: str) -> str:
     columns = "return at the end | falls | gap | targets first met | KL | clipped | `diagnose` finds"
     rows = [f"| {label} | {columns} |", "| --- " * 8 + "|"]
     for value, lines in groups.items():
-        result = " | "
-        if returns := final_values(lines):
-            mean, low, high = interquartile_mean(returns)
-            falls = 100 * np.mean(final_values(lines, "falls"))
-            result = f"{mean:.1f} [{low:.1f}, {high:.1f}] | {falls:.0f} %"
+        falls = final_values(lines, "falls")
+        result = f"{show_mean(final_values(lines))} | " + (f"{100 * np.mean(falls):.0f} %" if falls else "")
         met = sorted(filter(None, map(first_met, lines)))
         first = f"{met[len(met) // 2] / 1e6:.1f}e6 steps, " if met else ""
         first += f"{len(met)} of {len(lines)}"

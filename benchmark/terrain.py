@@ -17,7 +17,7 @@ from typing import Literal
 
 from ballbot_utils.common import run_program
 from ballbot_utils.terrain import TERRAINS, is_seeded
-from benchmark.records import Experiment, evaluate, fill_marks, group_lines, interquartile_mean, read_lines, train_all
+from benchmark.records import Experiment, evaluate, fill_marks, group_lines, read_lines, show_mean, train_all
 
 FILE, PAGE = Path("benchmark/terrain/runs.jsonl"), Path("docs/terrain.md")
 KINDS = {
@@ -81,32 +81,26 @@ def evaluate_there(run: Path) -> dict:
     return {"there": there}
 
 
-def show_mean(values: list[float]) -> str:
-    """The interquartile mean over seeds and its interval, or nothing without seeds."""
-    if not values:
-        return ""
-    mean, low, high = interquartile_mean(values)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{mean:.1f}"
-
-
 def make_table(kind: str, lines: list[dict]) -> str:
     """A Markdown table with a row for each sensor, condition and policy; brackets are intervals over seeds."""
-    rows = [f"| {kind} | evaluated on | policy | return | more than blind | falls | speed (m/s) | each seed |",
-            "| --- " * 8 + "|"]  # fmt: skip
     groups = group_lines(lines, {sensor: (kind, sensor) for sensor in SENSORS})
+    columns = [kind, "evaluated on", "policy", "return", "falls", "speed (m/s)", "each seed"]
+    columns[4:4] = ["more than blind"] * ("blind" in groups)
+    rows = [columns, ["---"] * len(columns)]
     for sensor, flags, policy in itertools.product(groups, CONDITIONS[kind], POLICIES[kind]):
         group = sorted(groups[sensor], key=lambda line: line["seed"])
         summaries = [line["there"][flags][policy] for line in group]
         falls, episodes = (sum(summary[key] for summary in summaries) for key in ("falls", "episodes"))
         speed = sum(summary["speed"]["mean"] for summary in summaries) / len(summaries)
         returns = {line["seed"]: summary["return"]["mean"] for line, summary in zip(group, summaries)}
-        others = groups.get("blind", []) if sensor != "blind" else []
-        gains = [returns[line["seed"]] - line["there"][flags][policy]["return"]["mean"] for line in others
-                 if line["seed"] in returns]  # fmt: skip
-        seeds = ", ".join(f"{value:.1f}" for value in returns.values())
-        rows.append(f"| {sensor} | `{flags}` | {policy} | {show_mean(list(returns.values()))} | {show_mean(gains)} | "
-                    f"{falls} of {episodes} | {speed:.2f} | {seeds} |")  # fmt: skip
-    return "\n".join(rows)
+        row = [sensor, f"`{flags}`", policy, show_mean(list(returns.values())), f"{falls} of {episodes}"]
+        row += [f"{speed:.2f}", ", ".join(f"{value:.1f}" for value in returns.values())]
+        if "blind" in groups:
+            others = [line for line in groups["blind"] if line["seed"] in returns and sensor != "blind"]
+            gains = [returns[x["seed"]] - x["there"][flags][policy]["return"]["mean"] for x in others]
+            row.insert(4, show_mean(gains))
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def make_tables(lines: list[dict]) -> dict[str, str]:
