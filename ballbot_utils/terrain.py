@@ -154,8 +154,9 @@ MIXED_KINDS = ("flat", "ramp", "steps", "stairs", "waves", "ridges", "hills", "p
 
 
 def mixed_patches(rng, patch):
-    """The number in MIXED_KINDS of each patch: (rows, columns)."""
-    return rng.integers(len(MIXED_KINDS), size=[int(2 * TERRAIN_EXTENT / patch) + 1] * 2)
+    """The number in MIXED_KINDS of each patch: (rows, columns). Any 4 rows of 3 patches have all kinds."""
+    n = np.arange(int(2 * TERRAIN_EXTENT / patch) + 1)
+    return rng.permutation(len(MIXED_KINDS))[(3 * n[:, None] + n) % len(MIXED_KINDS)]
 
 
 def mixed_terrain(x, y, rng, patch=6.0):

@@ -31,7 +31,7 @@ UNSTABLE = "--learning-rate {} --clip-coef {} --vf-coef {}"
 # DEFAULTS. The last four are the guide's remedies for each problem of its troubleshooting
 EXPERIMENTS = {
     "defaults": {"": ""},
-    "learning rate": {x: f"--learning-rate {x}" for x in ("1e-5", "5e-5", "1e-4", "3e-4", "1e-3", "1e-2")},
+    "learning rate": {x: f"--learning-rate {x}" for x in ("1e-6", "1e-5", "5e-5", "1e-4", "3e-4", "1e-3", "1e-2")},
     "clip range": {x: f"--clip-coef {x}" for x in ("0.01", "0.03", "0.1", "0.2", "0.3")},
     "n_steps": {str(4 * x): f"--num-steps {x}" for x in (128, 256, 1024)},
     "epochs": {x: f"--update-epochs {x}" for x in ("3", "10")},
@@ -56,11 +56,13 @@ EXPERIMENTS = {
         "learning rate 1e-4": ("learning rate", "1e-4"),
         "entropy 0.01": "--learning-rate 1e-5 --ent-coef 0.01",
         "clip range 0.02": "--learning-rate 1e-5 --clip-coef 0.02",
+        "clip range 0.1": "--learning-rate 1e-5 --clip-coef 0.1",  # what `diagnose` advises
     },
     "unstable": {
         "learning rate 1e-3": UNSTABLE.format("1e-3", 0.2, 1),
         "learning rate 1e-4": UNSTABLE.format("1e-4", 0.2, 1),
         "clip range 0.015": UNSTABLE.format("1e-3", 0.015, 1),
+        "clip range 0.1": UNSTABLE.format("1e-3", 0.1, 1),  # half, instead of the guide's small value
         "value coefficient 2": UNSTABLE.format("1e-3", 0.2, 2),
     },
     "slow": {

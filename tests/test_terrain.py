@@ -153,7 +153,9 @@ def measure_blocks(height=0.1, size=1.5):
 def measure_mixed(patch=8):
     terrain = Terrain(f"mixed:patch={patch}", 3)
     kinds = np.array([terrain.kinds_at(np.stack([SIDE, np.full_like(SIDE, y)], 1)) for y in (-16, -8, 0, 8, 16)])
-    assert {*kinds.ravel()} <= {*MIXED_KINDS} and len({*kinds.ravel()}) > 5
+    for row, col in itertools.product((0, 1), range(3)):  # no kind is missing where robots are
+        first = round(col * patch / CELL)
+        assert {*kinds[row : row + 4, first + 5 : first + round(3 * patch / CELL) - 5].ravel()} == {*MIXED_KINDS}
     changes = np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(0))
     ends = terrain.heights[:, [round(k * patch / CELL) for k in range(1, int(40 / patch))]]
     assert np.abs(ends - np.median(ends)).max() < 1e-3  # level at the borders
