@@ -196,18 +196,20 @@ def test_every_finding_takes_short_and_empty_curves():
         diagnose.diagnose({}, {tag: curve for tag in diagnose.TAGS})
 
 
-def test_remedies_of_the_guide():
-    """The steps of its troubleshooting section, from its values."""
+def test_remedies():
+    """Those of the guide's troubleshooting section that helped in benchmark/guide/, from its values."""
     remedies = diagnose.remedies(ppo.Args())
-    assert remedies["not learning"] == {"learning_rate": 0.001, "ent_coef": 0.01, "clip_coef": 0.02}
-    assert remedies["KL too small"] == {"clip_coef": 0.1}
+    assert remedies["not learning"] == remedies["KL too small"] == {"clip_coef": 0.1}
     assert diagnose.remedies(ppo.Args(clip_coef=0.1))["KL too small"] == {"learning_rate": 3e-4}
+    low = diagnose.remedies(ppo.Args(learning_rate=1e-5))
+    assert low["not learning"] == {"learning_rate": 1e-4, "clip_coef": 0.1}
     assert remedies["slow learning"] == {"num_steps": 1024, "update_epochs": 10, "num_envs": 16}
     assert remedies["overfitting"] == {"weight_decay": 0.05, "ent_coef": 0.01, "hidden_size": 64}
-    remedies = diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.02, vf_coef=1.0))
-    assert remedies["unstable"] == {"learning_rate": 0.0001, "clip_coef": 0.015, "vf_coef": 2.0}
+    remedies = diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.2))
+    assert remedies["unstable"] == {"learning_rate": 0.0001, "clip_coef": 0.1}
+    assert diagnose.remedies(ppo.Args(clip_coef=0.2))["unstable"] == {"clip_coef": 0.1}  # lower rates are only slower
     # Values at the end of their range
-    assert diagnose.remedies(ppo.Args(learning_rate=0.001, ent_coef=0.01, clip_coef=0.3))["not learning"] == {}
+    assert diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.3))["not learning"] == {}
 
 
 def configurations():
@@ -254,10 +256,14 @@ def test_every_remedy_is_accepted_and_changes_something(script, flags, tmp_path,
 def test_findings_do_not_contradict_each_other():
     params = asdict(ppo.Args())
     curves = {tag: line(0, 0, num=0) for tag in diagnose.TAGS}
-    curves |= {diagnose.RETURN: line(6.5, 6.5), diagnose.LENGTH: line(300, 300), diagnose.STD: line(1, 1.5)}
+    curves |= {diagnose.RETURN: line(80, 80), diagnose.LENGTH: line(4000, 4000), diagnose.STD: line(1, 1.5)}
+    curves |= {diagnose.EVAL_RETURN: line(20, 20), diagnose.EVAL_LENGTH: line(1000, 1000)}
     findings = {name: flags for name, _, flags in diagnose.diagnose(params, curves)}
     assert findings["entropy growing"] == "--ent-coef 0 --norm-adv"
-    assert findings["not learning"] == "--learning-rate 0.001 --clip-coef 0.02"  # without the guide's --ent-coef 0.01
+    assert findings["overfitting"] == "--weight-decay 0.05 --hidden-size 64"  # without the guide's --ent-coef 0.01
+    curves[diagnose.EVAL_RETURN] = line(60, 20)  # falling evaluations are the cause
+    names = {name for name, *_ in diagnose.diagnose(params, curves)}
+    assert "unstable" in names and "overfitting" not in names
 
 
 def run_curves(returns, lengths, end=3_000_000):
