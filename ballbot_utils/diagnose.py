@@ -321,7 +321,8 @@ def remedies(args: Any) -> dict[str, dict[str, Any]]:
 
     more_steps = scaled("num_steps", 2, 1, 4096 // args.frame_skip)  # the guide counts physics steps
     larger_clip = {"clip_coef": 0.1} if args.clip_coef < 0.1 else {}
-    larger_updates = larger_clip | (learning_rate(10) if 0 < args.learning_rate < 1e-4 else {}) or learning_rate(3)
+    higher_rate = learning_rate(10) if 0 < args.learning_rate < 1e-4 else {}
+    larger_updates = larger_clip | higher_rate or learning_rate(3)
     more_value = scaled("vf_coef", 2, 0.5, 3, zero=1)
     more_entropy = scaled("ent_coef", 10, 0.0001, 0.01, zero=0.001)
     norm_adv = {"norm_adv": True}
@@ -331,7 +332,7 @@ def remedies(args: Any) -> dict[str, dict[str, Any]]:
     found = {
         "unstable": learning_rate(1 / 10) | scaled("clip_coef", 1 / 2, 0.01, 0.3),
         "KL too large": learning_rate(1 / 10) | smaller_kl,
-        "value function lagging": more_value,
+        "value function lagging": higher_rate or more_value,
         "entropy collapse": more_entropy | larger_std,
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": larger_updates,

@@ -77,7 +77,7 @@ def test_page_has_the_tables_of_the_raw_lines():
     measured = json.loads((ROOT / guide.SPEED_FILE).read_text())["records"]
     assert guide.update_page(text, lines, runs, measured) == text
     complete = {"learning rate", "clip range", "clip range, judged", "epochs", "entropy coefficient",
-                "batch size", "value coefficient", "advantage normalization"}  # fmt: skip
+                "batch size", "value coefficient", "advantage normalization", "not learning", "unstable"}  # fmt: skip
     assert {"metrics", "when to stop", "speed"} | complete == {*re.findall("<!-- results: (.*?) -->", text)}
 
 
