@@ -24,7 +24,7 @@ KINDS = {
     "potholes": "--terrain potholes:depth=0.1",
     "mounds": "--terrain hills:height=0.2,width=0.6,spacing=1.5",
     "hills": "--terrain-amplitude 0.25",
-    "mixed": "--terrain mixed:patch=8",  # 6 m leave little of each kind: logs/terrain/mixed_patch_6.jsonl
+    "mixed": "--terrain mixed:patch=8",  # of 6 m, borders leave little of each kind
 }
 # An action is held for 16 ms instead of 8. So robots learn to steer, probably because its noise lasts long enough to
 # move them to the side. The horizon is 1.6 s or more instead of 1.3 s: with a short one they risk a fall to go faster
