@@ -179,7 +179,8 @@ class BallbotEnv(gym.Env):
 
     A classic controller drives all defaults at 0.4 m/s. It manages slopes up to 20° and steps up to 1.5 cm;
     docs/terrain.md derives the limits and has a picture of each kind (`python -m ballbot_utils.gallery terrain.png`).
-    The face of a step is one cell, 3.4 cm, wide: a step of 1 cm rises at 16°.
+    The face of a step is one cell, 3.4 cm, wide: a step of 1 cm rises at 16°. `flat` is a plane, where the ball has one
+    contact; on all other kinds it has several, which are stiffer together.
 
     Your own terrain is a function of x and y (arrays (1169, 1169), m) that returns heights in m, with arguments of its
     own if it has any, and a generator if it has a parameter `rng`; or an array of heights in m of any shape, rows along
