@@ -39,7 +39,7 @@ KL, EXPLAINED = "losses/approx_kl", "losses/explained_variance"
 STD = "charts/action_std"
 TAGS = (RETURN, LENGTH, EVAL_RETURN, EVAL_LENGTH, EVAL_FALLS, KL, EXPLAINED, STD)
 # Logged in each iteration of PPO, and flags that its remedies change: a run of another algorithm is not diagnosed
-PPO_TAGS, PPO_FLAGS = (KL, EXPLAINED, STD), ("clip_coef", "learning_rate", "num_envs", "frame_skip")
+PPO_TAGS, PPO_FLAGS = (KL, EXPLAINED, STD), ("clip_coef", "learning_rate")
 WINDOW = 10  # iterations whose median smooths a curve
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -263,7 +263,8 @@ def kl_small(steps: np.ndarray, kls: np.ndarray) -> str | None:
 
 
 # Remedies: the guide's, as factors on the run's own values and within the guide's ranges, less what did not help in the
-# runs of docs/guide.md. A clip range of 0.1, half the clip range and 3 times the learning rate are from these runs
+# runs of benchmark/guide/: longer rollouts and more environments make learning slower. A clip range of 0.1, half the clip
+# range and 3 times the learning rate are from these runs
 
 
 def parse_flags(flags: dict[str, Any]) -> Any:
@@ -313,13 +314,6 @@ def remedies(args: Any) -> dict[str, dict[str, Any]]:
         new = float(f"{min(max(start * factor, 1e-5 if factor > 1 else 1e-4), 1e-3):.2g}")
         return {"learning_rate": new} if (new > start) == (factor > 1) and new != start else {}
 
-    def more_envs():
-        """10 to 16, as in the guide, then 32; if the script rejects these, twice as many."""
-        numbers = (16 if args.num_envs < 16 else 32, 2 * args.num_envs)
-        choices = ({"num_envs": n} for n in numbers if args.num_envs < n <= 32)
-        return next((choice for choice in choices if accepted_flags(args, choice)), {})
-
-    more_steps = scaled("num_steps", 2, 1, 4096 // args.frame_skip)  # the guide counts physics steps
     larger_clip = {"clip_coef": 0.1} if args.clip_coef < 0.1 else {}
     higher_rate = learning_rate(10) if 0 < args.learning_rate < 1e-4 else {}
     larger_updates = larger_clip | higher_rate or learning_rate(3)
@@ -337,7 +331,7 @@ def remedies(args: Any) -> dict[str, dict[str, Any]]:
         "entropy growing": scaled("ent_coef", 0, 0, 0) | norm_adv,
         "KL too small": larger_updates,
         "not learning": larger_updates,
-        "slow learning": more_steps | scaled("update_epochs", 2, 1, 10) | more_envs(),
+        "slow learning": larger_updates or scaled("update_epochs", 2, 1, 10),
         "overfitting": scaled("weight_decay", 5, 0, 0.1, zero=0.01) | more_entropy | smaller_net,
     }  # fmt: skip
     full_length = {"max_episode_steps": plot.EVAL_STEPS} if plot.has_short_episodes(vars(args)) else {}

@@ -199,11 +199,11 @@ def test_every_finding_takes_short_and_empty_curves():
 def test_remedies():
     """Those of the guide's troubleshooting section that helped in benchmark/guide/, from its values."""
     remedies = diagnose.remedies(ppo.Args())
-    assert remedies["not learning"] == remedies["KL too small"] == {"clip_coef": 0.1}
+    for name in ("not learning", "slow learning", "KL too small"):
+        assert remedies[name] == {"clip_coef": 0.1}
     assert diagnose.remedies(ppo.Args(clip_coef=0.1))["KL too small"] == {"learning_rate": 3e-4}
     low = diagnose.remedies(ppo.Args(learning_rate=1e-5))
     assert low["not learning"] == {"learning_rate": 1e-4, "clip_coef": 0.1}
-    assert remedies["slow learning"] == {"num_steps": 1024, "update_epochs": 10, "num_envs": 16}
     assert remedies["overfitting"] == {"weight_decay": 0.05, "ent_coef": 0.01, "hidden_size": 64}
     remedies = diagnose.remedies(ppo.Args(learning_rate=0.001, clip_coef=0.2))
     assert remedies["unstable"] == {"learning_rate": 0.0001, "clip_coef": 0.1}
