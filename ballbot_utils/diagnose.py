@@ -263,8 +263,8 @@ def kl_small(steps: np.ndarray, kls: np.ndarray) -> str | None:
 
 
 # Remedies: the guide's, as factors on the run's own values and within the guide's ranges, less what did not help in the
-# runs of benchmark/guide/: longer rollouts and more environments make learning slower. A clip range of 0.1, half the clip
-# range and 3 times the learning rate are from these runs
+# runs of benchmark/guide/. There longer rollouts and more environments make learning slower; a clip range of 0.1, half
+# the clip range and 3 times the learning rate are from these runs
 
 
 def parse_flags(flags: dict[str, Any]) -> Any:
